@@ -1,0 +1,174 @@
+"""One `open` for a folder, a GGUF file, a hub id or `builtin`: config, tensor index and tables, without the weights."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dimscope.checkpoints import gguf
+from dimscope.checkpoints.skeleton import Skeleton, build_skeleton
+from dimscope.checkpoints.sources import HubRepository, LocalFolder, Source, find_on_hub
+from dimscope.checkpoints.tensors import TensorInfo, TensorReader, open_weights
+from dimscope.errors import CheckpointNotFound, CorruptCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+BUILTIN = "builtin"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened model: what it is made of and how to read it. Nothing is ever written to it.
+
+    `config` and `skeleton` are None for a GGUF file, which describes its tables itself.
+    """
+
+    name: str
+    source: Source
+    reader: TensorReader
+    config: "PretrainedConfig | None"
+    skeleton: Skeleton | None
+    input_table: TensorInfo
+    output_table: TensorInfo | None  # None where the model has none, or where it is the input table
+    tied: bool
+
+    @property
+    def revision(self) -> str | None:
+        return self.source.revision
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.reader.tensors
+
+    @property
+    def architecture(self) -> str:
+        """The model class that the config names, or the model type."""
+        if self.config is None:
+            return "GGUF"
+        return (self.config.architectures or [self.config.model_type])[0]
+
+
+def open_checkpoint(
+    name: str | Path = BUILTIN,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Opens a folder, a GGUF file, a hub id (`owner/name`, with a revision) or `builtin`.
+
+    Reads the config and the headers of the weight files, no weights. From the hub only these travel.
+
+    Raises CheckpointNotFound, NetworkError, CorruptCheckpoint, UnsupportedCheckpoint, UnsafeCheckpoint,
+    MissingExtra: each with one line that says what, where and what to do.
+
+    >>> open_checkpoint("builtin").tied
+    True
+    """
+    source, gguf_file = _find_source(str(name), revision)
+    if gguf_file is None and "config.json" in source.files:
+        config = _read_config(source, trust_remote_code)
+        _refuse_quantised(config, source.name)
+        reader = open_weights(source, allow_pickle=allow_pickle)
+        skeleton = build_skeleton(config, source.name, trust_remote_code=trust_remote_code)
+        return _located(source, reader, config, skeleton)
+    if gguf_file is None and not any(f.endswith(".gguf") for f in source.files):
+        raise CheckpointNotFound(f"{source.name}: no config.json there, so it is not a model")
+    reader = gguf.open_gguf(source, gguf_file) if gguf_file else open_weights(source, allow_pickle=allow_pickle)
+    return _located_gguf(source, reader)
+
+
+def _find_source(name: str, revision: str | None) -> tuple[Source, str | None]:
+    """The source, and the file in it where the name is that of a GGUF file."""
+    path = Path(name).expanduser()
+    if name == BUILTIN:
+        return LocalFolder(Path(str(package_files("dimscope.builtin") / "model")), BUILTIN), None
+    if path.is_dir():
+        return LocalFolder(path, name), None
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return LocalFolder(path.parent, name), path.name
+        raise CheckpointNotFound(f"{name}: this is a file; give the folder of the model, or a .gguf file")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/", "~")):
+        raise CheckpointNotFound(f"{name}: no such folder")
+    return find_on_hub(name, revision), None
+
+
+def _read_config(source: Source, trust_remote_code: bool) -> "PretrainedConfig":
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = source.fetch("config.json")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model_type = raw.get("model_type")
+    except (ValueError, AttributeError) as e:
+        raise CorruptCheckpoint(f"{source.name}: config.json is not valid JSON ({e})") from e
+    known = model_type in CONFIG_MAPPING
+    if not known and "auto_map" in raw and not trust_remote_code:
+        raise UnsafeCheckpoint(
+            f"{source.name}: its architecture {model_type!r} is code in the repository, which would run on this machine; "
+            "pass --trust-remote-code if you trust it"
+        )
+    if not known and "auto_map" not in raw:
+        raise UnsupportedCheckpoint(f"{source.name}: transformers does not know the model type {model_type!r}")
+    location = source.name if isinstance(source, HubRepository) and not known else str(path.parent)
+    try:
+        return AutoConfig.from_pretrained(
+            location, revision=source.revision if location == source.name else None, trust_remote_code=trust_remote_code and not known
+        )
+    except (ValueError, TypeError, KeyError, OSError) as e:
+        raise CorruptCheckpoint(f"{source.name}: config.json does not describe a model ({str(e).splitlines()[0]})") from e
+    except Exception as e:  # huggingface_hub's validation errors share no base that is public in all its versions
+        if "Validation" not in type(e).__name__:
+            raise
+        reason = " ".join(str(e).split())
+        raise CorruptCheckpoint(f"{source.name}: config.json contradicts itself ({reason})") from e
+
+
+def _refuse_quantised(config: "PretrainedConfig", name: str) -> None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise UnsupportedCheckpoint(f"{name}: its weights are quantised ({method}); give the checkpoint it was made from")
+
+
+def _located(source: Source, reader: TensorReader, config: "PretrainedConfig", skeleton: Skeleton) -> Checkpoint:
+    names = set(reader.tensors)
+    input_file = skeleton.file_name(skeleton.input_name, names)
+    if input_file is None and skeleton.tied:
+        # A tied table may have been saved under the name of the head alone.
+        input_file = next((n for n in names if n.endswith("lm_head.weight")), None)
+    if input_file is None:
+        raise CorruptCheckpoint(f"{source.name}: the weights hold no {skeleton.input_name}, the token-embedding table")
+    input_table = _checked(reader.tensors[input_file], skeleton.shapes[skeleton.input_name], source.name)
+    output_table = None
+    if skeleton.output_name is not None and not skeleton.tied:
+        output_file = skeleton.file_name(skeleton.output_name, names)
+        if output_file is None:
+            raise CorruptCheckpoint(
+                f"{source.name}: the config says that input and output tables differ, but the weights hold no {skeleton.output_name}"
+            )
+        output_table = _checked(reader.tensors[output_file], skeleton.shapes[skeleton.output_name], source.name)
+    return Checkpoint(source.name, source, reader, config, skeleton, input_table, output_table, skeleton.tied)
+
+
+def _located_gguf(source: Source, reader: TensorReader) -> Checkpoint:
+    if gguf.INPUT_TABLE not in reader.tensors:
+        raise CorruptCheckpoint(f"{source.name}: the file holds no {gguf.INPUT_TABLE}, the token-embedding table")
+    output = reader.tensors.get(gguf.OUTPUT_TABLE)
+    return Checkpoint(source.name, source, reader, None, None, reader.tensors[gguf.INPUT_TABLE], output, output is None)
+
+
+def _checked(info: TensorInfo, expected: tuple[int, ...], name: str) -> TensorInfo:
+    if info.shape != expected:
+        raise CorruptCheckpoint(
+            f"{name}: {info.name} has shape {' x '.join(map(str, info.shape))}, but config.json says {' x '.join(map(str, expected))}"
+        )
+    if info.dtype not in ("F64", "F32", "F16", "BF16"):
+        raise UnsupportedCheckpoint(f"{name}: {info.name} is stored as {info.dtype}; quantised tables cannot be studied")
+    return info

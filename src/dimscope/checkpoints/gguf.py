@@ -1,0 +1,49 @@
+"""GGUF files, through the `gguf` extra: tensors listed by their GGUF names, rows dequantised as they are read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dimscope.checkpoints.sources import Source
+from dimscope.checkpoints.tensors import TensorInfo
+from dimscope.errors import CorruptCheckpoint, MissingExtra
+
+# Names that the GGUF format fixes for every architecture.
+INPUT_TABLE = "token_embd.weight"
+OUTPUT_TABLE = "output.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class GgufReader:
+    """Tensors of one GGUF file. Shapes are in torch's order (GGUF lists them reversed)."""
+
+    tensors: Mapping[str, TensorInfo]
+    _packed: Mapping[str, Any]  # name -> gguf.ReaderTensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        from gguf.quants import dequantize
+
+        tensor = self._packed[name]
+        return torch.from_numpy(dequantize(tensor.data[start:stop], tensor.tensor_type)).clone()
+
+    def prefetch(self, name: str) -> None:
+        """Nothing to do: the file is memory-mapped."""
+
+
+def open_gguf(source: Source, file: str) -> GgufReader:
+    try:
+        from gguf import GGUFReader
+    except ImportError as e:
+        raise MissingExtra("gguf", "gguf") from e
+    try:
+        packed = {t.name: t for t in GGUFReader(source.fetch(file)).tensors}
+    except (ValueError, IndexError, KeyError, OSError) as e:
+        raise CorruptCheckpoint(f"{source.name}: {file} is not a GGUF file, or is damaged ({e})") from e
+    infos = {
+        n: TensorInfo(n, tuple(int(s) for s in reversed(t.shape)), t.tensor_type.name, int(t.n_bytes), file)
+        for n, t in packed.items()
+    }
+    return GgufReader(infos, packed)

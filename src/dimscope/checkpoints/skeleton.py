@@ -1,0 +1,121 @@
+"""The model without its weights: built on the meta device, it tells which tensor of the files is what.
+
+Embedding tables are found by asking the model (`get_input_embeddings`), never by a list of names, so that any
+architecture that transformers knows works, whatever prefix its files use.
+"""
+
+import re
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dimscope.errors import UnsupportedCheckpoint
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """Parameter names, shapes and roles of a model of this config; no weights."""
+
+    shapes: dict[str, tuple[int, ...]]  # parameter name -> shape, tied parameters once
+    roles: dict[str, str]  # parameter name -> role, see `role_of`
+    input_name: str
+    output_name: str | None  # None where the model has no output table
+    tied: bool
+    prefix: str
+    ignored: tuple[str, ...]  # patterns of tensors that files may carry and the model does not load
+
+    def file_name(self, parameter: str, names: set[str]) -> str | None:
+        """The tensor of a file that holds a parameter; hub files lack the model's prefix, or carry one more."""
+        for candidate in (parameter, parameter.removeprefix(f"{self.prefix}."), f"{self.prefix}.{parameter}"):
+            if candidate in names:
+                return candidate
+        alike = [n for n in names if n.endswith(f".{parameter}") or parameter.endswith(f".{n}")]
+        if len(alike) == 1:
+            return alike[0]
+        # Multimodal checkpoints order their prefixes otherwise: the last two parts are enough where they are unique.
+        tail = ".".join(parameter.split(".")[-2:])
+        alike = [n for n in names if n == tail or n.endswith(f".{tail}")]
+        return alike[0] if len(alike) == 1 else None
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether transformers itself skips a tensor of this name (mask buffers of GPT-2, rotary frequencies)."""
+        return any(re.search(pattern, name) for pattern in self.ignored)
+
+
+def build_skeleton(config: "PretrainedConfig", name: str, *, trust_remote_code: bool) -> Skeleton:
+    """Builds the model of a config on the meta device, and reads names, shapes, ties and roles off it."""
+    model = _meta_model(config, name, trust_remote_code)
+    named = dict(model.named_parameters())
+    names = {id(p): n for n, p in named.items()}
+    input_module, output_module = model.get_input_embeddings(), _output_embeddings(model)
+    if not isinstance(getattr(input_module, "weight", None), nn.Parameter):
+        raise UnsupportedCheckpoint(f"{name}: {type(model).__name__} has no token-embedding table")
+    input_name = names[id(input_module.weight)]
+    output_name = None if output_module is None else names[id(output_module.weight)]
+    owners = {f"{m}.{n}".lstrip("."): module for m, module in model.named_modules() for n, _ in module.named_parameters(recurse=False)}
+    roles = {n: role_of(n, owners[n]) for n in named}
+    roles[input_name] = "input embedding"
+    if output_name not in (None, input_name):
+        roles[output_name] = "output embedding"
+    return Skeleton(
+        shapes={n: tuple(p.shape) for n, p in named.items()},
+        roles=roles,
+        input_name=input_name,
+        output_name=output_name,
+        tied=output_name == input_name,
+        prefix=model.base_model_prefix,
+        ignored=(*(model._keys_to_ignore_on_load_unexpected or ()), *(re.escape(n) + "$" for n, _ in model.named_buffers()), r"rotary_emb\.inv_freq$"),
+    )
+
+
+def role_of(name: str, owner: nn.Module | None = None) -> str:
+    """What a parameter is for, read off its module and path: the tables themselves are told apart by the caller.
+
+    >>> role_of("model.layers.3.self_attn.q_proj.weight")
+    'attention'
+    >>> role_of("transformer.h.0.ln_1.bias")
+    'norm'
+    """
+    if isinstance(owner, nn.Embedding):
+        return "position embedding"
+    path = name.lower()
+    if "norm" in type(owner).__name__.lower() or re.search(r"norm|\bln_|\.ln\d*\.", path):
+        return "norm"
+    if re.search(r"attn|attention", path):
+        return "attention"
+    if re.search(r"mlp|ffn|feed_forward|experts|\.fc\d|dense_h|dense_4h|intermediate|\.output\.dense", path):
+        return "mlp"
+    return "other"
+
+
+def _meta_model(config: "PretrainedConfig", name: str, trust_remote_code: bool) -> Any:
+    import transformers
+
+    architecture = getattr(transformers, (config.architectures or [""])[0] or "", None)
+    builders = [architecture._from_config] if hasattr(architecture, "_from_config") else []
+    builders += [
+        lambda c, auto=auto: auto.from_config(c, trust_remote_code=trust_remote_code)
+        for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM, transformers.AutoModel)
+    ]
+    reasons = []
+    for build in builders:
+        try:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return build(config)
+        except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError) as e:
+            reasons.append(str(e).splitlines()[0] if str(e) else type(e).__name__)
+    raise UnsupportedCheckpoint(f"{name}: transformers cannot build a {config.model_type!r} model from this config ({reasons[0]})")
+
+
+def _output_embeddings(model: Any) -> nn.Module | None:
+    """The module whose weight turns hidden states into logits over the same vocabulary, if there is one."""
+    module = model.get_output_embeddings()
+    weight = getattr(module, "weight", None)
+    return module if isinstance(weight, nn.Parameter) and weight.ndim == 2 else None

@@ -1,0 +1,212 @@
+"""The tensors of a checkpoint: which there are, and their rows, read lazily from safetensors or pickle files."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dimscope.checkpoints.sources import Source
+from dimscope.errors import CheckpointNotFound, CorruptCheckpoint, UnsafeCheckpoint
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_GUESS = 100_000  # bytes; nearly every safetensors header fits, so that one request fetches it
+HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor as its file declares it. `begin` and `end` are byte positions in the file (0 where it has none)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    n_bytes: int
+    file: str
+    begin: int = 0
+    end: int = 0
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class TensorReader(Protocol):
+    """One format of weight files. `tensors` costs the headers only; `read_rows` the rows asked for."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a matrix, in the dtype it is stored in (dequantised where it is packed)."""
+        ...
+
+    def prefetch(self, name: str) -> None:
+        """Says that the whole tensor will be read, perhaps several times."""
+        ...
+
+
+def parse_header(source: Source, file: str) -> dict[str, TensorInfo]:
+    """The tensors that one safetensors file declares, checked against the length of the file.
+
+    Raises CorruptCheckpoint where the header is no header, or declares what the file cannot hold.
+    """
+    head = source.read(file, 0, HEADER_GUESS).numpy().tobytes()
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or not 2 <= length <= HEADER_LIMIT:
+        raise CorruptCheckpoint(f"{source.name}: {file} is not a safetensors file, or is damaged (no valid header)")
+    if len(head) < 8 + length:
+        head = source.read(file, 0, 8 + length).numpy().tobytes()
+    try:
+        entries = json.loads(head[8 : 8 + length])
+        tensors = {n: _declared(n, e, file, 8 + length) for n, e in entries.items() if n != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CorruptCheckpoint(f"{source.name}: the header of {file} is damaged ({e})") from e
+    needed = max((t.end for t in tensors.values()), default=0)
+    if (size := source.size(file)) < needed:
+        raise CorruptCheckpoint(
+            f"{source.name}: {file} is truncated: its header declares {needed:,} bytes, the file has {size:,}; download it again"
+        )
+    return tensors
+
+
+def _declared(name: str, entry: dict, file: str, data_start: int) -> TensorInfo:
+    shape, (begin, end) = tuple(map(int, entry["shape"])), entry["data_offsets"]
+    dtype = DTYPES.get(entry["dtype"])
+    if not 0 <= begin <= end or min(shape, default=0) < 0:
+        raise ValueError(f"{name} lies at {begin}..{end} with shape {shape}")
+    if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:
+        raise ValueError(f"{name} has shape {shape} and dtype {entry['dtype']}, but {end - begin} bytes")
+    return TensorInfo(name, shape, entry["dtype"], end - begin, file, data_start + begin, data_start + end)
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsReader:
+    """Single or sharded safetensors: headers when opened, rows by byte range."""
+
+    source: Source
+    tensors: Mapping[str, TensorInfo]
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        info = self.tensors[name]
+        width = info.n_bytes // max(1, info.shape[0])
+        stop = min(stop, info.shape[0])
+        data = self.source.read(info.file, info.begin + start * width, info.begin + stop * width)
+        if data.numel() != (stop - start) * width:
+            raise CorruptCheckpoint(f"{self.source.name}: {info.file} ends in the middle of {name}; download it again")
+        return data.view(DTYPES[info.dtype]).view(stop - start, *info.shape[1:])
+
+    def prefetch(self, name: str) -> None:
+        info = self.tensors[name]
+        self.source.keep(info.file, info.begin, info.end)
+
+
+@dataclass(frozen=True, slots=True)
+class StateDictReader:
+    """Tensors that are in memory already (or memory-mapped by torch)."""
+
+    state: Mapping[str, Tensor]
+    tensors: Mapping[str, TensorInfo]
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.state[name][start:stop].detach().clone()
+
+    def prefetch(self, name: str) -> None:
+        """Nothing to do."""
+
+
+def open_safetensors(source: Source, files: list[str]) -> SafetensorsReader:
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        tensors |= parse_header(source, file)
+    return SafetensorsReader(source, tensors)
+
+
+def open_sharded(source: Source, index_file: str) -> SafetensorsReader:
+    """The shards that an index names; what it promises must be where it says."""
+    try:
+        weight_map: dict[str, str] = json.loads(source.fetch(index_file).read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CorruptCheckpoint(f"{source.name}: {index_file} is damaged ({e})") from e
+    if missing := [s for s in shards if s not in source.files]:
+        raise CorruptCheckpoint(
+            f"{source.name}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); download the model again"
+        )
+    reader = open_safetensors(source, shards)
+    for name, shard in weight_map.items():
+        if name not in reader.tensors or reader.tensors[name].file != shard:
+            raise CorruptCheckpoint(f"{source.name}: {index_file} says that {name} is in {shard}, but it is not")
+    return reader
+
+
+def open_pickle(source: Source, files: list[str]) -> StateDictReader:
+    """Weights in torch's pickle format, memory-mapped, loaded with `weights_only`."""
+    import pickle
+
+    state: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for file in files:
+        try:
+            part = torch.load(source.fetch(file), map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as e:
+            raise CorruptCheckpoint(f"{source.name}: {file} cannot be read ({str(e).splitlines()[0]})") from e
+        state |= part
+        origin |= dict.fromkeys(part, file)
+    infos = {
+        n: TensorInfo(n, tuple(t.shape), NAMES.get(t.dtype, str(t.dtype)), t.nbytes, origin[n]) for n, t in state.items()
+    }
+    return StateDictReader(state, infos)
+
+
+def open_weights(source: Source, *, allow_pickle: bool) -> TensorReader:
+    """The reader for the format that the files are in: GGUF, safetensors, or pickle where that is allowed."""
+    files = source.files
+    gguf = sorted(f for f in files if f.endswith(".gguf"))
+    if "model.safetensors.index.json" in files:
+        return open_sharded(source, "model.safetensors.index.json")
+    if "model.safetensors" in files:
+        return open_safetensors(source, ["model.safetensors"])
+    if loose := sorted(f for f in files if f.endswith(".safetensors") and not f.startswith("adapter")):
+        return _open_loose(source, loose)
+    if len(gguf) == 1:
+        from dimscope.checkpoints.gguf import open_gguf
+
+        return open_gguf(source, gguf[0])
+    if gguf:
+        raise CheckpointNotFound(f"{source.name}: {len(gguf)} GGUF files here; name one of them ({gguf[0]})")
+    pickles = sorted(f for f in files if f.startswith("pytorch_model") and f.endswith(".bin"))
+    if pickles and allow_pickle:
+        return open_pickle(source, pickles)
+    if pickles:
+        raise UnsafeCheckpoint(
+            f"{source.name}: only pickle weights ({pickles[0]}), which can run code when loaded; "
+            "convert them to safetensors, or pass --allow-pickle if you trust them"
+        )
+    raise CheckpointNotFound(f"{source.name}: no weights found (no *.safetensors, no *.gguf)")
+
+
+def _open_loose(source: Source, files: list[str]) -> SafetensorsReader:
+    """safetensors files without an index: one file under another name, or shards whose index is missing."""
+    if len(files) > 1:
+        raise CorruptCheckpoint(
+            f"{source.name}: {len(files)} safetensors files but no model.safetensors.index.json; download the model again"
+        )
+    return open_safetensors(source, files)

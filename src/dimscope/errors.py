@@ -1,0 +1,61 @@
+"""The errors that a user can cause, and that the command line answers with one line and exit code 2.
+
+    DimscopeError
+    ├── CheckpointError             the checkpoint itself
+    │   ├── CheckpointNotFound      no such folder, hub id or revision; no access to it
+    │   ├── NetworkError            the hub cannot be reached, or broke off
+    │   ├── CorruptCheckpoint       truncated or damaged files, an index that lies, a shape that contradicts the config
+    │   ├── UnsupportedCheckpoint   quantised weights, an architecture that transformers does not know
+    │   └── UnsafeCheckpoint        pickle weights or remote code, without the flag that accepts the risk
+    ├── TokenizerMissing            the question needs text, and the checkpoint has no tokenizer
+    ├── NonFiniteRows               NaN or Inf in the table
+    ├── MissingExtra                a package that only an extra brings
+    └── InvalidArgument             an argument that does not fit this model
+"""
+
+
+class DimscopeError(Exception):
+    """Base of all errors whose message is meant for the user."""
+
+
+class CheckpointError(DimscopeError):
+    """Something is wrong with the checkpoint."""
+
+
+class CheckpointNotFound(CheckpointError):
+    """There is no such folder, hub id or revision, or no access to it."""
+
+
+class NetworkError(CheckpointError):
+    """The hub cannot be reached, or a download broke off."""
+
+
+class CorruptCheckpoint(CheckpointError):
+    """The files contradict themselves, each other or the config."""
+
+
+class UnsupportedCheckpoint(CheckpointError):
+    """The files are sound, but of a kind that cannot be studied."""
+
+
+class UnsafeCheckpoint(CheckpointError):
+    """Reading the files could run code that they bring along."""
+
+
+class TokenizerMissing(DimscopeError):
+    """The checkpoint has no tokenizer, and the question needs one."""
+
+
+class NonFiniteRows(DimscopeError):
+    """The table has rows with NaN or Inf."""
+
+
+class MissingExtra(DimscopeError):
+    """A package is needed that only an extra of dimscope installs."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"this needs the package {package}: pip install 'dimscope[{extra}]'")
+
+
+class InvalidArgument(DimscopeError):
+    """An argument does not fit this model."""

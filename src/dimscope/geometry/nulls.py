@@ -1,0 +1,110 @@
+"""What noise of the same shape would show: Marchenko-Pastur, Gavish-Donoho, column-permuted tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dimscope.geometry.spectrum import Spectrum, spectrum
+from dimscope.representations.embedding import EmbeddingTable
+from dimscope.representations.moments import moments
+
+TRACY_WIDOM_99 = 2.0234  # 99% quantile of the Tracy-Widom law for real matrices (Johnstone 2001)
+STRETCHES = 64  # pieces of the table that every permuted block is made of
+
+
+def marchenko_pastur_quantiles(n_rows: int, dim: int, shares: Float[np.ndarray, " q"]) -> Float[np.ndarray, " q"]:
+    """Quantiles of the non-zero eigenvalues of X^T X / max(N, d) for N x d white noise of variance 1.
+
+    The density sqrt((b - x)(x - a)) / (2 pi beta x) on [a, b] = (1 -+ sqrt beta)^2, beta = min/max of N and d
+    (Marchenko & Pastur 1967), integrated on x = 1 + beta - 2 sqrt(beta) cos(t), which removes the square-root ends.
+    """
+    beta = min(n_rows, dim) / max(n_rows, dim)
+    t = np.linspace(0, math.pi, 20_001)
+    x = 1 + beta - 2 * math.sqrt(beta) * np.cos(t)
+    # At beta = 1 density and x both vanish at t = 0; their ratio tends to 2 there.
+    density = np.divide(np.sin(t) ** 2, x, out=np.full_like(t, 2.0 * (beta == 1)), where=x > 0)
+    cumulative = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return np.interp(shares, cumulative / cumulative[-1], x)
+
+
+def white_noise_spectrum(n_rows: int, dim: int, std: float, *, centred: bool) -> Spectrum:
+    """The expected singular values of an N x d Gaussian table: Marchenko-Pastur quantiles, not uniform ones."""
+    n = n_rows - centred
+    rank = min(n, dim)
+    shares = 1 - (np.arange(rank) + 0.5) / rank
+    eigenvalues = marchenko_pastur_quantiles(n, dim, shares) * max(n, dim)
+    return Spectrum(torch.from_numpy(std * np.sqrt(eigenvalues)), n_rows, dim, centred)
+
+
+def noise_scale(of: Spectrum) -> float:
+    """The standard deviation of the white noise whose median singular value is that of the spectrum."""
+    n = of.n_rows - of.centred
+    median = marchenko_pastur_quantiles(n, of.dim, np.array([0.5]))[0] * max(n, of.dim)
+    return float(of.singular_values.quantile(0.5)) / math.sqrt(median)
+
+
+def noise_edge(of: Spectrum, scale: float) -> float:
+    """The singular value that white noise of this scale exceeds once in 100 tables (Johnstone 2001).
+
+    The largest eigenvalue lies at mu + sigma TW, mu = (sqrt(n - 1) + sqrt d)^2, sigma = (sqrt(n - 1) + sqrt d)
+    (1 / sqrt(n - 1) + 1 / sqrt d)^(1/3).
+    """
+    a, b = math.sqrt(max(of.n_rows - of.centred - 1, 1)), math.sqrt(of.dim)
+    return scale * math.sqrt((a + b) ** 2 + TRACY_WIDOM_99 * (a + b) * (1 / a + 1 / b) ** (1 / 3))
+
+
+def gavish_donoho_rank(of: Spectrum) -> int:
+    """Singular values above omega(beta) times their median: the optimal hard threshold for unknown white noise.
+
+    Gavish & Donoho 2014 (arXiv 1305.5870): omega = lambda(beta) / sqrt(median of Marchenko-Pastur).
+    """
+    n = of.n_rows - of.centred
+    beta = min(n, of.dim) / max(n, of.dim)
+    optimal = math.sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta**2 + 14 * beta + 1)))
+    omega = optimal / math.sqrt(marchenko_pastur_quantiles(n, of.dim, np.array([0.5]))[0])
+    return int((of.singular_values > omega * of.singular_values.quantile(0.5)).sum())
+
+
+def permuted_spectrum(table: EmbeddingTable, *, centred: bool, draws: int, seed: int) -> tuple[Spectrum, Float[Tensor, " m"]]:
+    """Mean and standard deviation over draws of the spectrum of the table with every column permuted by itself.
+
+    Parallel analysis (Horn 1965; permutations: Buja & Eyuboglu 1992): columns keep their values, so their
+    variances and tails, and lose what they have to do with each other.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    runs = [spectrum(moments(_permuted_blocks(table, generator)), centred=centred) for _ in range(draws)]
+    values = torch.stack([r.singular_values for r in runs])
+    spread = values.std(dim=0) if draws > 1 else torch.full_like(values[0], math.nan)
+    return Spectrum(values.mean(dim=0), runs[0].n_rows, runs[0].dim, centred), spread
+
+
+def _permuted_blocks(table: EmbeddingTable, generator: torch.Generator) -> Iterator[Float[Tensor, "n d"]]:
+    """Blocks whose columns are permuted within the block; a block is made of stretches from all over the table.
+
+    The rows of a block are shuffled and each column is then rotated by an offset of its own, so that any two
+    columns are matched at random. Stretches from everywhere keep trends along the token ids from surviving.
+    """
+    for rows in _scattered_blocks(table):
+        n, d = rows.shape
+        order = torch.randperm(n, generator=generator)
+        offsets = torch.randperm(max(n, d), generator=generator)[:d]
+        index = (torch.arange(n)[:, None] + offsets) % n
+        yield rows[order].gather(0, index)
+
+
+def _scattered_blocks(table: EmbeddingTable) -> Iterator[Float[Tensor, "n d"]]:
+    size = 128
+    starts = torch.arange(0, table.n_rows, size)
+    n_blocks = max(1, len(starts) // STRETCHES)
+    for b in range(n_blocks):
+        ids = torch.cat([torch.arange(s, min(s + size, table.n_rows)) for s in starts[b::n_blocks].tolist()])
+        if table.excluded:
+            ids = ids[torch.tensor([i not in table.excluded for i in ids.tolist()])]
+        if len(ids):
+            yield table.rows(ids)

@@ -1,0 +1,146 @@
+"""All pairs of rows within a radius, exact in all dimensions, and the groups that they form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from dimscope.errors import InvalidArgument
+
+TILE = 128  # rows that are compared with others at once
+WIDTH = 8192  # rows they are compared with at once
+LEADING = 32  # dimensions that prune
+PACKED = 3  # dimensions that the tiles are packed by
+LIMIT = 20_000_000  # pairs; beyond it the radius says nothing about duplicates
+ROUNDING = 5e-6  # float32 may be off by this share of the largest squared norm in a squared distance of 32 terms
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Pairs of row positions (first < second) and their distances in float64."""
+
+    first: Int[np.ndarray, " p"]
+    second: Int[np.ndarray, " p"]
+    distance: Float[np.ndarray, " p"]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+def pairs_within(rows: Float[Tensor, "n d"], components: Float[Tensor, "d m"], radius: float, *, progress: bool = False) -> Pairs:
+    """Every pair of rows at distance <= radius, with its distance.
+
+    A projection on orthonormal `components` never lengthens a distance, so pairs further apart than the radius in the
+    projection are dropped unseen: first whole tiles of rows by their bounding boxes, then single pairs. What is left
+    is measured in all dimensions in float64. Exact for any radius; the smaller, the faster.
+
+    Raises InvalidArgument for a negative radius, or where more than 20 million pairs lie within it.
+    """
+    if not radius >= 0:
+        raise InvalidArgument(f"a radius is a number from 0 on, not {radius}")
+    projected = (rows - rows.mean(dim=0)) @ components[:, :LEADING].float()
+    order = _tile_order(projected[:, :PACKED].numpy())
+    found, total = [], 0
+    for first, second in _candidates(projected[order], radius, progress):
+        part = _measure(rows, order[first], order[second], radius)
+        total += len(part)
+        if total > LIMIT:
+            raise InvalidArgument(f"more than {LIMIT:,} pairs lie within {radius:g}; take a smaller radius")
+        found.append(part)
+    fields = ([p.first for p in found], [p.second for p in found], [p.distance for p in found])
+    return Pairs(*(np.concatenate(parts) if parts else np.empty(0, kind) for parts, kind in zip(fields, (int, int, float), strict=True)))
+
+
+def _tile_order(leading: Float[np.ndarray, "n a"]) -> Int[Tensor, " n"]:
+    """Rows ordered such that consecutive ones lie close together: sort-tile-recursive packing (Leutenegger et al. 1997)."""
+    n = len(leading)
+    slabs = max(1, round((n / TILE) ** (1 / 3)))
+    group = np.zeros(n, dtype=np.int64)
+    for axis in range(leading.shape[1]):
+        order = np.lexsort((leading[:, axis], group))
+        _, starts, sizes = np.unique(group[order], return_index=True, return_counts=True)
+        place = np.arange(n) - np.repeat(starts, sizes)  # place within the group
+        group[order] = group[order] * slabs + place * slabs // np.repeat(sizes, sizes)
+    return torch.from_numpy(np.argsort(group, kind="stable"))
+
+
+def _candidates(projected: Float[Tensor, "n m"], radius: float, progress: bool) -> Iterator[tuple[Int[Tensor, " c"], Int[Tensor, " c"]]]:
+    """Pairs of places, tile by tile, that are within the radius as far as the projection can tell."""
+    half = projected.square().sum(dim=1) / 2
+    limit = radius**2 + ROUNDING * 2 * float(half.max() if len(half) else 0)
+    tiles = projected.split(TILE)
+    low, high = (torch.stack([reduce(t, 0) for t in tiles]) if tiles[0].numel() else projected for reduce in (torch.amin, torch.amax))
+    for i, tile in enumerate(tqdm(tiles, desc="pairs", unit="tile", disable=None if progress else True)):
+        if not len(tile):
+            continue
+        gap = torch.maximum(low[i:] - high[i], low[i] - high[i:]).clamp_min(0)
+        near = torch.nonzero(gap.square().sum(dim=1) <= limit).squeeze(1) + i
+        places = torch.cat([torch.arange(t * TILE, min((t + 1) * TILE, len(projected))) for t in near.tolist()])
+        packed = projected[places, :PACKED]
+        gap = torch.maximum(packed - high[i, :PACKED], low[i, :PACKED] - packed).clamp_min(0)
+        places = places[gap.square().sum(dim=1) <= limit]
+        own = torch.arange(i * TILE, i * TILE + len(tile))
+        threshold = half[own, None] - limit / 2
+        hits = []
+        for others in places.split(WIDTH):
+            # |a - b|^2 <= limit, written as a . b - |b|^2 / 2 >= (|a|^2 - limit) / 2: one product, one comparison
+            close = torch.addmm(half[others], tile, projected[others].T, beta=-1) >= threshold
+            a, b = torch.nonzero(close, as_tuple=True)
+            hits.append((own[a], others[b]))
+        first, second = (torch.cat(part) for part in zip(*hits, strict=True))
+        once = first < second
+        yield first[once], second[once]
+
+
+def _measure(rows: Float[Tensor, "n d"], first: Int[Tensor, " c"], second: Int[Tensor, " c"], radius: float) -> Pairs:
+    """The candidates that are within the radius in all dimensions, measured in float64."""
+    left, a = first.unique(return_inverse=True)
+    right, b = second.unique(return_inverse=True)
+    x, y = rows[left].double(), rows[right].double()
+    centre = x.mean(dim=0)  # near rows stay near it, so that nothing cancels
+    x, y = x - centre, y - centre
+    x2, y2 = x.square().sum(dim=1), y.square().sum(dim=1)
+    squared = (x2[:, None] + y2 - 2 * x @ y.T)[a, b] if len(first) else torch.empty(0, dtype=torch.float64)
+    blurred = squared <= 1e-10 * (x2[a] + y2[b])  # fewer than 6 digits left: measure those one by one
+    for chunk in torch.nonzero(blurred).squeeze(1).split(4096):
+        squared[chunk] = (rows[first[chunk]].double() - rows[second[chunk]].double()).square().sum(dim=1)
+    distance = squared.clamp_min(0).sqrt()
+    kept = distance <= radius
+    ends = torch.stack([first[kept], second[kept]])
+    return Pairs(ends.amin(dim=0).numpy(), ends.amax(dim=0).numpy(), distance[kept].numpy())
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Rows linked by pairs: for each member its position and its group, groups by falling size, members by position."""
+
+    position: Int[np.ndarray, " m"]
+    group: Int[np.ndarray, " m"]
+
+
+def connected_groups(pairs: Pairs, n_rows: int) -> Groups:
+    """The connected components of two rows or more of the graph whose edges are the pairs."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(pairs), dtype=np.int8), (pairs.first, pairs.second)), shape=(n_rows, n_rows))
+    _, label = connected_components(graph, directed=False)
+    sizes = np.bincount(label)
+    members = np.nonzero(sizes[label] > 1)[0]
+    ranked = np.argsort(-sizes, kind="stable")
+    rank = np.empty_like(ranked)
+    rank[ranked] = np.arange(len(ranked))
+    order = np.argsort(rank[label[members]], kind="stable")
+    return Groups(members[order], rank[label[members]][order])
+
+
+def diameter(rows: Float[Tensor, "n d"]) -> float:
+    """The largest distance between two of the rows, in float64, 1,024 x N distances at a time."""
+    centred = rows.double() - rows.double().mean(dim=0)
+    return max(float(torch.cdist(part, centred).max()) for part in centred.split(1024))

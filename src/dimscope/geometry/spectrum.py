@@ -1,0 +1,68 @@
+"""The singular spectrum of N x d rows, from their moments, and the principal components that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dimscope.representations.moments import Moments, moments
+
+SMALL = 10**11  # N x d x d up to which float64 products cost next to nothing
+CONDITION = 30.0  # largest singular value over the smallest, up to which float32 products keep 7 digits
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """Singular values in falling order, float64, of `n_rows` x `dim` numbers, centred or not."""
+
+    singular_values: Float[Tensor, " m"]
+    n_rows: int
+    dim: int
+    centred: bool
+
+    @property
+    def preprocess(self) -> str:
+        return "centred" if self.centred else "uncentred"
+
+    @property
+    def max_rank(self) -> int:
+        """min(N - 1, d) of centred rows, else min(N, d)."""
+        return min(self.n_rows - self.centred, self.dim)
+
+    @property
+    def explained_variance_ratio(self) -> Float[Tensor, " m"]:
+        """p_i = sigma_i^2 / sum sigma^2; all zero for a table of zeros."""
+        energy = self.singular_values.square()
+        return energy / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def spectrum(of: Moments, *, centred: bool) -> Spectrum:
+    """All min(N, d) singular values from the d x d moments (one `eigvalsh`, float64)."""
+    eigenvalues = torch.linalg.eigvalsh(of.scatter(centred=centred)).clamp_min(0).flip(0)
+    rank = min(of.count - centred, len(eigenvalues))
+    return Spectrum(eigenvalues[:rank].sqrt(), of.count, len(eigenvalues), centred)
+
+
+def table_moments(blocks: Callable[[], Iterable[Float[Tensor, "n d"]]], n_rows: int, dim: int) -> Moments:
+    """Moments whose every singular value has at least 6 digits: products in float32 where that is enough, else float64.
+
+    `blocks` is called once, or twice where the first pass shows a spectrum too wide for float32 products.
+    """
+    if n_rows * dim * dim <= SMALL:
+        return moments(blocks(), dtype=torch.float64)
+    first = moments(blocks())
+    values = spectrum(first, centred=False).singular_values
+    wide = bool(values[0] > CONDITION * values[-1])
+    return moments(blocks(), dtype=torch.float64) if wide else first
+
+
+def principal_components(of: Moments, k: int, *, centred: bool = True) -> Float[Tensor, "d k"]:
+    """The k leading components as orthonormal columns; signs such that each column's largest entry is positive."""
+    _, vectors = torch.linalg.eigh(of.scatter(centred=centred))
+    leading = vectors.flip(1)[:, :k]
+    signs = leading.gather(0, leading.abs().argmax(dim=0, keepdim=True)).sign()
+    return leading * signs

@@ -1,0 +1,162 @@
+"""Every colour, mark and layout rule of the figures and the page, in one place.
+
+A colour means one thing everywhere. All data colours keep a contrast of 3:1 or more on the light and on the dark page,
+and categories also differ in shape, so that nothing hangs on colour vision alone.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import plotly.graph_objects as go
+
+ThemeName = Literal["light", "dark"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How one kind of thing is drawn: colour, marker symbol and line dash."""
+
+    colour: str
+    symbol: str = "circle"
+    dash: str = "solid"
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """The colours of the page around the data, for one theme."""
+
+    background: str
+    panel: str
+    text: str
+    muted: str
+    grid: str
+    accent: str
+
+
+# Hues after Okabe and Ito (2008), darkened or lightened until they stand out on white and on near-black alike.
+CATEGORY_MARKS: dict[str, Mark] = {
+    "ordinary": Mark("#3f86cf", "circle"),
+    "special": Mark("#d55e00", "diamond"),
+    "byte": Mark("#009e73", "square"),
+    "undecodable": Mark("#b07f00", "triangle-up"),
+    "unreachable": Mark("#c45a9c", "cross"),
+    "beyond": Mark("#8d79d6", "x"),
+}
+
+# The measured table shares the blue of ordinary tokens: blue is what the model holds, grey and brown are chance.
+MEASURED = Mark("#3f86cf", "circle", "solid")
+GAUSSIAN_NULL = Mark("#82878f", "diamond-open", "dash")
+PERMUTED_NULL = Mark("#a8703a", "square-open", "dot")
+HIGHLIGHT = Mark("#e0402f", "circle-open")
+
+ROLE_COLOURS: dict[str, str] = {
+    "input embedding": "#3f86cf",
+    "output embedding": "#8d79d6",
+    "position embedding": "#c45a9c",
+    "attention": "#b07f00",
+    "mlp": "#82878f",
+    "norm": "#009e73",
+    "other": "#a8703a",
+}
+
+SURFACES: dict[ThemeName, Surface] = {
+    "light": Surface("#ffffff", "#f4f6f8", "#1c2430", "#56606e", "#dfe3e8", "#1f66ad"),
+    "dark": Surface("#12161c", "#1c222b", "#e6eaf0", "#a3adba", "#333c48", "#7db8f0"),
+}
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'Liberation Sans', sans-serif"
+CLEAR = "rgba(0,0,0,0)"
+
+# A figure outside the page (README, notebook) does not know what is behind it: mid-greys are legible on both.
+_NEUTRAL = Surface(CLEAR, "#f4f6f8", "#72777f", "#72777f", "rgba(128,128,128,0.28)", "#3f86cf")
+
+_SEQUENTIAL: dict[ThemeName, list[str]] = {
+    "light": ["#a9cbe8", "#5a97cc", "#2c5f9e", "#12264d"],
+    "dark": ["#33557c", "#5a8fc4", "#b5cfe6", "#fff3c4"],
+}
+
+
+def _scale(colours: list[str]) -> list[list[float | str]]:
+    return [[i / (len(colours) - 1), colour] for i, colour in enumerate(colours)]
+
+
+def _diverging(middle: str) -> list[list[float | str]]:
+    return _scale(["#2166ac", "#67a9cf", middle, "#ef8a62", "#b2182b"])
+
+
+def _axis(surface: Surface) -> dict[str, object]:
+    return {
+        "automargin": True,
+        "gridcolor": surface.grid,
+        "zerolinecolor": surface.grid,
+        "linecolor": surface.muted,
+        "tickcolor": surface.muted,
+        "ticks": "outside",
+        "ticklen": 4,
+        "title": {"standoff": 8},
+        "separatethousands": True,
+    }
+
+
+def _layout(surface: Surface, theme: ThemeName) -> go.layout.Template:
+    axis = _axis(surface)
+    # The middle of the diverging scale is the page itself: no correlation, no ink.
+    middle = SURFACES[theme].panel
+    return go.layout.Template(
+        layout={
+            "font": {"family": FONT, "size": 13, "color": surface.text},
+            "paper_bgcolor": CLEAR,
+            "plot_bgcolor": CLEAR,
+            "margin": {"l": 8, "r": 12, "t": 16, "b": 8},
+            "xaxis": axis,
+            "yaxis": axis,
+            "title": {"font": {"size": 14}, "x": 0.5, "xanchor": "center"},
+            "legend": {
+                "orientation": "h",
+                "x": 0,
+                "y": 1.02,
+                "xanchor": "left",
+                "yanchor": "bottom",
+                "bgcolor": CLEAR,
+                "itemsizing": "constant",
+            },
+            "hoverlabel": {
+                "bgcolor": SURFACES[theme].panel,
+                "bordercolor": surface.muted,
+                "font": {"color": SURFACES[theme].text, "family": FONT},
+                "align": "left",
+            },
+            "colorscale": {"sequential": _scale(_SEQUENTIAL[theme]), "diverging": _diverging(middle)},
+            "coloraxis": {"colorbar": {"outlinewidth": 0, "thickness": 12, "ticks": "outside"}},
+            "annotationdefaults": {"font": {"color": surface.text}, "arrowcolor": surface.muted},
+            "shapedefaults": {"line": {"color": surface.muted}},
+            "modebar": {"bgcolor": CLEAR, "color": surface.muted, "activecolor": surface.accent},
+            "hovermode": "closest",
+        }
+    )
+
+
+NEUTRAL_TEMPLATE = _layout(_NEUTRAL, "light")
+
+
+def template(theme: ThemeName) -> go.layout.Template:
+    """Return the plotly template of the page in this theme; the page swaps it with one relayout."""
+    return _layout(SURFACES[theme], theme)
+
+
+def css_variables(theme: ThemeName) -> str:
+    """Return the page's custom properties for this theme, so that CSS and figures cannot drift apart."""
+    return " ".join(f"--{name}: {value};" for name, value in asdict(SURFACES[theme]).items())
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return the values to label on a logarithmic axis: steps of 1-2-5, or powers of ten where the range is long."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 2, 5) if last - first <= 2 else (1,)
+    return [float(f"{step}e{power}") for power in range(first, last + 1) for step in steps]
+
+
+def figure(height: int, **layout: object) -> go.Figure:
+    """Start an empty figure in the house style, `height` pixels tall; its width follows the page."""
+    return go.Figure(layout={"template": NEUTRAL_TEMPLATE, "height": height, **layout})

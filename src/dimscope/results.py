@@ -1,0 +1,89 @@
+"""Result tables on disk: Parquet with a JSON of provenance beside each, written whole or not at all, reused when asked again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from dimscope.errors import InvalidArgument
+
+PACKAGES = ("dimscope", "torch", "transformers", "numpy", "scipy", "polars")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file such that it is there with all its bytes, or not at all, whatever interrupts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode())
+
+
+def write_table(path: Path, table: pl.DataFrame) -> None:
+    """A frame as Parquet (zstd), whole or not at all."""
+    import io
+
+    buffer = io.BytesIO()
+    table.write_parquet(buffer, compression="zstd")
+    write_whole(path, buffer.getvalue())
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFolder:
+    """The finished tables of one run: DIR/tables/NAME.parquet with DIR/tables/NAME.json.
+
+    `recipe` is what every table of the run depends on (model, its fingerprint, seed). A finished table is used again
+    only where its recipe, with the table's own arguments, is the same.
+    """
+
+    path: Path
+    recipe: Mapping[str, Any]
+
+    def table(self, name: str, arguments: Mapping[str, Any], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
+        """The table `name`: read where it is finished, else computed and put on disk before anything else begins."""
+        wanted = json.loads(json.dumps({"recipe": dict(self.recipe), "arguments": dict(arguments)}))
+        parquet, provenance = self.path / "tables" / f"{name}.parquet", self.path / "tables" / f"{name}.json"
+        if parquet.exists() and _read_json(provenance).get("made_by") == wanted:
+            return pl.read_parquet(parquet)
+        provenance.unlink(missing_ok=True)  # from here to the end of the write there is no finished table
+        table = compute()
+        write_table(parquet, table)
+        digest = hashlib.sha256(parquet.read_bytes()).hexdigest()
+        write_json(provenance, {"made_by": wanted, "rows": len(table), "sha256": digest, "versions": versions()})
+        return table
+
+
+def check_folder(path: Path) -> None:
+    """Makes sure, without writing anything, that results can go to a folder. Raises InvalidArgument where they cannot."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise InvalidArgument(f"{path}: results go to a folder, and {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise InvalidArgument(f"{path}: no permission to write there")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,263 @@
+"""The study of an embedding table: from an opened checkpoint to the finished tables of its report section."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import polars as pl
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from dimscope.checkpoints.budget import parameter_budget
+from dimscope.checkpoints.checkpoint import Checkpoint
+from dimscope.checkpoints.vocabulary import Vocabulary, read_vocabulary
+from dimscope.errors import InvalidArgument
+from dimscope.geometry.neighbors import NeighborIndex, build_index
+from dimscope.geometry.pairs import connected_groups, pairs_within
+from dimscope.geometry.similarity import correlated_blocks, correlation_matrix
+from dimscope.geometry.spectrum import principal_components, table_moments
+from dimscope.geometry.untrained import UntrainedScores
+from dimscope.representations.embedding import EmbeddingTable, open_table
+from dimscope.representations.moments import Moments
+from dimscope.results import ResultFolder, versions
+from dimscope.studies import embedding_tables as tables
+from dimscope.studies.lookup import NEIGHBORS, find_neighbors, parse_query, project, query_vector
+
+PROBES = (" water", " king", " London", " Monday", " red", " he", "1", "A", "$", "**")
+CORRELATED = 0.99  # Pearson correlation from which two tokens count as near-perfectly correlated
+NEAR = 0.01  # radius of duplicates in units of the mean row norm
+LARGEST_MATRIX = 4096  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingSettings:
+    """What the study is asked for beyond the model."""
+
+    side: str = "input"
+    first_ids: int = 500  # token ids 0 to this one in the correlation matrix
+    neighbors: int = 10
+    sample: int = 5000  # tokens whose neighbours are precomputed
+    full_knn: bool = False
+    permutations: int = 3
+    seed: int = 0
+    skip_nonfinite: bool = False
+
+
+class EmbeddingWork:
+    """What several tables need, computed when the first of them asks: a resumed study pays for what is missing only."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: EmbeddingSettings, table: EmbeddingTable) -> None:
+        self.checkpoint, self.settings, self.table = checkpoint, settings, table
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return read_vocabulary(self.checkpoint.source, self.table.n_rows)
+
+    @cached_property
+    def moments(self) -> Moments:
+        return moments_of(self.table)
+
+    @cached_property
+    def untrained(self) -> UntrainedScores:
+        return tables.score_untrained(self.vocabulary, self.table)
+
+    @cached_property
+    def loaded(self) -> tuple[Int[Tensor, " n"], Float[Tensor, "n d"]]:
+        return self.table.load()
+
+    @cached_property
+    def index(self) -> NeighborIndex:
+        return build_index(*self.loaded)
+
+    def correlation(self) -> pl.DataFrame:
+        ids = self.loaded[0][: self.settings.first_ids]
+        labels = [self.vocabulary.tokens[i].label for i in ids.tolist()]
+        return tables.correlation_frame(ids.tolist(), labels, correlation_matrix(self.loaded[1][: len(ids)]))
+
+    def correlation_blocks(self) -> pl.DataFrame:
+        groups, pairs = correlated_blocks(self.loaded[1], CORRELATED, progress=True)
+        return tables.blocks_frame(groups, pairs, self.loaded[0], self.vocabulary)
+
+    def default_radius(self) -> float:
+        return NEAR * float(self.loaded[1].norm(dim=1).double().mean())
+
+    def duplicates(self) -> pl.DataFrame:
+        ids, rows = self.loaded
+        radius = self.default_radius()
+        pairs = pairs_within(rows, principal_components(self.moments, 32), radius, progress=True)
+        return tables.duplicates_frame(connected_groups(pairs, len(rows)), ids, rows, self.vocabulary, radius)
+
+    def sample(self) -> Int[Tensor, " s"]:
+        """Places of the tokens whose neighbours are precomputed, in order."""
+        n = self.table.n_used
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        return torch.randperm(n, generator=generator)[: self.settings.sample].sort().values
+
+    def knn(self) -> pl.DataFrame:
+        ids, rows = self.loaded
+        places = torch.arange(len(ids)) if self.settings.full_knn else self.sample()
+        return tables.knn_frame(self.index, ids[places], rows[places], self.settings.neighbors)
+
+    def hubs(self) -> tuple[pl.DataFrame, float, float]:
+        places = self.sample()
+        ids, rows = self.loaded
+        return tables.hubs_frame(build_index(ids[places], rows[places]), self.vocabulary, self.settings.neighbors, self.settings.seed)
+
+    def probes(self) -> pl.DataFrame:
+        """Neighbours of a few words and signs that are single tokens, in all dimensions and in the leading components."""
+        ids, rows = self.loaded
+        projected = project(self.moments, rows, tables.COMPONENTS)
+        small = build_index(ids, projected.rows)
+        queries = [parse_query(text, self.vocabulary) for text in PROBES] if self.vocabulary.encode else []
+        frames = [pl.DataFrame(schema=NEIGHBORS | {"cosine": pl.Float64})]
+        for query in queries:
+            if len(query.ids) == 1 and query.ids[0] not in self.table.excluded:
+                vector = query_vector(query, self.table)
+                frames.append(find_neighbors(query, vector, self.index, self.vocabulary, 8, "all d dimensions"))
+                space = f"first {tables.COMPONENTS} components"
+                frames.append(find_neighbors(query, projected.apply(vector), small, self.vocabulary, 8, space))
+        return pl.concat(frames).with_columns(query=pl.col("query").str.replace("^ ", "␣"))
+
+
+def moments_of(table: EmbeddingTable) -> Moments:
+    return table_moments(lambda: (rows for _, rows in table.blocks()), table.n_used, table.dim)
+
+
+def study_embedding(checkpoint: Checkpoint, folder: ResultFolder, settings: EmbeddingSettings) -> dict[str, Any]:
+    """Runs the study into a folder, table by table, and returns the facts for report.json.
+
+    Finished tables are used again. Raises NonFiniteRows where the table has NaN or Inf and they are not to be skipped.
+    """
+    began = time.monotonic()
+    work = EmbeddingWork(checkpoint, settings, open_table(checkpoint, settings.side, skip_nonfinite=settings.skip_nonfinite))
+    given = asdict(settings)
+    side = settings.side
+
+    def several(compute: Callable[[EmbeddingTable, Moments, str], pl.DataFrame]) -> pl.DataFrame:
+        return pl.concat(compute(t, m, s) for t, m, s in _sides(work))
+
+    units: Mapping[str, Callable[[], pl.DataFrame]] = {
+        "budget": lambda: parameter_budget(checkpoint),
+        "spectrum": lambda: several(lambda t, m, s: tables.spectrum_frame(s, t, m, settings.permutations, settings.seed)),
+        "dimensions": lambda: several(lambda t, _, s: tables.dimensions_frame(s, done["spectrum"], t.n_used, t.dim)),
+        "duplicates": work.duplicates,
+        "tokens": lambda: _with_groups(tables.tokens_frame(work.vocabulary, work.table, work.moments, work.untrained), done["duplicates"]),
+        "correlation": work.correlation,
+        "correlation_blocks": work.correlation_blocks,
+        "probes": work.probes,
+        "knn": work.knn,
+        "hubs": lambda: work.hubs()[0],
+        "measures": lambda: _measures(work, side),
+    }
+    done: dict[str, pl.DataFrame] = {}
+    progress = tqdm(units.items(), desc="embedding study", unit="table", disable=None)
+    for name, compute in progress:
+        progress.set_postfix_str(name)
+        done[name] = folder.table(name, given, compute)
+    return _facts(work, done, given) | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def token_table(checkpoint: Checkpoint, table: EmbeddingTable, *, duplicates: bool) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The tokens of a table, and, where asked for, their groups of near-duplicates: `tokens_frame`, `duplicates_frame`."""
+    work = EmbeddingWork(checkpoint, EmbeddingSettings(), table)
+    tokens = tables.tokens_frame(work.vocabulary, table, work.moments, work.untrained)
+    if not duplicates:
+        return tokens, pl.DataFrame()
+    groups = work.duplicates()
+    return tokens.filter(pl.col("id").is_in(groups["id"].to_list())), groups
+
+
+def pair_tables(checkpoint: Checkpoint, table: EmbeddingTable, radius: float | None) -> tuple[pl.DataFrame, pl.DataFrame, float]:
+    """Pairs within a radius (ids, labels, distance, nearest first), their groups, and the radius (1% of the mean norm if None)."""
+    work = EmbeddingWork(checkpoint, EmbeddingSettings(), table)
+    ids, rows = work.loaded
+    used = work.default_radius() if radius is None else radius
+    found = pairs_within(rows, principal_components(work.moments, 32), used, progress=True)
+    labels = pl.Series([t.label for t in work.vocabulary.tokens], dtype=pl.String)
+    first, second = ids.numpy()[found.first], ids.numpy()[found.second]
+    frame = pl.DataFrame({"first": first, "second": second, "distance": found.distance})
+    frame = frame.with_columns(first_label=labels.gather(first), second_label=labels.gather(second)).sort("distance", "first", "second")
+    return frame, tables.duplicates_frame(connected_groups(found, len(rows)), ids, rows, work.vocabulary, used), used
+
+
+def correlation_tables(
+    checkpoint: Checkpoint, table: EmbeddingTable, span: tuple[int, int], at_least: float
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The correlation matrix of the ids of a range, and the blocks linked by correlations of at least `at_least`.
+
+    Raises InvalidArgument for more than 4,096 ids: the matrix would not be readable, and large.
+    """
+    if span[1] - span[0] > LARGEST_MATRIX:
+        raise InvalidArgument(f"a correlation matrix of {span[1] - span[0]:,} tokens: at most {LARGEST_MATRIX:,} at once")
+    ids = torch.tensor([i for i in range(*span) if i not in table.excluded], dtype=torch.int64)
+    vocabulary = read_vocabulary(checkpoint.source, table.n_rows)
+    rows = table.rows(ids)
+    groups, found = correlated_blocks(rows, at_least)
+    labels = [vocabulary.tokens[i].label for i in ids.tolist()]
+    return tables.correlation_frame(ids.tolist(), labels, correlation_matrix(rows)), tables.blocks_frame(groups, found, ids, vocabulary)
+
+
+def _sides(work: EmbeddingWork) -> list[tuple[EmbeddingTable, Moments, str]]:
+    """The studied table, and for untied models the other one too."""
+    sides = [(work.table, work.moments, work.settings.side)]
+    if work.checkpoint.output_table is not None:
+        other = "input" if work.settings.side == "output" else "output"
+        table = open_table(work.checkpoint, other, skip_nonfinite=work.settings.skip_nonfinite)
+        sides.append((table, moments_of(table), other))
+    return sides
+
+
+def _with_groups(tokens: pl.DataFrame, duplicates: pl.DataFrame) -> pl.DataFrame:
+    return tokens.join(duplicates.select("id", duplicate_group="group"), on="id", how="left", maintain_order="left")
+
+
+def _measures(work: EmbeddingWork, side: str) -> pl.DataFrame:
+    parts = [tables.measures_frame(s, t, m) for t, m, s in _sides(work)]
+    _, skewness, null = work.hubs()
+    n = min(work.settings.sample, work.table.n_used)
+    hub = [("hubness skewness", "none", skewness, None, null, "kNN graph among a sample; null: Gaussian rows of the same shape")]
+    return pl.concat([*parts, tables.untrained_measures(side, work.untrained, work.table.n_used), tables.measures(side, hub, n)])
+
+
+def _facts(work: EmbeddingWork, done: Mapping[str, pl.DataFrame], given: dict[str, Any]) -> dict[str, Any]:
+    checkpoint, knn = work.checkpoint, done["knn"]
+    warnings = [f"{len(work.table.excluded)} rows with NaN or Inf were left out"] if work.table.excluded else []
+    tokenizer_size = work.vocabulary.tokenizer_size
+    if tokenizer_size is None:
+        warnings.append("the checkpoint has no tokenizer: tokens are shown by id, and nothing is known about which are unreachable")
+    return {
+        "model": checkpoint.name,
+        "revision": checkpoint.revision,
+        "architecture": checkpoint.architecture,
+        "vocab_size": work.table.n_rows,
+        "hidden_size": work.table.dim,
+        "side": work.settings.side,
+        "tied": checkpoint.tied,
+        "n_parameters": int(done["budget"]["n_parameters"].sum()),
+        "dtype": checkpoint.input_table.dtype,
+        "tokenizer_size": tokenizer_size,
+        "knn": {"k": work.settings.neighbors, "n_queries": knn["id"].n_unique(), "full": work.settings.full_knn},
+        "study": {"embedding": given},
+        "versions": versions(),
+        "warnings": warnings,
+    }
+
+
+def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells two checkpoints apart without reading their weights: commit, or the sizes and times of the files; declared tensors."""
+    declared = hashlib.sha256()
+    for info in sorted(checkpoint.tensors.values(), key=lambda t: t.name):
+        declared.update(f"{info.name} {info.shape} {info.dtype} {info.file}\n".encode())
+    stamps = []
+    if checkpoint.revision is None:
+        files = {t.file for t in checkpoint.tensors.values()} | {f for f in checkpoint.source.files if f.startswith("token")}
+        stats = {f: checkpoint.source.fetch(f).stat() for f in sorted(files)}
+        stamps = [[f, s.st_size, s.st_mtime_ns] for f, s in stats.items()]
+    return {"model": checkpoint.name, "revision": checkpoint.revision, "tensors": declared.hexdigest(), "files": stamps}

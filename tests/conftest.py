@@ -1,0 +1,140 @@
+"""Fixtures: real checkpoints built once per session, a hub on a local port, and the command line as a subprocess.
+
+No test reaches the network: subprocesses get an HF_ENDPOINT where nobody listens, unless they are given a hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import HubServer
+from models import build_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+DROPPED = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "DIMSCOPE_")
+PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return `checkpoint(family, **arguments)`: build_checkpoint, each once per session. Read only: see `editable`."""
+    root, built = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def build(family: str, **arguments: Any) -> Path:
+        key = (family, *sorted(arguments.items()))
+        if key not in built:
+            built[key] = build_checkpoint(root / f"{family}-{len(built)}", family, **arguments)
+        return built[key]
+
+    return build
+
+
+@pytest.fixture
+def editable(tmp_path: Path) -> Callable[..., Path]:
+    """Return `editable(folder, name=None)`: a copy of a folder that the test may spoil."""
+
+    def copy(folder: Path, name: str | None = None) -> Path:
+        return shutil.copytree(folder, tmp_path / (name or folder.name))
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder of test data that is never committed, or skip."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the test data is not beside the repository (looked for {os.path.relpath(folder, ROOT)})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def closed_endpoint() -> Iterator[str]:
+    """Return a local address that refuses every connection: its port is bound for the session, nobody listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """Return a running hub without repositories; `hub.environment(home)` points a subprocess at it."""
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def clean_environment(tmp_path: Path, closed_endpoint: str) -> dict[str, str]:
+    """Return this process's variables without its hub, proxy and token settings, the cache in tmp, the network cut."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(DROPPED) and name.lower() not in PROXIES
+    }
+    return {
+        **inherited,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+        "HF_ENDPOINT": closed_endpoint,
+        "HF_HOME": str(tmp_path / "hf_home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "NO_COLOR": "1",
+        "COLUMNS": "120",
+    }
+
+
+@pytest.fixture
+def run_python(clean_environment: dict[str, str], tmp_path: Path) -> Run:
+    """Return `run_python(*arguments, env=None, timeout=300)`: this interpreter in a subprocess, output as text.
+
+    `env` is added to `clean_environment`; `hub.environment(home)` gives it a hub. The working folder is tmp_path.
+    """
+
+    def run(
+        *arguments: object, env: Mapping[str, str] | None = None, timeout: float = 300, cwd: Path = tmp_path
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            env={**clean_environment, **(env or {})},
+            cwd=cwd,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+        )
+
+    return run
+
+
+@pytest.fixture
+def run_cli(run_python: Run) -> Run:
+    """Return `run_cli(*arguments, env=None, timeout=300)`: `python -m dimscope` in a subprocess."""
+
+    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        return run_python("-m", "dimscope", *arguments, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def digest() -> Callable[[Path], dict[str, str]]:
+    """Return `digest(folder)`: the sha256 of every file in it by name, to prove that nothing was changed."""
+
+    def of(folder: Path) -> dict[str, str]:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+    return of

@@ -1,0 +1,186 @@
+"""Findings are computed from the tables, grammatical for none, one and many, and silent about what was not measured."""
+
+from dataclasses import replace
+
+import polars as pl
+import pytest
+
+from dimscope.report.section import Facts, Section, Tables
+from dimscope.report.sections import directions, embedding_sections, rows
+
+
+def _section(made: Section | None) -> Section:
+    assert made is not None
+    return made
+
+
+def _measured(tables: Tables, metric: str, value: float) -> Tables:
+    changed = pl.when(pl.col("metric") == metric).then(value).otherwise("value").alias("value")
+    return {**tables, "measures": tables["measures"].with_columns(changed)}
+
+
+def test_all_sections_in_the_order_of_the_page(tables: Tables, facts: Facts) -> None:
+    anchors = [section.anchor for section in embedding_sections(tables, facts)]
+    assert anchors == ["intro", "budget", "map", "first-ids", "neighbours", "correlation", "duplicates", "untrained",
+                       "spectrum", "dimensions", "isotropy", "hubness"]  # fmt: skip
+
+
+def test_every_section_says_how_to_read_it_and_what_it_does_not_say(tables: Tables, facts: Facts) -> None:
+    for section in embedding_sections(tables, facts):
+        assert section.title[0].isupper() or section.title[0].isdigit()
+        assert len(section.how_to_read) > 80
+        assert len(section.caveat) > 80
+        assert not section.title.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "gone",
+    ["budget", "tokens", "spectrum", "dimensions", "measures", "correlation", "correlation_blocks", "duplicates", "knn",
+     "hubs", "probes"],
+)  # fmt: skip
+def test_any_table_may_be_missing(tables: Tables, facts: Facts, gone: str) -> None:
+    left = {name: frame for name, frame in tables.items() if name != gone}
+    full, fewer = embedding_sections(tables, facts), embedding_sections(left, facts)
+    assert len(full) - 5 <= len(fewer) <= len(full)
+
+
+def test_no_tables_leave_the_introduction(facts: Facts) -> None:
+    assert [section.anchor for section in embedding_sections({}, facts)] == ["intro"]
+
+
+def test_budget_names_the_share_and_the_tie(tables: Tables, facts: Facts) -> None:
+    tied = _section(directions.budget_section(tables, facts)).title
+    assert tied == "32.0% of the 100 parameters are the embedding table, which is used twice: to read tokens and to predict them"
+    untied = _section(directions.budget_section(tables, replace(facts, tied=False))).title
+    assert untied.startswith("32.0% of the 100 parameters are token-embedding tables")
+
+
+@pytest.mark.parametrize(
+    ("spikes", "words"), [(0, "None of 4 directions rise"), (1, "1 of 4 directions rises"), (3, "3 of 4 directions rise ")]
+)
+def test_spectrum_counts_directions_above_noise(tables: Tables, facts: Facts, spikes: int, words: str) -> None:
+    changed = _measured(tables, "spikes above the edge", float(spikes))
+    assert _section(directions.spectrum_section(changed, facts)).title.startswith(words)
+
+
+def test_untied_model_shows_both_tables(tables: Tables, facts: Facts) -> None:
+    both = {
+        name: pl.concat([tables[name], tables[name].with_columns(table=pl.lit("output"))])
+        for name in ("spectrum", "dimensions")
+    }
+    changed = {**tables, **both}
+    assert len(_section(directions.spectrum_section(changed, facts)).blocks) == 4
+    assert len(_section(directions.dimension_section(changed, facts)).blocks) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (1.0, "uses 1 of 4 dimensions, far fewer than the 3.9"),
+        (3.0, "fewer than the 3.9"),
+        (3.9, "about as many as the 3.9"),
+        (4.2, "more than the 3.9"),
+    ],
+)
+def test_dimension_is_compared_with_its_null(tables: Tables, facts: Facts, value: float, words: str) -> None:
+    frame = tables["dimensions"].with_columns(value=pl.lit(value))
+    assert words in _section(directions.dimension_section({**tables, "dimensions": frame}, facts)).title
+
+
+def test_a_random_table_is_not_called_structured(tables: Tables, facts: Facts) -> None:
+    frame = tables["dimensions"].with_columns(value="null_gaussian")
+    title = _section(directions.dimension_section({**tables, "dimensions": frame}, facts)).title
+    assert "about as many as" in title
+    assert "fewer" not in title
+
+
+@pytest.mark.parametrize(("rho", "words"), [(0.5, "norms rise"), (-0.5, "norms fall"), (0.02, "do not follow")])
+def test_norms_rise_fall_or_neither(tables: Tables, facts: Facts, rho: float, words: str) -> None:
+    changed = _measured(tables, "norm-rank correlation", rho)
+    title = _section(directions.isotropy_section(changed, facts)).title
+    assert words in title
+    assert "mean cosine is 0.31 (0.00 after centring)" in title
+
+
+def test_map_says_which_neighbours_it_has(tables: Tables, facts: Facts) -> None:
+    sample = _section(rows.map_section(tables, facts)).how_to_read
+    full = _section(rows.map_section(tables, replace(facts, knn={"n_queries": 8, "full": True}))).how_to_read
+    none = _section(rows.map_section(tables, replace(facts, knn={}))).how_to_read
+    assert "random sample of 2 tokens" in sample
+    assert "all 8 tokens were computed (--full-knn)" in full
+    assert "No neighbours were computed" in none
+
+
+def test_neighbours_count_what_the_projection_keeps(tables: Tables, facts: Facts) -> None:
+    wide = replace(facts, hidden_size=64)
+    title = _section(rows.neighbours_section(tables, wide)).title
+    assert title == "Keeping 10 of 64 dimensions keeps 1 of 2 nearest neighbours, for one query"
+    # With ten dimensions or fewer nothing is left out, so nothing is claimed.
+    assert _section(rows.neighbours_section(tables, facts)).title == "Nearest neighbours of 1 query"
+
+
+@pytest.mark.parametrize(
+    ("n_groups", "title"),
+    [
+        (0, "No two rows of the table are copies of each other (radius 0.001)"),
+        (1, "2 tokens share what is practically one row (radius 0.001)"),
+        (2, "4 tokens share only 2 practically different rows (radius 0.001)"),
+    ],
+)
+def test_duplicates_for_none_one_and_many(tables: Tables, facts: Facts, n_groups: int, title: str) -> None:
+    frame = tables["duplicates"]
+    several = pl.concat([frame.with_columns(group=pl.lit(i)) for i in range(n_groups)] or [frame.clear()])
+    assert _section(rows.duplicates_section({**tables, "duplicates": several}, facts)).title == title
+
+
+def test_correlation_blocks_for_none_one_and_many(tables: Tables, facts: Facts) -> None:
+    frame = tables["correlation_blocks"]
+    two = pl.concat([frame, frame.with_columns(block=pl.lit(1, dtype=pl.Int64), size=pl.lit(3, dtype=pl.Int64))])
+    titles = [
+        _section(rows.correlation_section({**tables, "correlation_blocks": blocks}, facts)).title
+        for blocks in (frame.clear(), frame, two)
+    ]
+    assert titles == [
+        "No two tokens in the vocabulary are near-perfectly correlated",
+        "One block of 2 tokens is almost perfectly correlated (r of 0.999 or more)",
+        "2 blocks of tokens are almost perfectly correlated, the largest of 3 (r of 0.999 or more)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flagged", "title"),
+    [
+        ([], "No token looks under-trained"),
+        ([7], "1 token looks under-trained, and it is not ordinary text"),
+        ([6, 7], "2 tokens look under-trained, none of them ordinary text"),
+        ([3], "1 token looks under-trained, though ordinary text can produce it"),
+        ([1, 3], "2 tokens look under-trained, though ordinary text can produce them"),
+        ([3, 6, 7], "3 tokens look under-trained, 1 of them ordinary text"),
+    ],
+)
+def test_untrained_for_none_one_and_many(tables: Tables, facts: Facts, flagged: list[int], title: str) -> None:
+    tokens = tables["tokens"].with_columns(untrained=pl.col("id").is_in(flagged))
+    assert _section(rows.untrained_section({**tables, "tokens": tokens}, facts)).title == title
+
+
+def test_no_seed_no_claim_about_training(tables: Tables, facts: Facts) -> None:
+    tokens = tables["tokens"].with_columns(untrained_score=pl.lit(None, dtype=pl.Float32))
+    assert rows.untrained_section({**tables, "tokens": tokens}, facts) is None
+
+
+def test_surprising_tokens_come_first(tables: Tables, facts: Facts) -> None:
+    grid = _section(rows.untrained_section(tables, facts)).blocks[1]
+    assert [row[0].id for row in grid.rows] == [3, 6, 7]  # type: ignore[union-attr]
+
+
+def test_hubs_tell_the_largest_the_mean_and_the_unnamed(tables: Tables, facts: Facts) -> None:
+    title = _section(rows.hubness_section(tables, facts)).title
+    assert title == "The largest hub is a near neighbour of 6 tokens, where 2 is the average; 66.7% of tokens are nobody's neighbour"
+
+
+def test_model_without_tokenizer(tables: Tables, facts: Facts) -> None:
+    bare = tables["tokens"].with_columns(
+        label=pl.format("#{}", "id"), category=pl.lit("ordinary"), reason=pl.lit(None, dtype=pl.String)
+    )
+    section = _section(rows.map_section({**tables, "tokens": bare}, facts))
+    assert "not ordinary" not in section.how_to_read
