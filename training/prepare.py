@@ -29,19 +29,19 @@ from transformers import PreTrainedTokenizerFast
 BOS, EOS = "<|bos|>", "<|eos|>"
 VALIDATION_WORKS = {"the-princess-and-curdie", "kidnapped"}
 VALIDATION_MODULES = {"textwrap", "statistics"}
-MODULES = (
-    "abc aifc argparse array ast asyncio base64 bdb bisect builtins bz2 calendar cgi cmath cmd code codecs collections "
-    "colorsys compileall configparser contextlib contextvars copy csv ctypes dataclasses datetime decimal difflib dis "
-    "doctest email enum filecmp fileinput fnmatch fractions ftplib functools gc getopt getpass gettext glob graphlib "
-    "gzip hashlib heapq hmac html http.client http.cookies http.server imaplib importlib inspect io ipaddress "
-    "itertools json keyword linecache locale logging lzma mailbox math mimetypes mmap multiprocessing.pool netrc numbers "
-    "operator optparse os pathlib pdb pickle pickletools pkgutil platform plistlib poplib pprint profile pstats "
-    "py_compile pyclbr queue quopri random re reprlib rlcompleter sched secrets select selectors shelve shlex shutil "
-    "signal smtplib socket socketserver sqlite3 ssl stat string struct subprocess sys sysconfig tabnanny tarfile "
-    "tempfile threading time timeit token tokenize trace traceback tracemalloc types typing unicodedata "
-    "unittest.case unittest.mock urllib.parse urllib.request uuid warnings wave weakref webbrowser xml.dom.minidom "
-    "xml.etree.ElementTree xml.sax.handler xmlrpc.client zipapp zipfile zipimport zlib zoneinfo"
-).split()
+MODULES = """
+abc aifc argparse array ast asyncio base64 bdb bisect builtins bz2 calendar cgi cmath cmd code codecs
+collections colorsys compileall configparser contextlib contextvars copy csv ctypes dataclasses datetime decimal
+difflib dis doctest email enum filecmp fileinput fnmatch fractions ftplib functools gc getopt getpass gettext
+glob graphlib gzip hashlib heapq hmac html http.client http.cookies http.server imaplib importlib inspect io
+ipaddress itertools json keyword linecache locale logging lzma mailbox math mimetypes mmap multiprocessing.pool
+netrc numbers operator optparse os pathlib pdb pickle pickletools pkgutil platform plistlib poplib pprint
+profile pstats py_compile pyclbr queue quopri random re reprlib rlcompleter sched secrets select selectors
+shelve shlex shutil signal smtplib socket socketserver sqlite3 ssl stat string struct subprocess sys sysconfig
+tabnanny tarfile tempfile threading time timeit token tokenize trace traceback tracemalloc types typing
+unicodedata unittest.case unittest.mock urllib.parse urllib.request uuid warnings wave weakref webbrowser
+xml.dom.minidom xml.etree.ElementTree xml.sax.handler xmlrpc.client zipapp zipfile zipimport zlib zoneinfo
+""".split()  # noqa: SIM905  (a list of 120 names reads better so)
 # Contractions (either apostrophe), words, single digits, punctuation, line breaks with what leads to them, spaces.
 SPLIT = r"['’](?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -78,7 +78,10 @@ def shingles(text: str, words: int = 12) -> set[str]:
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -140,7 +143,9 @@ def main() -> None:
     for (validation, kind, text), encoding in zip(documents, encodings, strict=True):
         ids = np.array([*encoding.ids, eos], dtype=np.uint16)
         streams[validation].append(ids)
-        entry = summary.setdefault(("validation " if validation else "train ") + kind, {"documents": 0, "bytes": 0, "tokens": 0})
+        entry = summary.setdefault(
+            ("validation " if validation else "train ") + kind, {"documents": 0, "bytes": 0, "tokens": 0}
+        )
         entry["documents"] += 1
         entry["bytes"] += len(text.encode())
         entry["tokens"] += len(ids)

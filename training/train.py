@@ -132,7 +132,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.run / "tokenizer")
     train, validation = (
-        Windows(np.load(args.run / f"{n}.npy", mmap_mode="r"), args.context, args.batch, tokenizer.bos_token_id, args.seed)
+        Windows(
+            np.load(args.run / f"{n}.npy", mmap_mode="r"), args.context, args.batch, tokenizer.bos_token_id, args.seed
+        )
         for n in ("train", "validation")
     )
     model = build_model(tokenizer, args.context, args.seed).to(device)
@@ -192,7 +194,9 @@ def main() -> None:
             )
             clock, losses = time.perf_counter(), []
 
-    (args.run / "history.json").write_text(json.dumps({"arguments": vars(args) | {"run": str(args.run)}, "history": history}, indent=1))
+    (args.run / "history.json").write_text(
+        json.dumps({"arguments": vars(args) | {"run": str(args.run)}, "history": history}, indent=1)
+    )
     model.to(torch.bfloat16).save_pretrained(args.run / "model")
     tokenizer.save_pretrained(args.run / "model")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters written to {args.run / 'model'}")

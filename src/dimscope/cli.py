@@ -7,11 +7,15 @@ from cyclopts import App, CycloptsError
 app = App(
     name="dimscope",
     help="How many dimensions does a language model really use?",
-    help_epilogue="MODEL is a folder, a hub id (owner/name), a .gguf file, or `builtin`, the small model that ships with dimscope (default).",
+    help_epilogue="MODEL is a folder, a hub id (owner/name), a .gguf file, or `builtin`, the small model that ships here (default).",
 )
 for name, target, summary in (
     ("inspect", "inspect", "What the model is made of: every tensor, and how much of it is embeddings."),
-    ("tokens", "tokens", "Every row of the embedding table: label, bytes, category, norm; duplicates and under-trained ones."),
+    (
+        "tokens",
+        "tokens",
+        "Every row of the embedding table: label, bytes, category, norm; duplicates and under-trained ones.",
+    ),
     ("neighbors", "neighbors", "The nearest tokens of a token, an id, a phrase or an expression."),
     ("pairs", "pairs", "All pairs of rows within a radius, exact in all dimensions, and the groups they form."),
     ("correlate", "correlate", "Pearson correlation between tokens, and blocks of near-perfectly correlated ones."),

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from dimscope.checkpoints.checkpoint import BUILTIN
 from dimscope.errors import InvalidArgument
 from dimscope.results import check_folder
-from dimscope.terminal import show
+from dimscope.terminal import Output, print_json, print_tables, write
 
 if TYPE_CHECKING:
     from dimscope.checkpoints.checkpoint import Checkpoint
@@ -61,8 +61,13 @@ class Common:
 
         return open_table(checkpoint, self.side, skip_nonfinite=self.skip_nonfinite)
 
-    def show(self, frames: dict[str, pl.DataFrame], facts: dict, export: dict[str, pl.DataFrame] | None = None) -> None:
-        show(frames, facts, as_json=self.json, out=self.out, limit=self.limit, export=export)
+    def show(self, output: Output) -> None:
+        if self.out is not None:
+            write(output, self.out)
+        if self.json:
+            print_json(output)
+        else:
+            print_tables(output, self.limit)
 
 
 DEFAULT = Common()
@@ -78,7 +83,9 @@ def inspect(model: str = BUILTIN, /, *, common: Common = DEFAULT) -> None:
     checkpoint = common.open(model)
     budget = parameter_budget(checkpoint)
     roles = budget.group_by("role").agg(pl.len().alias("tensors"), pl.sum("n_parameters"), pl.sum("n_bytes"))
-    roles = roles.with_columns(share=pl.col("n_parameters") / pl.col("n_parameters").sum()).sort("n_parameters", descending=True)
+    roles = roles.with_columns(share=pl.col("n_parameters") / pl.col("n_parameters").sum()).sort(
+        "n_parameters", descending=True
+    )
     facts = {
         "model": checkpoint.name,
         "revision": checkpoint.revision,
@@ -89,7 +96,7 @@ def inspect(model: str = BUILTIN, /, *, common: Common = DEFAULT) -> None:
         "n_parameters": int(budget["n_parameters"].sum()),
         "embedding_share": embedding_share(budget),
     }
-    common.show({"roles": roles, "tensors": budget}, facts)
+    common.show(Output(facts, {"roles": roles, "tensors": budget}))
 
 
 def tokens(
@@ -126,18 +133,22 @@ def tokens(
         frame = frame.filter("untrained").sort("untrained_score")
     if duplicates:
         frame = frame.join(groups, on=["id", "label", "category"], maintain_order="left").sort("group", "id")
-    hidden = [c for c in frame.columns if c.startswith("pc") and c[2:].isdigit()] + ["piece"]
-    shown = frame.drop(hidden if untrained or duplicates else [*hidden, "untrained_reason", "untrained"])
-    shown = shown.select(c for c in shown.columns if c != "reason" or not untrained)
-    full = frame
     if vectors:
-        full = frame.with_columns(vector=pl.Series(table.rows(_tensor(frame["id"])).numpy(), dtype=pl.Array(pl.Float32, table.dim)))
-    common.show({"tokens": shown}, {"model": checkpoint.name, "side": common.side, **counts, "shown": len(frame)}, {"tokens": full})
+        frame = frame.with_columns(
+            vector=pl.Series(table.rows(_tensor(frame["id"])).numpy(), dtype=pl.Array(pl.Float32, table.dim))
+        )
+    hidden = ["piece", "bytes", "vector", *(c for c in frame.columns if c.startswith("pc"))]
+    hidden += ["untrained", "reason"] if untrained else ["untrained_reason"]
+    common.show(
+        Output(
+            {"model": checkpoint.name, "side": common.side, **counts, "shown": len(frame)}, {"tokens": frame}, hidden
+        )
+    )
 
 
 def neighbors(
     *query: str,
-    k: int = 20,
+    k: Annotated[int, Parameter(name=["-k", "--k"])] = 20,
     metric: Literal["cosine", "centred cosine", "euclidean"] = "cosine",
     components: int = 10,
     combine: Literal["mean", "sum"] = "mean",
@@ -171,8 +182,11 @@ def neighbors(
     if k < 1:
         raise InvalidArgument(f"-k counts neighbours: at least 1, not {k}")
     checkpoint = common.open(model)
-    frames = neighbor_tables(checkpoint, common.table(checkpoint), texts, k=k, metric=metric, components=components, combine=combine)
-    common.show(frames, {"model": checkpoint.name, "side": common.side, "metric": metric, "combine": combine})
+    frames = neighbor_tables(
+        checkpoint, common.table(checkpoint), texts, k=k, metric=metric, components=components, combine=combine
+    )
+    facts = {"model": checkpoint.name, "side": common.side, "metric": metric, "combine": combine}
+    common.show(Output(facts, frames, hidden=["query"]))
 
 
 def pairs(model: str = BUILTIN, /, *, radius: float | None = None, common: Common = DEFAULT) -> None:
@@ -189,8 +203,14 @@ def pairs(model: str = BUILTIN, /, *, radius: float | None = None, common: Commo
 
     checkpoint = common.open(model)
     found, groups, used = pair_tables(checkpoint, common.table(checkpoint), radius)
-    facts = {"model": checkpoint.name, "side": common.side, "radius": used, "pairs": len(found), "groups": groups["group"].n_unique()}
-    common.show({"groups": groups, "pairs": found}, facts)
+    facts = {
+        "model": checkpoint.name,
+        "side": common.side,
+        "radius": used,
+        "pairs": len(found),
+        "groups": groups["group"].n_unique(),
+    }
+    common.show(Output(facts, {"groups": groups, "pairs": found}, hidden=["radius"]))
 
 
 def correlate(model: str = BUILTIN, /, *, ids: str = "0:500", at_least: float = 0.99, common: Common = DEFAULT) -> None:
@@ -212,8 +232,14 @@ def correlate(model: str = BUILTIN, /, *, ids: str = "0:500", at_least: float = 
     checkpoint = common.open(model)
     table = common.table(checkpoint)
     matrix, blocks = correlation_tables(checkpoint, table, parse_range(ids, table.n_rows), at_least)
-    facts = {"model": checkpoint.name, "side": common.side, "ids": ids, "tokens": len(matrix), "blocks": blocks["block"].n_unique()}
-    common.show({"blocks": blocks} | ({"correlation": matrix} if common.json else {}), facts, {"blocks": blocks, "correlation": matrix})
+    facts = {
+        "model": checkpoint.name,
+        "side": common.side,
+        "ids": ids,
+        "tokens": len(matrix),
+        "blocks": blocks["block"].n_unique(),
+    }
+    common.show(Output(facts, {"blocks": blocks}, files_only={"correlation": matrix}))
 
 
 def spectrum(model: str = BUILTIN, /, *, permutations: int = 3, seed: int = 0, common: Common = DEFAULT) -> None:
@@ -237,8 +263,16 @@ def spectrum(model: str = BUILTIN, /, *, permutations: int = 3, seed: int = 0, c
     table = common.table(checkpoint)
     values = spectrum_frame(common.side, table, moments_of(table), permutations, seed)
     family = dimensions_frame(common.side, values, table.n_used, table.dim)
-    facts = {"model": checkpoint.name, "side": common.side, "rows": table.n_used, "hidden_size": table.dim, "seed": seed}
-    common.show({"dimensions": family, "spectrum": values}, facts)
+    facts = {
+        "model": checkpoint.name,
+        "side": common.side,
+        "rows": table.n_used,
+        "hidden_size": table.dim,
+        "seed": seed,
+    }
+    common.show(
+        Output(facts, {"dimensions": family, "spectrum": values}, hidden=["table", "n_tokens", "dim", "permuted_sd"])
+    )
 
 
 def report(
@@ -281,7 +315,11 @@ def report(
         side=common.side, sample=sample, full_knn=full_knn, seed=seed, skip_nonfinite=common.skip_nonfinite
     )
     page, facts = run_report(checkpoint, common.out, settings)
-    show({}, {"page": str(page), "model": facts["model"], "seconds": facts["seconds"]}, as_json=common.json, out=None)
+    output = Output({"page": page, "model": facts["model"], "seconds": facts["seconds"]})
+    if common.json:
+        print_json(output)
+    else:
+        print_tables(output, common.limit)
 
 
 def parse_range(text: str, n_rows: int) -> tuple[int, int]:
@@ -298,7 +336,7 @@ def parse_range(text: str, n_rows: int) -> tuple[int, int]:
     return first, last
 
 
-def _tensor(ids: pl.Series):  # noqa: ANN202  (torch is imported when it is needed)
+def _tensor(ids: pl.Series):
     import torch
 
     return torch.from_numpy(ids.to_numpy().copy())

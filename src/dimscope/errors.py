@@ -1,16 +1,16 @@
 """The errors that a user can cause, and that the command line answers with one line and exit code 2.
 
-    DimscopeError
-    ├── CheckpointError             the checkpoint itself
-    │   ├── CheckpointNotFound      no such folder, hub id or revision; no access to it
-    │   ├── NetworkError            the hub cannot be reached, or broke off
-    │   ├── CorruptCheckpoint       truncated or damaged files, an index that lies, a shape that contradicts the config
-    │   ├── UnsupportedCheckpoint   quantised weights, an architecture that transformers does not know
-    │   └── UnsafeCheckpoint        pickle weights or remote code, without the flag that accepts the risk
-    ├── TokenizerMissing            the question needs text, and the checkpoint has no tokenizer
-    ├── NonFiniteRows               NaN or Inf in the table
-    ├── MissingExtra                a package that only an extra brings
-    └── InvalidArgument             an argument that does not fit this model
+DimscopeError
+├── CheckpointError             the checkpoint itself
+│   ├── CheckpointNotFound      no such folder, hub id or revision; no access to it
+│   ├── NetworkError            the hub cannot be reached, or broke off
+│   ├── CorruptCheckpoint       truncated or damaged files, an index that lies, a shape that contradicts the config
+│   ├── UnsupportedCheckpoint   quantised weights, an architecture that transformers does not know
+│   └── UnsafeCheckpoint        pickle weights or remote code, without the flag that accepts the risk
+├── TokenizerMissing            the question needs text, and the checkpoint has no tokenizer
+├── NonFiniteRows               NaN or Inf in the table
+├── MissingExtra                a package that only an extra brings
+└── InvalidArgument             an argument that does not fit this model
 """
 
 

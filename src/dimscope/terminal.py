@@ -1,42 +1,59 @@
-"""What commands print: a table on a terminal, JSON on request, Parquet into a folder."""
+"""What commands print: tables on a terminal, JSON on request, Parquet into a folder."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dimscope.results import versions, write_json, write_table
 
-console = Console()
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a command found. `frames` are printed, the columns of `hidden` left out there, and written whole."""
+
+    facts: Mapping[str, Any]
+    frames: Mapping[str, pl.DataFrame] = field(default_factory=dict)
+    hidden: Sequence[str] = ()
+    files_only: Mapping[str, pl.DataFrame] = field(default_factory=dict)  # too large to print: JSON and Parquet only
 
 
-def show(
-    frames: Mapping[str, pl.DataFrame], facts: Mapping[str, Any], *, as_json: bool, out: Path | None, limit: int = 40, export: Mapping[str, pl.DataFrame] | None = None
-) -> None:
-    """Prints frames (their first `limit` rows) or all of them as JSON; with `out`, writes them (or `export`) there as well."""
-    if out is not None:
-        for name, frame in (export or frames).items():
-            write_table(out / f"{name}.parquet", frame)
-        write_json(out / "provenance.json", plain({**facts, "versions": versions()}))
-    if as_json:
-        tables = {name: plain(frame.to_dicts()) for name, frame in frames.items()}
-        json.dump({**plain(dict(facts)), **tables}, sys.stdout, ensure_ascii=False, allow_nan=False)
-        sys.stdout.write("\n")
-        return
-    for key, value in facts.items():
-        console.print(f"[bold]{key}[/bold] {_cell(value)}", highlight=False)
-    for name, frame in frames.items():
-        _print_table(name, frame, limit)
-    if out is not None:
-        console.print(f"written to {out}", highlight=False, markup=False)
+def write(output: Output, folder: Path) -> None:
+    """FOLDER/NAME.parquet for every frame, and FOLDER/provenance.json."""
+    for name, frame in {**output.frames, **output.files_only}.items():
+        write_table(folder / f"{name}.parquet", frame)
+    write_json(folder / "provenance.json", plain({**output.facts, "versions": versions()}))
+
+
+def print_json(output: Output) -> None:
+    """One JSON object on standard output: the facts, and every frame as a list of rows."""
+    tables = {name: plain(frame.to_dicts()) for name, frame in {**output.frames, **output.files_only}.items()}
+    json.dump({**plain(dict(output.facts)), **tables}, sys.stdout, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def print_tables(output: Output, limit: int) -> None:
+    """Facts and the first `limit` rows of each frame, for a reader."""
+    console = Console(highlight=False)
+    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for key, value in output.facts.items():
+        facts.add_row(f"[bold]{key.replace('_', ' ')}[/bold]", _cell(value))
+    console.print(facts)
+    for name, frame in output.frames.items():
+        console.print(_table(name, frame.drop(c for c in output.hidden if c in frame.columns), limit))
+        if len(frame) > limit:
+            console.print(f"{limit} of {len(frame):,} rows; --limit shows more, --json and --out give all")
 
 
 def plain(value: Any) -> Any:
@@ -52,20 +69,26 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _print_table(name: str, frame: pl.DataFrame, limit: int) -> None:
-    table = Table(title=name.replace("_", " "), title_justify="left", title_style="bold")
-    for column, dtype in frame.schema.items():
-        table.add_column(column, justify="right" if dtype.is_numeric() else "left", overflow="fold")
-    for row in frame.head(limit).iter_rows():
+def _table(name: str, frame: pl.DataFrame, limit: int) -> Table:
+    """A rich table; columns that say the same in every row go into its title."""
+    constant = [
+        c for c in frame.columns if len(frame) > 1 and frame[c].n_unique() == 1 and frame.schema[c] == pl.String
+    ]
+    title = " · ".join(
+        [name.replace("_", " "), *(str(frame[c][0]) for c in constant if frame[c][0] not in (None, name))]
+    )
+    table = Table(
+        title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    shown = frame.drop(constant)
+    for column, dtype in shown.schema.items():
+        table.add_column(column.replace("_", " "), justify="right" if dtype.is_numeric() else "left", overflow="fold")
+    for row in shown.head(limit).iter_rows():
         table.add_row(*map(_cell, row))
-    console.print(table)
-    if len(frame) > limit:
-        console.print(f"{limit} of {len(frame):,} rows; --limit shows more, --json and --out give all")
+    return table
 
 
 def _cell(value: Any) -> str:
-    from rich.markup import escape
-
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -73,7 +96,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.5g}"
+        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.4g}"
     if isinstance(value, bytes):
         return value.hex(" ")
     return escape(str(value))

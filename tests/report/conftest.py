@@ -1,4 +1,4 @@
-"""Small result tables built by hand: eight tokens of every category, four dimensions, labels as hostile as a vocabulary allows."""
+"""Small result tables built by hand: eight tokens, four dimensions, labels as hostile as a vocabulary allows."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import pytest
 from dimscope.report.section import Facts, Tables
 
 HOSTILE = "</script><script>alert(1)</script>"
-LABELS = ["<s>", "␣water", "Water", HOSTILE, '"\'`&amp;', "\u202eשלום", "<b>bold</b><0xFF>", "#7"]
+LABELS = ["<s>", "␣water", "Water", HOSTILE, "\"'`&amp;", "\u202eשלום", "<b>bold</b><0xFF>", "#7"]
 CATEGORIES = ["special", "ordinary", "ordinary", "ordinary", "undecodable", "ordinary", "unreachable", "beyond"]
 REPORT = {
     "model": "my model's <tiny>",
@@ -93,9 +93,7 @@ def measures() -> pl.DataFrame:
 
 def correlation() -> pl.DataFrame:
     matrix = [[1.0, 0.2, -0.5], [0.2, 1.0, 0.9], [-0.5, 0.9, 1.0]]
-    return pl.DataFrame(
-        {"id": [0, 1, 2], "label": LABELS[:3], "r": pl.Series(matrix, dtype=pl.Array(pl.Float32, 3))}
-    )
+    return pl.DataFrame({"id": [0, 1, 2], "label": LABELS[:3], "r": pl.Series(matrix, dtype=pl.Array(pl.Float32, 3))})
 
 
 def groups(key: str, spread: str) -> pl.DataFrame:
@@ -104,7 +102,9 @@ def groups(key: str, spread: str) -> pl.DataFrame:
 
 
 def knn() -> pl.DataFrame:
-    return pl.DataFrame({"id": [1, 1, 3, 3], "rank": [1, 2, 1, 2], "neighbor": [2, 3, 0, 7], "cosine": [0.9, 0.5, 0.25, -0.5]})
+    return pl.DataFrame(
+        {"id": [1, 1, 3, 3], "rank": [1, 2, 1, 2], "neighbor": [2, 3, 0, 7], "cosine": [0.9, 0.5, 0.25, -0.5]}
+    )
 
 
 def probes() -> pl.DataFrame:
@@ -115,8 +115,7 @@ def probes() -> pl.DataFrame:
     )  # fmt: skip
 
 
-@pytest.fixture
-def tables() -> Tables:
+def small_tables() -> Tables:
     return {
         "budget": budget(),
         "tokens": tokens(),
@@ -133,8 +132,21 @@ def tables() -> Tables:
 
 
 @pytest.fixture
+def tables() -> Tables:
+    return small_tables()
+
+
+@pytest.fixture
 def facts() -> Facts:
     return Facts.from_json(REPORT)
+
+
+def write_run(folder: Path, tables: Tables, changes: dict[str, object] | None = None) -> Path:
+    (folder / "tables").mkdir()
+    for name, frame in tables.items():
+        frame.write_parquet(folder / "tables" / f"{name}.parquet")
+    (folder / "report.json").write_text(json.dumps({**REPORT, **(changes or {})}), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture
@@ -142,10 +154,12 @@ def run_folder(tmp_path: Path) -> Callable[[Tables, dict[str, object]], Path]:
     """Return a function that writes tables and a report.json as a finished run leaves them."""
 
     def write(tables: Tables, changes: dict[str, object] | None = None) -> Path:
-        (tmp_path / "tables").mkdir()
-        for name, frame in tables.items():
-            frame.write_parquet(tmp_path / "tables" / f"{name}.parquet")
-        (tmp_path / "report.json").write_text(json.dumps({**REPORT, **(changes or {})}), encoding="utf-8")
-        return tmp_path
+        return write_run(tmp_path, tables, changes)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the small tables that the tests of one module share and only read."""
+    return write_run(tmp_path_factory.mktemp("run"), small_tables())

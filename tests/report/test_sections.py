@@ -50,17 +50,41 @@ def test_no_tables_leave_the_introduction(facts: Facts) -> None:
 
 def test_budget_names_the_share_and_the_tie(tables: Tables, facts: Facts) -> None:
     tied = _section(directions.budget_section(tables, facts)).title
-    assert tied == "32.0% of the 100 parameters are the embedding table, which is used twice: to read tokens and to predict them"
+    assert (
+        tied == "32.0% of the 100 parameters are the embedding table, "
+        "which is used twice: to read tokens and to predict them"
+    )
     untied = _section(directions.budget_section(tables, replace(facts, tied=False))).title
     assert untied.startswith("32.0% of the 100 parameters are token-embedding tables")
 
 
 @pytest.mark.parametrize(
-    ("spikes", "words"), [(0, "None of 4 directions rise"), (1, "1 of 4 directions rises"), (3, "3 of 4 directions rise ")]
+    ("values", "words"),
+    [
+        ([2.8, 2.4, 2.1, 1.9], "None of 4 directions are wider than chance would make them"),
+        ([4.0, 2.0, 2.2, 0.5], "1 of 4 directions is wider than chance would make it"),
+        ([4.0, 2.5, 2.2, 0.5], "3 of 4 directions are wider"),
+        ([4.0, 3.0, 2.5, 2.0], "4 of 4 directions are wider"),
+    ],
 )
-def test_spectrum_counts_directions_above_noise(tables: Tables, facts: Facts, spikes: int, words: str) -> None:
-    changed = _measured(tables, "spikes above the edge", float(spikes))
+def test_spectrum_counts_the_leading_directions_above_the_permuted_table(
+    tables: Tables, facts: Facts, values: list[float], words: str
+) -> None:
+    changed = {**tables, "spectrum": tables["spectrum"].with_columns(singular_value=pl.Series(values))}
     assert _section(directions.spectrum_section(changed, facts)).title.startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("model", "title"),
+    [
+        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
+        ("/data/models/tiny", "tiny"),
+        ("../a/b/tiny/", "tiny"),
+        ("builtin", "builtin"),
+    ],
+)
+def test_title_is_the_hub_id_or_the_last_part_of_a_path(facts: Facts, model: str, title: str) -> None:
+    assert replace(facts, model=model).title == title
 
 
 def test_untied_model_shows_both_tables(tables: Tables, facts: Facts) -> None:
@@ -163,6 +187,13 @@ def test_untrained_for_none_one_and_many(tables: Tables, facts: Facts, flagged: 
     assert _section(rows.untrained_section({**tables, "tokens": tokens}, facts)).title == title
 
 
+def test_no_threshold_no_claim_that_all_is_well(tables: Tables, facts: Facts) -> None:
+    tokens = tables["tokens"].with_columns(untrained=False)
+    measures = tables["measures"].filter(pl.col("metric") != "untrained threshold")
+    section = _section(rows.untrained_section({**tables, "tokens": tokens, "measures": measures}, facts))
+    assert section.title == "The seed rows do not stand apart from the rest, so no token is called under-trained"
+
+
 def test_no_seed_no_claim_about_training(tables: Tables, facts: Facts) -> None:
     tokens = tables["tokens"].with_columns(untrained_score=pl.lit(None, dtype=pl.Float32))
     assert rows.untrained_section({**tables, "tokens": tokens}, facts) is None
@@ -175,7 +206,16 @@ def test_surprising_tokens_come_first(tables: Tables, facts: Facts) -> None:
 
 def test_hubs_tell_the_largest_the_mean_and_the_unnamed(tables: Tables, facts: Facts) -> None:
     title = _section(rows.hubness_section(tables, facts)).title
-    assert title == "The largest hub is a near neighbour of 6 tokens, where 2 is the average; 66.7% of tokens are nobody's neighbour"
+    assert (
+        title == "The largest hub is a near neighbour of 6 tokens, where 2 is the average; "
+        "66.7% of tokens are nobody's neighbour"
+    )
+
+
+def test_a_graph_where_everyone_is_named(tables: Tables, facts: Facts) -> None:
+    hubs = tables["hubs"].with_columns(in_degree=pl.lit(2, dtype=pl.Int64))
+    title = _section(rows.hubness_section({**tables, "hubs": hubs}, facts)).title
+    assert title.endswith("every token is somebody's neighbour")
 
 
 def test_model_without_tokenizer(tables: Tables, facts: Facts) -> None:

@@ -20,7 +20,15 @@ def test_share_never_rounds_something_away(part: float, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(None, "–"), (float("nan"), "–"), (12345.6, "12,346"), (3.14159, "3.14"), (2.0, "2"), (-0.0004, "-0.0004"), (0, "0")],
+    [
+        (None, "–"),
+        (float("nan"), "–"),
+        (12345.6, "12,346"),
+        (3.14159, "3.14"),
+        (2.0, "2"),
+        (-0.0004, "-0.0004"),
+        (0, "0"),
+    ],
 )
 def test_number(value: float | None, words: str) -> None:
     assert wording.number(value) == words

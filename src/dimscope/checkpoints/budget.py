@@ -35,7 +35,15 @@ def parameter_budget(checkpoint: Checkpoint) -> pl.DataFrame:
         role = _role(checkpoint, info, parameter_of.get(info.name))
         counted = role not in ("buffer", "tied copy")
         rows.append(
-            (info.name, " x ".join(map(str, info.shape)) or "1", info.dtype, info.n_elements if counted else 0, info.n_bytes, role, block_of(info.name))
+            (
+                info.name,
+                " x ".join(map(str, info.shape)) or "1",
+                info.dtype,
+                info.n_elements if counted else 0,
+                info.n_bytes,
+                role,
+                block_of(info.name),
+            )
         )
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
 
@@ -55,7 +63,7 @@ def block_of(name: str) -> int | None:
 def embedding_share(budget: pl.DataFrame) -> float:
     """Share of all parameters that are token-embedding tables (input and output; a tied table once)."""
     tables = budget.filter(pl.col("role").is_in(["input embedding", "output embedding"]))
-    return float(tables["n_parameters"].sum() / budget["n_parameters"].sum())
+    return int(tables["n_parameters"].sum()) / int(budget["n_parameters"].sum())
 
 
 def _role(checkpoint: Checkpoint, info: TensorInfo, parameter: str | None) -> str:

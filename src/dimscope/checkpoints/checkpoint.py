@@ -84,12 +84,16 @@ def open_checkpoint(
 
 def _find_source(name: str, revision: str | None) -> tuple[Source, str | None]:
     """The source, and the file in it where the name is that of a GGUF file."""
-    path = Path(name).expanduser()
     if name == BUILTIN:
         return LocalFolder(Path(str(package_files("dimscope.builtin") / "model")), BUILTIN), None
-    if path.is_dir():
+    path = Path(name).expanduser()
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as e:  # a name longer than file systems allow, or with a NUL
+        raise CheckpointNotFound(f"{name[:80]}: no such folder, and no hub id either") from e
+    if is_folder:
         return LocalFolder(path, name), None
-    if path.is_file():
+    if is_file:
         if path.suffix == ".gguf":
             return LocalFolder(path.parent, name), path.name
         raise CheckpointNotFound(f"{name}: this is a file; give the folder of the model, or a .gguf file")
@@ -119,10 +123,14 @@ def _read_config(source: Source, trust_remote_code: bool) -> "PretrainedConfig":
     location = source.name if isinstance(source, HubRepository) and not known else str(path.parent)
     try:
         return AutoConfig.from_pretrained(
-            location, revision=source.revision if location == source.name else None, trust_remote_code=trust_remote_code and not known
+            location,
+            revision=source.revision if location == source.name else None,
+            trust_remote_code=trust_remote_code and not known,
         )
     except (ValueError, TypeError, KeyError, OSError) as e:
-        raise CorruptCheckpoint(f"{source.name}: config.json does not describe a model ({str(e).splitlines()[0]})") from e
+        raise CorruptCheckpoint(
+            f"{source.name}: config.json does not describe a model ({str(e).splitlines()[0]})"
+        ) from e
     except Exception as e:  # huggingface_hub's validation errors share no base that is public in all its versions
         if "Validation" not in type(e).__name__:
             raise
@@ -131,10 +139,15 @@ def _read_config(source: Source, trust_remote_code: bool) -> "PretrainedConfig":
 
 
 def _refuse_quantised(config: "PretrainedConfig", name: str) -> None:
-    quantised = getattr(config, "quantization_config", None)
+    # MLX writes its own key; everybody else the one of transformers.
+    quantised = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
     if quantised:
-        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else type(quantised).__name__
-        raise UnsupportedCheckpoint(f"{name}: its weights are quantised ({method}); give the checkpoint it was made from")
+        method = (
+            quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else type(quantised).__name__
+        )
+        raise UnsupportedCheckpoint(
+            f"{name}: its weights are quantised ({method}); give the checkpoint it was made from"
+        )
 
 
 def _located(source: Source, reader: TensorReader, config: "PretrainedConfig", skeleton: Skeleton) -> Checkpoint:
@@ -170,5 +183,7 @@ def _checked(info: TensorInfo, expected: tuple[int, ...], name: str) -> TensorIn
             f"{name}: {info.name} has shape {' x '.join(map(str, info.shape))}, but config.json says {' x '.join(map(str, expected))}"
         )
     if info.dtype not in ("F64", "F32", "F16", "BF16"):
-        raise UnsupportedCheckpoint(f"{name}: {info.name} is stored as {info.dtype}; quantised tables cannot be studied")
+        raise UnsupportedCheckpoint(
+            f"{name}: {info.name} is stored as {info.dtype}; quantised tables cannot be studied"
+        )
     return info

@@ -58,7 +58,11 @@ def build_skeleton(config: "PretrainedConfig", name: str, *, trust_remote_code: 
         raise UnsupportedCheckpoint(f"{name}: {type(model).__name__} has no token-embedding table")
     input_name = names[id(input_module.weight)]
     output_name = None if output_module is None else names[id(output_module.weight)]
-    owners = {f"{m}.{n}".lstrip("."): module for m, module in model.named_modules() for n, _ in module.named_parameters(recurse=False)}
+    owners = {
+        f"{m}.{n}".lstrip("."): module
+        for m, module in model.named_modules()
+        for n, _ in module.named_parameters(recurse=False)
+    }
     roles = {n: role_of(n, owners[n]) for n in named}
     roles[input_name] = "input embedding"
     if output_name not in (None, input_name):
@@ -70,7 +74,11 @@ def build_skeleton(config: "PretrainedConfig", name: str, *, trust_remote_code: 
         output_name=output_name,
         tied=output_name == input_name,
         prefix=model.base_model_prefix,
-        ignored=(*(model._keys_to_ignore_on_load_unexpected or ()), *(re.escape(n) + "$" for n, _ in model.named_buffers()), r"rotary_emb\.inv_freq$"),
+        ignored=(
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            *(re.escape(n) + "$" for n, _ in model.named_buffers()),
+            r"rotary_emb\.inv_freq$",
+        ),
     )
 
 
@@ -109,9 +117,11 @@ def _meta_model(config: "PretrainedConfig", name: str, trust_remote_code: bool) 
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return build(config)
-        except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError) as e:
+        except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, ArithmeticError, ImportError) as e:
             reasons.append(str(e).splitlines()[0] if str(e) else type(e).__name__)
-    raise UnsupportedCheckpoint(f"{name}: transformers cannot build a {config.model_type!r} model from this config ({reasons[0]})")
+    raise UnsupportedCheckpoint(
+        f"{name}: transformers cannot build a {config.model_type!r} model from this config ({reasons[0]})"
+    )
 
 
 def _output_embeddings(model: Any) -> nn.Module | None:

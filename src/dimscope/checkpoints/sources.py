@@ -1,7 +1,7 @@
 """Where the files of a checkpoint are: a folder, or a repository on the hub. Knows nothing of tensors."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,12 +81,13 @@ class LocalFolder:
 
 
 @contextmanager
-def hub_errors(name: str, revision: str | None) -> Iterator[None]:
+def hub_errors(name: str, revision: str | None) -> Generator[None]:
     """Turns what huggingface_hub raises into one clear line."""
     from huggingface_hub import errors
 
     # The bases are OSError and the HTTPError of the client that this huggingface_hub uses (httpx, later httpx2).
-    transport_errors = (*errors.HfHubHTTPError.__bases__, errors.OfflineModeIsEnabled)
+    bases = tuple(b for b in errors.HfHubHTTPError.__bases__ if issubclass(b, Exception))
+    transport_errors: tuple[type[Exception], ...] = (*bases, errors.OfflineModeIsEnabled)
 
     at = f" at revision {revision!r}" if revision else ""
     try:
@@ -156,9 +157,17 @@ class HubRepository:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        with part.open("ab") as f, tqdm(
-            total=end - begin, initial=f.tell(), unit="B", unit_scale=True, desc=f"{file} (its embedding rows only)", disable=None
-        ) as bar:
+        with (
+            part.open("ab") as f,
+            tqdm(
+                total=end - begin,
+                initial=f.tell(),
+                unit="B",
+                unit_scale=True,
+                desc=f"{file} (its embedding rows only)",
+                disable=None,
+            ) as bar,
+        ):
             for chunk in self._stream(file, begin + f.tell(), end):
                 f.write(chunk)
                 bar.update(len(chunk))
@@ -194,10 +203,15 @@ class HubRepository:
             return
         headers = build_hf_headers() | {"Range": f"bytes={begin}-{end - 1}"}
         url = hf_hub_url(self.name, file, revision=self.revision)
-        with hub_errors(self.name, self.revision), get_session().stream("GET", url, headers=headers, follow_redirects=True) as r:
+        with (
+            hub_errors(self.name, self.revision),
+            get_session().stream("GET", url, headers=headers, follow_redirects=True) as r,
+        ):
             hf_raise_for_status(r)
             if r.status_code != 206:
-                raise NetworkError(f"{self.name}: the server does not answer byte ranges; download the model and give its folder")
+                raise NetworkError(
+                    f"{self.name}: the server does not answer byte ranges; download the model and give its folder"
+                )
             yield from r.iter_bytes(CHUNK)
 
 

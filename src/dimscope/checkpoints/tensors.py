@@ -77,7 +77,7 @@ def parse_header(source: Source, file: str) -> dict[str, TensorInfo]:
     try:
         entries = json.loads(head[8 : 8 + length])
         tensors = {n: _declared(n, e, file, 8 + length) for n, e in entries.items() if n != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CorruptCheckpoint(f"{source.name}: the header of {file} is damaged ({e})") from e
     needed = max((t.end for t in tensors.values()), default=0)
     if (size := source.size(file)) < needed:
@@ -88,8 +88,10 @@ def parse_header(source: Source, file: str) -> dict[str, TensorInfo]:
 
 
 def _declared(name: str, entry: dict, file: str, data_start: int) -> TensorInfo:
-    shape, (begin, end) = tuple(map(int, entry["shape"])), entry["data_offsets"]
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     dtype = DTYPES.get(entry["dtype"])
+    if not all(isinstance(number, int) for number in (*shape, begin, end)):
+        raise ValueError(f"{name} lies at {begin}..{end} with shape {shape}, which are not all whole numbers")
     if not 0 <= begin <= end or min(shape, default=0) < 0:
         raise ValueError(f"{name} lies at {begin}..{end} with shape {shape}")
     if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:
@@ -158,20 +160,24 @@ def open_sharded(source: Source, index_file: str) -> SafetensorsReader:
 
 
 def open_pickle(source: Source, files: list[str]) -> StateDictReader:
-    """Weights in torch's pickle format, memory-mapped, loaded with `weights_only`."""
+    """Weights in torch's pickle format, memory-mapped where the file allows it, loaded with `weights_only`."""
     import pickle
+    import zipfile
 
     state: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for file in files:
         try:
-            part = torch.load(source.fetch(file), map_location="cpu", weights_only=True, mmap=True)
+            path = source.fetch(file)
+            zipped = zipfile.is_zipfile(path)  # what torch 1.6 and later write; the older format cannot be mapped
+            part = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as e:
             raise CorruptCheckpoint(f"{source.name}: {file} cannot be read ({str(e).splitlines()[0]})") from e
         state |= part
         origin |= dict.fromkeys(part, file)
     infos = {
-        n: TensorInfo(n, tuple(t.shape), NAMES.get(t.dtype, str(t.dtype)), t.nbytes, origin[n]) for n, t in state.items()
+        n: TensorInfo(n, tuple(t.shape), NAMES.get(t.dtype, str(t.dtype)), t.nbytes, origin[n])
+        for n, t in state.items()
     }
     return StateDictReader(state, infos)
 

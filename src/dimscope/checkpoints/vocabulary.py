@@ -57,7 +57,9 @@ class Vocabulary:
         Raises TokenizerMissing.
         """
         if self.encode is None:
-            raise TokenizerMissing("the checkpoint has no tokenizer, so text cannot be looked up; name tokens by id: '#123'")
+            raise TokenizerMissing(
+                "the checkpoint has no tokenizer, so text cannot be looked up; name tokens by id: '#123'"
+            )
         data = text.encode()
         exact = next((t.id for t in self.tokens if t.data == data and t.category == "ordinary"), None)
         return self.encode(text) if exact is None else [exact]
@@ -72,8 +74,8 @@ def read_tokenizer(source: Source) -> "PreTrainedTokenizerBase | None":
         return None
     if isinstance(source, HubRepository):
         present.append("config.json")  # some tokenizers find their class through it
-    folder = [source.fetch(f) for f in present][0].parent
-    return AutoTokenizer.from_pretrained(str(folder))
+    paths = [source.fetch(f) for f in present]
+    return AutoTokenizer.from_pretrained(str(paths[0].parent), trust_remote_code=False)
 
 
 def read_vocabulary(source: Source, n_rows: int) -> Vocabulary:
@@ -137,7 +139,9 @@ def _reachable(tokenizer: Any, texts: dict[int, str]) -> set[int]:
     found: set[int] = set()
     for before, after in (("", ""), ("\n", ""), ("a", ""), ("", "a"), ("a", "a")):
         left = [i for i in texts if i not in found]
-        encoded = tokenizer([before + texts[i] + after for i in left], add_special_tokens=False)["input_ids"] if left else []
+        encoded = (
+            tokenizer([before + texts[i] + after for i in left], add_special_tokens=False)["input_ids"] if left else []
+        )
         found |= {i for i, ids in zip(left, encoded, strict=True) if i in ids}
     return found
 

@@ -34,14 +34,19 @@ class NeighborIndex:
         shifted = vectors.double() - self.mean
         return shifted if self.metric == "euclidean" else _unit(shifted)
 
-    def search(self, vectors: Float[Tensor, "q d"], k: int, *, progress: bool = False) -> tuple[Int[Tensor, "q k"], Float[Tensor, "q k"]]:
+    def search(
+        self, vectors: Float[Tensor, "q d"], k: int, *, progress: bool = False
+    ) -> tuple[Int[Tensor, "q k"], Float[Tensor, "q k"]]:
         """Token ids and similarities (cosines, or Euclidean distances) of the k nearest rows of each vector, best first.
 
         Candidates are found in float32 and ranked in float64. With k above the number of rows, all of them.
         """
         k = min(k, len(self.ids))
         queries = self.prepare(vectors)
-        found_ids, found = torch.empty(len(queries), k, dtype=torch.int64), torch.empty(len(queries), k, dtype=torch.float64)
+        found_ids, found = (
+            torch.empty(len(queries), k, dtype=torch.int64),
+            torch.empty(len(queries), k, dtype=torch.float64),
+        )
         chunks = range(0, len(queries), QUERIES)
         for start in tqdm(chunks, desc="neighbours", unit="block", disable=None if progress else True):
             chunk = queries[start : start + QUERIES]
@@ -107,7 +112,9 @@ def hubness(neighbor_ids: Int[Tensor, "n k"], n_rows: int) -> tuple[Int[Tensor, 
     return degree, skewness
 
 
-def drop_self(ids: Int[Tensor, "q k1"], scores: Float[Tensor, "q k1"], own: Int[Tensor, " q"]) -> tuple[Int[Tensor, "q k"], Float[Tensor, "q k"]]:
+def drop_self(
+    ids: Int[Tensor, "q k1"], scores: Float[Tensor, "q k1"], own: Int[Tensor, " q"]
+) -> tuple[Int[Tensor, "q k"], Float[Tensor, "q k"]]:
     """One column less: each query's own id where it was found, else the last."""
     keep = ids != own[:, None]
     keep[:, -1] &= ~keep.all(dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dimscope.geometry.spectrum import Spectrum, spectrum
 from dimscope.representations.embedding import EmbeddingTable
-from dimscope.representations.moments import moments
+from dimscope.representations.moments import Moments, moments
 
 TRACY_WIDOM_99 = 2.0234  # 99% quantile of the Tracy-Widom law for real matrices (Johnstone 2001)
 STRETCHES = 64  # pieces of the table that every permuted block is made of
@@ -71,17 +72,30 @@ def gavish_donoho_rank(of: Spectrum) -> int:
     return int((of.singular_values > omega * of.singular_values.quantile(0.5)).sum())
 
 
-def permuted_spectrum(table: EmbeddingTable, *, centred: bool, draws: int, seed: int) -> tuple[Spectrum, Float[Tensor, " m"]]:
-    """Mean and standard deviation over draws of the spectrum of the table with every column permuted by itself.
+@dataclass(frozen=True, slots=True)
+class PermutedSpectrum:
+    """The spectrum of a table with every column permuted by itself: mean over draws, and standard deviation."""
+
+    mean: Spectrum
+    sd: Float[Tensor, " m"]  # NaN for one draw
+
+
+def permuted_moments(table: EmbeddingTable, *, draws: int, seed: int) -> list[Moments]:
+    """Moments of the table with every column permuted by itself, once for each draw.
 
     Parallel analysis (Horn 1965; permutations: Buja & Eyuboglu 1992): columns keep their values, so their
     variances and tails, and lose what they have to do with each other.
     """
     generator = torch.Generator().manual_seed(seed)
-    runs = [spectrum(moments(_permuted_blocks(table, generator)), centred=centred) for _ in range(draws)]
+    return [moments(_permuted_blocks(table, generator)) for _ in range(draws)]
+
+
+def permuted_spectrum(draws: list[Moments], *, centred: bool) -> PermutedSpectrum:
+    """Mean and spread of the singular values over the draws of `permuted_moments`."""
+    runs = [spectrum(of, centred=centred) for of in draws]
     values = torch.stack([r.singular_values for r in runs])
-    spread = values.std(dim=0) if draws > 1 else torch.full_like(values[0], math.nan)
-    return Spectrum(values.mean(dim=0), runs[0].n_rows, runs[0].dim, centred), spread
+    sd = values.std(dim=0) if len(runs) > 1 else torch.full_like(values[0], math.nan)
+    return PermutedSpectrum(Spectrum(values.mean(dim=0), runs[0].n_rows, runs[0].dim, centred), sd)
 
 
 def _permuted_blocks(table: EmbeddingTable, generator: torch.Generator) -> Iterator[Float[Tensor, "n d"]]:

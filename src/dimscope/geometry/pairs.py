@@ -33,7 +33,9 @@ class Pairs:
         return len(self.first)
 
 
-def pairs_within(rows: Float[Tensor, "n d"], components: Float[Tensor, "d m"], radius: float, *, progress: bool = False) -> Pairs:
+def pairs_within(
+    rows: Float[Tensor, "n d"], components: Float[Tensor, "d m"], radius: float, *, progress: bool = False
+) -> Pairs:
     """Every pair of rows at distance <= radius, with its distance.
 
     A projection on orthonormal `components` never lengthens a distance, so pairs further apart than the radius in the
@@ -54,7 +56,12 @@ def pairs_within(rows: Float[Tensor, "n d"], components: Float[Tensor, "d m"], r
             raise InvalidArgument(f"more than {LIMIT:,} pairs lie within {radius:g}; take a smaller radius")
         found.append(part)
     fields = ([p.first for p in found], [p.second for p in found], [p.distance for p in found])
-    return Pairs(*(np.concatenate(parts) if parts else np.empty(0, kind) for parts, kind in zip(fields, (int, int, float), strict=True)))
+    return Pairs(
+        *(
+            np.concatenate(parts) if parts else np.empty(0, kind)
+            for parts, kind in zip(fields, (int, int, float), strict=True)
+        )
+    )
 
 
 def _tile_order(leading: Float[np.ndarray, "n a"]) -> Int[Tensor, " n"]:
@@ -70,12 +77,17 @@ def _tile_order(leading: Float[np.ndarray, "n a"]) -> Int[Tensor, " n"]:
     return torch.from_numpy(np.argsort(group, kind="stable"))
 
 
-def _candidates(projected: Float[Tensor, "n m"], radius: float, progress: bool) -> Iterator[tuple[Int[Tensor, " c"], Int[Tensor, " c"]]]:
+def _candidates(
+    projected: Float[Tensor, "n m"], radius: float, progress: bool
+) -> Iterator[tuple[Int[Tensor, " c"], Int[Tensor, " c"]]]:
     """Pairs of places, tile by tile, that are within the radius as far as the projection can tell."""
     half = projected.square().sum(dim=1) / 2
     limit = radius**2 + ROUNDING * 2 * float(half.max() if len(half) else 0)
     tiles = projected.split(TILE)
-    low, high = (torch.stack([reduce(t, 0) for t in tiles]) if tiles[0].numel() else projected for reduce in (torch.amin, torch.amax))
+    low, high = (
+        torch.stack([reduce(t, 0) for t in tiles]) if tiles[0].numel() else projected
+        for reduce in (torch.amin, torch.amax)
+    )
     for i, tile in enumerate(tqdm(tiles, desc="pairs", unit="tile", disable=None if progress else True)):
         if not len(tile):
             continue

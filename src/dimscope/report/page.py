@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ import polars as pl
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from dimscope.checkpoints.budget import embedding_share
 from dimscope.report import theme
 from dimscope.report.payload import figure_spec, neighbour_lists, token_columns, zipped_json
 from dimscope.report.section import Facts, Plot, Section, Tables, dimension, explained_variance
 from dimscope.report.sections import STUDIES
-from dimscope.report.sections.directions import embedding_share
 from dimscope.report.wording import against, magnitude, number, share
+from dimscope.results import write_whole
 
 EMBED_LIMIT = 1_000_000
 """Tables up to this many bytes travel inside the page; larger ones are linked where they lie."""
@@ -46,7 +46,9 @@ def write_page(directory: Path) -> Path:
     files = sorted((directory / "tables").glob("*.parquet"))
     tables = {path.stem: pl.read_parquet(path) for path in files}
     html = render(tables, facts, [_download(path) for path in files])
-    return _write_whole(directory / "index.html", html)
+    page = directory / "index.html"
+    write_whole(page, html.encode())
+    return page
 
 
 def render(tables: Tables, facts: Facts, downloads: Iterable[Download] = ()) -> str:
@@ -132,26 +134,14 @@ def _download(path: Path) -> Download:
 
 
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("dimscope.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment
 
 
 def _asset(name: str) -> Markup:
     return Markup(resources.files("dimscope.report").joinpath("templates", name).read_text(encoding="utf-8"))
-
-
-def _write_whole(path: Path, text: str) -> Path:
-    """Write through a temporary file in the same folder, so that a kill leaves the old page or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return path

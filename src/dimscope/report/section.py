@@ -30,6 +30,12 @@ class Facts:
     versions: Mapping[str, str] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """Return the model's name as people say it: a hub id whole, of a path its last part."""
+        is_path = self.model.startswith((".", "/", "~")) or self.model.count("/") > 1
+        return self.model.rstrip("/").rpartition("/")[2] if is_path else self.model
+
     @classmethod
     def from_json(cls, report: Mapping[str, Any]) -> "Facts":
         """Read the facts from a parsed report.json; raises TypeError where a required key is missing."""

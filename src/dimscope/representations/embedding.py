@@ -11,6 +11,7 @@ from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.errors import InvalidArgument, NonFiniteRows
 
 BLOCK = 8192  # rows; 8,192 x 4,096 float32 is 128 MiB
+GAP = 32  # rows; reading so many in vain costs less than another read
 SIDES = ("input", "output")
 
 
@@ -43,18 +44,17 @@ class EmbeddingTable:
     def rows(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """The rows of these ids, in their order. Raises InvalidArgument for ids outside the table."""
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.n_rows):
-            raise InvalidArgument(f"token ids go from 0 to {self.n_rows - 1}, not to {int(ids.max() if ids.min() >= 0 else ids.min())}")
+            raise InvalidArgument(
+                f"token ids go from 0 to {self.n_rows - 1}, not to {int(ids.max() if ids.min() >= 0 else ids.min())}"
+            )
         result = torch.empty(len(ids), self.dim)
-        order = torch.argsort(ids)
-        start = 0
-        while start < len(order):  # one read for each stretch of ids that lie close together
-            stop, first = start + 1, int(ids[order[start]])
-            while stop < len(order) and int(ids[order[stop]]) < first + BLOCK:
-                stop += 1
-            chosen = order[start:stop]
-            block = self.read(first, int(ids[order[stop - 1]]) + 1)
-            result[chosen] = block[ids[chosen] - first].float()
-            start = stop
+        ranked, order = ids.sort()
+        # One read for each stretch of ids that lie close together, of a block at most.
+        apart = (ranked.diff() > GAP) | (ranked[1:] // BLOCK != ranked[:-1] // BLOCK)
+        for chosen in order.tensor_split((torch.nonzero(apart).squeeze(1) + 1).tolist()) if len(ids) else ():
+            wanted = ids[chosen]
+            first = int(wanted[0])
+            result[chosen] = self.read(first, int(wanted[-1]) + 1)[wanted - first].float()
         return result
 
     def load(self) -> tuple[Int[Tensor, " n"], Float[Tensor, "n d"]]:
@@ -83,8 +83,12 @@ def open_table(checkpoint: Checkpoint, side: str = "input", *, skip_nonfinite: b
         info = checkpoint.output_table
     reader = checkpoint.reader
     reader.prefetch(info.name)
-    table = EmbeddingTable(info.shape[0], info.shape[1], info.dtype, lambda start, stop: reader.read_rows(info.name, start, stop))
+    table = EmbeddingTable(
+        info.shape[0], info.shape[1], info.dtype, lambda start, stop: reader.read_rows(info.name, start, stop)
+    )
     bad = nonfinite_rows(table)
+    if len(bad) == table.n_rows:
+        raise NonFiniteRows(f"{checkpoint.name}: every row of {info.name} holds NaN or Inf")
     if bad and not skip_nonfinite:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         raise NonFiniteRows(

@@ -53,8 +53,22 @@ class EmbeddingSettings:
 class EmbeddingWork:
     """What several tables need, computed when the first of them asks: a resumed study pays for what is missing only."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: EmbeddingSettings, table: EmbeddingTable) -> None:
-        self.checkpoint, self.settings, self.table = checkpoint, settings, table
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: EmbeddingSettings,
+        table: EmbeddingTable,
+        other: EmbeddingTable | None = None,
+    ) -> None:
+        self.checkpoint, self.settings, self.table, self.other = checkpoint, settings, table, other
+
+    @cached_property
+    def sides(self) -> list[tuple[str, EmbeddingTable, Moments]]:
+        """The studied table, and the other one of an untied model too."""
+        sides = [(self.settings.side, self.table, self.moments)]
+        if self.other is not None:
+            sides.append((_other_side(self.settings.side), self.other, moments_of(self.other)))
+        return sides
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -105,10 +119,13 @@ class EmbeddingWork:
         places = torch.arange(len(ids)) if self.settings.full_knn else self.sample()
         return tables.knn_frame(self.index, ids[places], rows[places], self.settings.neighbors)
 
+    @cached_property
     def hubs(self) -> tuple[pl.DataFrame, float, float]:
         places = self.sample()
         ids, rows = self.loaded
-        return tables.hubs_frame(build_index(ids[places], rows[places]), self.vocabulary, self.settings.neighbors, self.settings.seed)
+        return tables.hubs_frame(
+            build_index(ids[places], rows[places]), self.vocabulary, self.settings.neighbors, self.settings.seed
+        )
 
     def probes(self) -> pl.DataFrame:
         """Neighbours of a few words and signs that are single tokens, in all dimensions and in the leading components."""
@@ -136,25 +153,29 @@ def study_embedding(checkpoint: Checkpoint, folder: ResultFolder, settings: Embe
     Finished tables are used again. Raises NonFiniteRows where the table has NaN or Inf and they are not to be skipped.
     """
     began = time.monotonic()
-    work = EmbeddingWork(checkpoint, settings, open_table(checkpoint, settings.side, skip_nonfinite=settings.skip_nonfinite))
+    sides = [settings.side] if checkpoint.output_table is None else [settings.side, _other_side(settings.side)]
+    work = EmbeddingWork(
+        checkpoint, settings, *(open_table(checkpoint, s, skip_nonfinite=settings.skip_nonfinite) for s in sides)
+    )
     given = asdict(settings)
-    side = settings.side
 
-    def several(compute: Callable[[EmbeddingTable, Moments, str], pl.DataFrame]) -> pl.DataFrame:
-        return pl.concat(compute(t, m, s) for t, m, s in _sides(work))
+    def both(compute: Callable[[str, EmbeddingTable, Moments], pl.DataFrame]) -> pl.DataFrame:
+        return pl.concat(compute(*side) for side in work.sides)
 
     units: Mapping[str, Callable[[], pl.DataFrame]] = {
         "budget": lambda: parameter_budget(checkpoint),
-        "spectrum": lambda: several(lambda t, m, s: tables.spectrum_frame(s, t, m, settings.permutations, settings.seed)),
-        "dimensions": lambda: several(lambda t, _, s: tables.dimensions_frame(s, done["spectrum"], t.n_used, t.dim)),
+        "spectrum": lambda: both(lambda s, t, m: tables.spectrum_frame(s, t, m, settings.permutations, settings.seed)),
+        "dimensions": lambda: both(lambda s, t, _: tables.dimensions_frame(s, done["spectrum"], t.n_used, t.dim)),
         "duplicates": work.duplicates,
-        "tokens": lambda: _with_groups(tables.tokens_frame(work.vocabulary, work.table, work.moments, work.untrained), done["duplicates"]),
+        "tokens": lambda: _with_groups(
+            tables.tokens_frame(work.vocabulary, work.table, work.moments, work.untrained), done["duplicates"]
+        ),
         "correlation": work.correlation,
         "correlation_blocks": work.correlation_blocks,
         "probes": work.probes,
         "knn": work.knn,
-        "hubs": lambda: work.hubs()[0],
-        "measures": lambda: _measures(work, side),
+        "hubs": lambda: work.hubs[0],
+        "measures": lambda: _measures(work),
     }
     done: dict[str, pl.DataFrame] = {}
     progress = tqdm(units.items(), desc="embedding study", unit="table", disable=None)
@@ -164,7 +185,9 @@ def study_embedding(checkpoint: Checkpoint, folder: ResultFolder, settings: Embe
     return _facts(work, done, given) | {"seconds": round(time.monotonic() - began, 1)}
 
 
-def token_table(checkpoint: Checkpoint, table: EmbeddingTable, *, duplicates: bool) -> tuple[pl.DataFrame, pl.DataFrame]:
+def token_table(
+    checkpoint: Checkpoint, table: EmbeddingTable, *, duplicates: bool
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The tokens of a table, and, where asked for, their groups of near-duplicates: `tokens_frame`, `duplicates_frame`."""
     work = EmbeddingWork(checkpoint, EmbeddingSettings(), table)
     tokens = tables.tokens_frame(work.vocabulary, table, work.moments, work.untrained)
@@ -174,7 +197,9 @@ def token_table(checkpoint: Checkpoint, table: EmbeddingTable, *, duplicates: bo
     return tokens.filter(pl.col("id").is_in(groups["id"].to_list())), groups
 
 
-def pair_tables(checkpoint: Checkpoint, table: EmbeddingTable, radius: float | None) -> tuple[pl.DataFrame, pl.DataFrame, float]:
+def pair_tables(
+    checkpoint: Checkpoint, table: EmbeddingTable, radius: float | None
+) -> tuple[pl.DataFrame, pl.DataFrame, float]:
     """Pairs within a radius (ids, labels, distance, nearest first), their groups, and the radius (1% of the mean norm if None)."""
     work = EmbeddingWork(checkpoint, EmbeddingSettings(), table)
     ids, rows = work.loaded
@@ -183,7 +208,9 @@ def pair_tables(checkpoint: Checkpoint, table: EmbeddingTable, radius: float | N
     labels = pl.Series([t.label for t in work.vocabulary.tokens], dtype=pl.String)
     first, second = ids.numpy()[found.first], ids.numpy()[found.second]
     frame = pl.DataFrame({"first": first, "second": second, "distance": found.distance})
-    frame = frame.with_columns(first_label=labels.gather(first), second_label=labels.gather(second)).sort("distance", "first", "second")
+    frame = frame.with_columns(first_label=labels.gather(first), second_label=labels.gather(second)).sort(
+        "distance", "first", "second"
+    )
     return frame, tables.duplicates_frame(connected_groups(found, len(rows)), ids, rows, work.vocabulary, used), used
 
 
@@ -195,35 +222,40 @@ def correlation_tables(
     Raises InvalidArgument for more than 4,096 ids: the matrix would not be readable, and large.
     """
     if span[1] - span[0] > LARGEST_MATRIX:
-        raise InvalidArgument(f"a correlation matrix of {span[1] - span[0]:,} tokens: at most {LARGEST_MATRIX:,} at once")
+        raise InvalidArgument(
+            f"a correlation matrix of {span[1] - span[0]:,} tokens: at most {LARGEST_MATRIX:,} at once"
+        )
     ids = torch.tensor([i for i in range(*span) if i not in table.excluded], dtype=torch.int64)
     vocabulary = read_vocabulary(checkpoint.source, table.n_rows)
+    if not len(ids):
+        raise InvalidArgument(f"rows {span[0]} to {span[1] - 1} all hold NaN or Inf")
     rows = table.rows(ids)
     groups, found = correlated_blocks(rows, at_least)
     labels = [vocabulary.tokens[i].label for i in ids.tolist()]
-    return tables.correlation_frame(ids.tolist(), labels, correlation_matrix(rows)), tables.blocks_frame(groups, found, ids, vocabulary)
+    return tables.correlation_frame(ids.tolist(), labels, correlation_matrix(rows)), tables.blocks_frame(
+        groups, found, ids, vocabulary
+    )
 
 
-def _sides(work: EmbeddingWork) -> list[tuple[EmbeddingTable, Moments, str]]:
-    """The studied table, and for untied models the other one too."""
-    sides = [(work.table, work.moments, work.settings.side)]
-    if work.checkpoint.output_table is not None:
-        other = "input" if work.settings.side == "output" else "output"
-        table = open_table(work.checkpoint, other, skip_nonfinite=work.settings.skip_nonfinite)
-        sides.append((table, moments_of(table), other))
-    return sides
+def _other_side(side: str) -> str:
+    return "input" if side == "output" else "output"
 
 
 def _with_groups(tokens: pl.DataFrame, duplicates: pl.DataFrame) -> pl.DataFrame:
     return tokens.join(duplicates.select("id", duplicate_group="group"), on="id", how="left", maintain_order="left")
 
 
-def _measures(work: EmbeddingWork, side: str) -> pl.DataFrame:
-    parts = [tables.measures_frame(s, t, m) for t, m, s in _sides(work)]
-    _, skewness, null = work.hubs()
+def _measures(work: EmbeddingWork) -> pl.DataFrame:
+    _, skewness, null = work.hubs
+    note = "kNN graph among a sample; null: Gaussian rows of the same shape"
     n = min(work.settings.sample, work.table.n_used)
-    hub = [("hubness skewness", "none", skewness, None, null, "kNN graph among a sample; null: Gaussian rows of the same shape")]
-    return pl.concat([*parts, tables.untrained_measures(side, work.untrained, work.table.n_used), tables.measures(side, hub, n)])
+    return pl.concat(
+        [
+            *(tables.measures_frame(*side) for side in work.sides),
+            tables.untrained_measures(work.settings.side, work.untrained, work.table.n_used),
+            tables.measures(work.settings.side, [("hubness skewness", "none", skewness, None, null, note)], n),
+        ]
+    )
 
 
 def _facts(work: EmbeddingWork, done: Mapping[str, pl.DataFrame], given: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +263,9 @@ def _facts(work: EmbeddingWork, done: Mapping[str, pl.DataFrame], given: dict[st
     warnings = [f"{len(work.table.excluded)} rows with NaN or Inf were left out"] if work.table.excluded else []
     tokenizer_size = work.vocabulary.tokenizer_size
     if tokenizer_size is None:
-        warnings.append("the checkpoint has no tokenizer: tokens are shown by id, and nothing is known about which are unreachable")
+        warnings.append(
+            "the checkpoint has no tokenizer: tokens are shown by id, and nothing is known about which are unreachable"
+        )
     return {
         "model": checkpoint.name,
         "revision": checkpoint.revision,
@@ -257,7 +291,9 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
         declared.update(f"{info.name} {info.shape} {info.dtype} {info.file}\n".encode())
     stamps = []
     if checkpoint.revision is None:
-        files = {t.file for t in checkpoint.tensors.values()} | {f for f in checkpoint.source.files if f.startswith("token")}
+        files = {t.file for t in checkpoint.tensors.values()} | {
+            f for f in checkpoint.source.files if f.startswith("token")
+        }
         stats = {f: checkpoint.source.fetch(f).stat() for f in sorted(files)}
         stamps = [[f, s.st_size, s.st_mtime_ns] for f, s in stats.items()]
     return {"model": checkpoint.name, "revision": checkpoint.revision, "tensors": declared.hexdigest(), "files": stamps}

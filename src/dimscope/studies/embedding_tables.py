@@ -14,7 +14,14 @@ from dimscope.checkpoints.vocabulary import Vocabulary
 from dimscope.geometry.dimension import Dimension, isoscore, linear_dimensions
 from dimscope.geometry.isotropy import mean_cosine, partition_isotropy, row_norms
 from dimscope.geometry.neighbors import NeighborIndex, drop_self, hubness
-from dimscope.geometry.nulls import gavish_donoho_rank, noise_edge, noise_scale, permuted_spectrum, white_noise_spectrum
+from dimscope.geometry.nulls import (
+    gavish_donoho_rank,
+    noise_edge,
+    noise_scale,
+    permuted_moments,
+    permuted_spectrum,
+    white_noise_spectrum,
+)
 from dimscope.geometry.pairs import Groups, Pairs, diameter
 from dimscope.geometry.spectrum import Spectrum, principal_components, spectrum
 from dimscope.geometry.untrained import UntrainedScores, untrained_scores
@@ -36,7 +43,14 @@ def vocabulary_frame(vocabulary: Vocabulary) -> pl.DataFrame:
             "category": [t.category for t in tokens],
             "reason": [t.reason for t in tokens],
         },
-        schema={"id": pl.Int64, "piece": pl.String, "label": pl.String, "bytes": pl.Binary, "category": pl.String, "reason": pl.String},
+        schema={
+            "id": pl.Int64,
+            "piece": pl.String,
+            "label": pl.String,
+            "bytes": pl.Binary,
+            "category": pl.String,
+            "reason": pl.String,
+        },
     )
 
 
@@ -47,7 +61,9 @@ def seed_ids(vocabulary: Vocabulary) -> list[int]:
 
 def score_untrained(vocabulary: Vocabulary, table: EmbeddingTable) -> UntrainedScores:
     """Under-trained scores of a table, seeded with the rows that no text can have trained."""
-    return untrained_scores(table, torch.tensor([i for i in seed_ids(vocabulary) if i not in table.excluded], dtype=torch.int64))
+    return untrained_scores(
+        table, torch.tensor([i for i in seed_ids(vocabulary) if i not in table.excluded], dtype=torch.int64)
+    )
 
 
 def tokens_frame(vocabulary: Vocabulary, table: EmbeddingTable, of: Moments, found: UntrainedScores) -> pl.DataFrame:
@@ -63,29 +79,36 @@ def tokens_frame(vocabulary: Vocabulary, table: EmbeddingTable, of: Moments, fou
         {"id": torch.cat(ids).numpy(), "norm": row_norms(table).float().numpy()}
         | {f"pc{c + 1}": projected[:, c] for c in range(projected.shape[1])}
         | {
-            "untrained_score": pl.Series(found.scores, dtype=pl.Float32) if found.scores is not None else pl.Series([None] * table.n_used, dtype=pl.Float32),
+            "untrained_score": pl.Series(found.scores, dtype=pl.Float32)
+            if found.scores is not None
+            else pl.Series([None] * table.n_used, dtype=pl.Float32),
             "untrained": found.flagged,
         }
     )
-    joined = vocabulary_frame(vocabulary).join(measured, on="id", how="left").with_columns(pl.col("untrained").fill_null(False))
+    joined = (
+        vocabulary_frame(vocabulary)
+        .join(measured, on="id", how="left")
+        .with_columns(pl.col("untrained").fill_null(False))
+    )
     return joined.with_columns(untrained_reason=_untrained_reason(found))
 
 
 def _untrained_reason(found: UntrainedScores) -> pl.Expr:
-    distance = pl.format(
-        "{} of an ordinary row's distance from rows that cannot be trained", (pl.col("untrained_score") * 100).round(0).cast(pl.Int64).cast(pl.String) + "%"
-    )
-    reason = pl.when(pl.col("reason").is_not_null()).then(pl.concat_str("reason", distance, separator="; ")).otherwise(distance)
-    return pl.when(pl.col("untrained")).then(reason) if found.scores is not None else pl.lit(None, dtype=pl.String)
+    if found.scores is None:
+        return pl.lit(None, dtype=pl.String)
+    near = pl.format("lies with the untrainable rows (score {})", pl.col("untrained_score").cast(pl.Float64).round(4))
+    both = pl.when(pl.col("reason").is_not_null()).then(pl.format("{}; {}", "reason", near)).otherwise(near)
+    return pl.when(pl.col("untrained")).then(both)
 
 
 def spectrum_frame(side: str, table: EmbeddingTable, of: Moments, draws: int, seed: int) -> pl.DataFrame:
     """Singular values, centred and not, beside those of a Gaussian table and of the column-permuted table."""
+    shuffled = permuted_moments(table, draws=draws, seed=seed)
     parts = []
     for centred in (True, False):
         measured = spectrum(of, centred=centred)
         share = measured.explained_variance_ratio
-        permuted, spread = permuted_spectrum(table, centred=centred, draws=draws, seed=seed)
+        permuted = permuted_spectrum(shuffled, centred=centred)
         parts.append(
             pl.DataFrame(
                 {
@@ -96,8 +119,8 @@ def spectrum_frame(side: str, table: EmbeddingTable, of: Moments, draws: int, se
                     "explained_variance_ratio": share.numpy(),
                     "cumulative": share.cumsum(0).numpy(),
                     "gaussian_singular_value": gaussian_like(measured).singular_values.numpy(),
-                    "permuted_singular_value": permuted.singular_values.numpy(),
-                    "permuted_sd": spread.numpy(),
+                    "permuted_singular_value": permuted.mean.singular_values.numpy(),
+                    "permuted_sd": permuted.sd.numpy(),
                 }
             )
         )
@@ -125,8 +148,21 @@ def dimensions_frame(side: str, spectra: pl.DataFrame, n_rows: int, dim: int) ->
             (side, d.metric, preprocess, d.spectrum, d.order, d.value, gaussian.value, permuted.value, n_rows, dim)
             for d, gaussian, permuted in zip(*values, strict=True)
         ]
-    names = ("table", "metric", "preprocess", "spectrum", "order", "value", "null_gaussian", "null_permuted", "n_tokens", "dim")
-    return pl.DataFrame(rows, schema=dict(zip(names, (*[pl.String] * 4, *[pl.Float64] * 4, *[pl.Int64] * 2), strict=True)), orient="row")
+    names = (
+        "table",
+        "metric",
+        "preprocess",
+        "spectrum",
+        "order",
+        "value",
+        "null_gaussian",
+        "null_permuted",
+        "n_tokens",
+        "dim",
+    )
+    return pl.DataFrame(
+        rows, schema=dict(zip(names, (*[pl.String] * 4, *[pl.Float64] * 4, *[pl.Int64] * 2), strict=True)), orient="row"
+    )
 
 
 def measures_frame(side: str, table: EmbeddingTable, of: Moments) -> pl.DataFrame:
@@ -143,18 +179,60 @@ def measures_frame(side: str, table: EmbeddingTable, of: Moments) -> pl.DataFram
     cosine_sd = math.sqrt(2 / (n * (n - 1) * d)) if n > 1 else None
     rank_correlation = float(spearmanr(used, norms.numpy()).statistic) if float(norms.std()) > 0 else math.nan
     rows = [
-        ("energy of the mean", "none", float(n * of.mean.square().sum() / of.gram.trace()), None, 1 / n, "share of the sum of squares"),
-        ("noise scale", "centred", scale, None, None, "standard deviation of the white noise with the same median singular value"),
-        ("Marchenko-Pastur edge", "centred", edge, None, None, "singular value; exceeded by one white-noise table in 100"),
+        (
+            "energy of the mean",
+            "none",
+            float(n * of.mean.square().sum() / of.gram.trace()),
+            None,
+            1 / n,
+            "share of the sum of squares",
+        ),
+        (
+            "noise scale",
+            "centred",
+            scale,
+            None,
+            None,
+            "standard deviation of the white noise with the same median singular value",
+        ),
+        (
+            "Marchenko-Pastur edge",
+            "centred",
+            edge,
+            None,
+            None,
+            "singular value; exceeded by one white-noise table in 100",
+        ),
         ("spikes above the edge", "centred", float((centred.singular_values > edge).sum()), None, 0.0, "count"),
         ("Gavish-Donoho rank", "centred", float(gavish_donoho_rank(centred)), None, 0.0, "count"),
         ("mean cosine", "none", mean_cosine(table), cosine_sd, 0.0, "stderr: of isotropic rows"),
         ("mean cosine", "centred", mean_cosine(table, of.mean), cosine_sd, 0.0, "stderr: of isotropic rows"),
-        ("partition isotropy", "none", partition_isotropy(table, of, mean_norm, centred=False), None, 1.0, "rows scaled to mean norm 1"),
-        ("partition isotropy", "centred", partition_isotropy(table, of, centred_norm, centred=True), None, 1.0, "rows scaled to mean norm 1"),
+        (
+            "partition isotropy",
+            "none",
+            partition_isotropy(table, of, mean_norm, centred=False),
+            None,
+            1.0,
+            "rows scaled to mean norm 1",
+        ),
+        (
+            "partition isotropy",
+            "centred",
+            partition_isotropy(table, of, centred_norm, centred=True),
+            None,
+            1.0,
+            "rows scaled to mean norm 1",
+        ),
         ("IsoScore", "centred", isoscore(centred), None, isoscore(gaussian_like(centred)), None),
         ("mean norm", "none", mean_norm, float(norms.std() / math.sqrt(n)), None, None),
-        ("norm-rank correlation", "none", rank_correlation, 1 / math.sqrt(max(n - 1, 1)), 0.0, "Spearman, norm against token id"),
+        (
+            "norm-rank correlation",
+            "none",
+            rank_correlation,
+            1 / math.sqrt(max(n - 1, 1)),
+            0.0,
+            "Spearman, norm against token id",
+        ),
     ]
     return measures(side, rows, n)
 
@@ -179,7 +257,9 @@ def untrained_measures(side: str, found: UntrainedScores, n_tokens: int) -> pl.D
 def correlation_frame(ids: list[int], labels: list[str], matrix: Float[Tensor, "n n"]) -> pl.DataFrame:
     """One row per token: id, label, and its correlations with all the tokens in the same order."""
     values = matrix.float().numpy()
-    return pl.DataFrame({"id": ids, "label": labels, "r": pl.Series(values, dtype=pl.Array(pl.Float32, values.shape[1]))})
+    return pl.DataFrame(
+        {"id": ids, "label": labels, "r": pl.Series(values, dtype=pl.Array(pl.Float32, values.shape[1]))}
+    )
 
 
 def groups_frame(groups: Groups, ids: Int[Tensor, " n"], vocabulary: Vocabulary, name: str) -> pl.DataFrame:
@@ -187,18 +267,27 @@ def groups_frame(groups: Groups, ids: Int[Tensor, " n"], vocabulary: Vocabulary,
     members = ids[torch.from_numpy(groups.position)].tolist()
     tokens = [vocabulary.tokens[i] for i in members]
     frame = pl.DataFrame(
-        {name: groups.group, "id": members, "label": [t.label for t in tokens], "category": [t.category for t in tokens]},
+        {
+            name: groups.group,
+            "id": members,
+            "label": [t.label for t in tokens],
+            "category": [t.category for t in tokens],
+        },
         schema={name: pl.Int64, "id": pl.Int64, "label": pl.String, "category": pl.String},
     )
     return frame.with_columns(size=pl.len().over(name).cast(pl.Int64))
 
 
-def duplicates_frame(groups: Groups, ids: Int[Tensor, " n"], rows: Float[Tensor, "n d"], vocabulary: Vocabulary, radius: float) -> pl.DataFrame:
+def duplicates_frame(
+    groups: Groups, ids: Int[Tensor, " n"], rows: Float[Tensor, "n d"], vocabulary: Vocabulary, radius: float
+) -> pl.DataFrame:
     """Groups of rows linked by distances within the radius, with the largest distance inside each group."""
     frame = groups_frame(groups, ids, vocabulary, "group")
     n_groups = int(groups.group.max()) + 1 if len(groups.group) else 0
     widths = [diameter(rows[torch.from_numpy(groups.position[groups.group == g])]) for g in range(n_groups)]
-    spans = pl.DataFrame({"group": range(n_groups), "diameter": widths}, schema={"group": pl.Int64, "diameter": pl.Float64})
+    spans = pl.DataFrame(
+        {"group": range(n_groups), "diameter": widths}, schema={"group": pl.Int64, "diameter": pl.Float64}
+    )
     return frame.join(spans, on="group", how="left", maintain_order="left").with_columns(radius=pl.lit(radius))
 
 
@@ -208,7 +297,10 @@ def blocks_frame(groups: Groups, pairs: Pairs, ids: Int[Tensor, " n"], vocabular
     block_of = np.full(len(ids), -1, dtype=np.int64)
     block_of[groups.position] = groups.group
     least = (
-        pl.DataFrame({"block": block_of[pairs.first], "r": 1 - np.square(pairs.distance) / 2}, schema={"block": pl.Int64, "r": pl.Float64})
+        pl.DataFrame(
+            {"block": block_of[pairs.first], "r": 1 - np.square(pairs.distance) / 2},
+            schema={"block": pl.Int64, "r": pl.Float64},
+        )
         .group_by("block")
         .agg(min_r=pl.col("r").min())
     )
@@ -243,6 +335,10 @@ def hubs_frame(index: NeighborIndex, vocabulary: Vocabulary, k: int, seed: int) 
     noise = torch.randn(index.rows.shape, generator=torch.Generator().manual_seed(seed))
     _, null = degrees(build_index(index.ids, noise))
     frame = pl.DataFrame(
-        {"id": index.ids.numpy(), "label": [vocabulary.tokens[i].label for i in index.ids.tolist()], "in_degree": degree.numpy()}
+        {
+            "id": index.ids.numpy(),
+            "label": [vocabulary.tokens[i].label for i in index.ids.tolist()],
+            "in_degree": degree.numpy(),
+        }
     )
     return frame.sort("in_degree", descending=True), skewness, null

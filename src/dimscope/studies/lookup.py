@@ -21,7 +21,14 @@ from dimscope.representations.embedding import EmbeddingTable
 from dimscope.representations.moments import Moments
 
 Combine = Literal["mean", "sum"]
-NEIGHBORS = {"query": pl.String, "space": pl.String, "rank": pl.Int64, "id": pl.Int64, "label": pl.String, "category": pl.String}
+NEIGHBORS = {
+    "query": pl.String,
+    "space": pl.String,
+    "rank": pl.Int64,
+    "id": pl.Int64,
+    "label": pl.String,
+    "category": pl.String,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,10 @@ def parse_query(text: str, vocabulary: Vocabulary) -> Query:
     parts = re.split(r" ([+-]) ", text)
     alone = len(parts) == 1
     signs = [1, *(1 if sign == "+" else -1 for sign in parts[1::2])]
-    terms = tuple((sign, _term_ids(part if alone else part.strip(), vocabulary, alone)) for sign, part in zip(signs, parts[::2], strict=True))
+    terms = tuple(
+        (sign, _term_ids(part if alone else part.strip(), vocabulary, alone))
+        for sign, part in zip(signs, parts[::2], strict=True)
+    )
     if any(not ids for _, ids in terms):
         raise InvalidArgument(f"the query {text!r} has an empty term")
     return Query(text, terms)
@@ -137,15 +147,20 @@ def neighbor_tables(
     if bad := sorted(table.excluded & {i for q in queries for i in q.ids}):
         raise InvalidArgument(f"row {bad[0]} holds NaN or Inf, so it has no neighbours")
     ids, rows = table.load()
-    spaces: list[tuple[str, Projection | None, NeighborIndex]] = [(f"all {table.dim} dimensions", None, build_index(ids, rows, metric))]
+    spaces: list[tuple[str, Projection | None, NeighborIndex]] = [
+        (f"all {table.dim} dimensions", None, build_index(ids, rows, metric))
+    ]
     if components:
-        projected = project(table_moments(lambda: (r for _, r in table.blocks()), table.n_used, table.dim), rows, components)
+        projected = project(
+            table_moments(lambda: (r for _, r in table.blocks()), table.n_used, table.dim), rows, components
+        )
         spaces.append((f"first {components} components", projected, build_index(ids, projected.rows, metric)))
     found = {}
     for query in queries:
         vector = query_vector(query, table, combine)
         frames = [
-            find_neighbors(query, vector if p is None else p.apply(vector), index, vocabulary, k, space) for space, p, index in spaces
+            find_neighbors(query, vector if p is None else p.apply(vector), index, vocabulary, k, space)
+            for space, p, index in spaces
         ]
         found[query.text] = pl.concat(frames)
     return found

@@ -166,7 +166,7 @@ def intro_panels() -> tuple[go.Figure, ...]:
     rng = np.random.default_rng(7)
     along, across = rng.standard_normal((2, 60))
     turn = np.array([[0.88, 0.475], [-0.475, 0.88]])
-    widths = {"exactly on a line": 0.0, "near a line": 0.2, "a round cloud": 1.0}
+    widths = {"on a line": 0.0, "near a line": 0.2, "round cloud": 1.0}
     return tuple(_intro_panel(np.stack([along, width * across], axis=1) @ turn, name) for name, width in widths.items())
 
 

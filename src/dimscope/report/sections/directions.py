@@ -2,6 +2,7 @@
 
 import polars as pl
 
+from dimscope.checkpoints.budget import embedding_share
 from dimscope.report import figures
 from dimscope.report.section import (
     Facts,
@@ -10,7 +11,6 @@ from dimscope.report.section import (
     Section,
     Tables,
     dimension,
-    explained_variance,
     measure,
     table_sides,
 )
@@ -68,12 +68,6 @@ def budget_section(tables: Tables, facts: Facts) -> Section | None:
     )
 
 
-def embedding_share(parameters: pl.DataFrame) -> float:
-    """Return the share of all parameters in the token-embedding tables (position tables are not counted)."""
-    owned = parameters.filter(pl.col("role").is_in(["input embedding", "output embedding"]))
-    return int(owned["n_parameters"].sum()) / max(int(parameters["n_parameters"].sum()), 1)
-
-
 def _embedding_owner(facts: Facts) -> str:
     if facts.tied:
         return "the embedding table, which is used twice: to read tokens and to predict them"
@@ -94,13 +88,14 @@ def spectrum_section(tables: Tables, facts: Facts) -> Section | None:
     return Section(
         anchor="spectrum",
         name="Spectrum",
-        title=_spectrum_finding(tables, facts),
+        title=_spectrum_finding(frame, facts),
         blocks=tuple(blocks),
         how_to_read=(
             "Turn the cloud of tokens until its widest direction comes first, then the next widest, and so on: the "
-            "left figure shows how wide each direction is (singular values, the mean row removed). A table without "
-            "structure follows the grey line; the distance between blue and grey is structure. The right figure adds "
-            "the directions up: how much of the variance the first k hold." + _both_sides(blocks)
+            "first figure shows how wide each direction is (singular values, the mean row removed). The title counts "
+            "how far blue runs above brown, what chance makes of the same columns; since the variances add up to the "
+            "same, wider ones at the front leave narrower ones behind. The second figure adds the directions up: how "
+            "much of the variance the first k hold." + _both_sides(blocks)
         ),
         caveat=(
             "Grey is a table of independent Gaussian numbers of the same shape and standard deviation "
@@ -112,22 +107,25 @@ def spectrum_section(tables: Tables, facts: Facts) -> Section | None:
     )
 
 
-def _spectrum_finding(tables: Tables, facts: Facts) -> str:
-    spikes = measure(tables, "spikes above the edge")
-    if spikes is not None:
-        n = round(spikes["value"])
-        verb = "rises" if n == 1 else "rise"
-        who = f"{n:,}" if n else "None"
-        return f"{who} of {facts.hidden_size:,} directions {verb} above what a random table of this shape would show"
-    explained = explained_variance(tables)
-    if not explained:
-        return "The spectrum of the output table"
-    return f"The widest of {count(len(explained), 'direction')} holds {share(explained[0])} of the variance"
+def _spectrum_finding(frame: pl.DataFrame, facts: Facts) -> str:
+    """Parallel analysis: how many leading directions are wider than the same one of the column-permuted table."""
+    studied = frame.filter(pl.col("table") == table_sides(frame)[0])
+    wider = (studied["singular_value"] > studied["permuted_singular_value"]).to_list()
+    n = wider.index(False) if False in wider else len(wider)
+    verb = "is" if n == 1 else "are"
+    who = f"{n:,}" if n else "None"
+    return f"{who} of {facts.hidden_size:,} directions {verb} wider than chance would make {'it' if n == 1 else 'them'}"
 
 
 def _noise_note(tables: Tables) -> str:
-    rank = measure(tables, "Gavish-Donoho rank")
-    return f"The Gavish–Donoho threshold would keep {count(round(rank['value']), 'direction')}. " if rank else ""
+    rank, spikes = measure(tables, "Gavish-Donoho rank"), measure(tables, "spikes above the edge")
+    if not rank or not spikes:
+        return ""
+    return (
+        "Noise fitted to the bulk of the spectrum itself, a smaller scale than grey, leaves "
+        f"{count(round(spikes['value']), 'direction')} above its edge; the Gavish–Donoho threshold would keep "
+        f"{round(rank['value']):,}. "
+    )
 
 
 def _both_sides(blocks: list[Plot]) -> str:

@@ -56,8 +56,9 @@ def _knn_note(facts: Facts) -> str:
     n = facts.knn.get("n_queries", 0)
     if not n:
         return "No neighbours were computed for this page."
-    if facts.knn.get("full"):
-        return f"The neighbours of all {n:,} tokens were computed (--full-knn)."
+    if n >= facts.vocab_size:
+        asked = " (--full-knn)" if facts.knn.get("full") else ""
+        return f"The neighbours of all {n:,} tokens were computed{asked}."
     return f"Neighbours were computed for a random sample of {count(n, 'token')} among all tokens."
 
 
@@ -269,21 +270,27 @@ def untrained_section(tables: Tables, facts: Facts) -> Section | None:
     return Section(
         anchor="untrained",
         name="Under-trained tokens",
-        title=_untrained_finding(flagged),
+        title=_untrained_finding(flagged, threshold),
         blocks=(plot, grid) if grid else (plot,),
         how_to_read=(
             "Some rows cannot have been trained: ids beyond the tokenizer, bytes that no text contains, tokens that "
             "the tokenizer never produces. They serve as the seed. The score is the distance to their "
-            "centre, in units of the median ordinary token: 0 looks untrained, 1 looks usual. The dashed line "
-            "is the threshold."
+            "centre, in units of the median ordinary token: 0 looks untrained, 1 looks usual. "
+            + (
+                "There is no dashed line because no threshold could be set."
+                if threshold is None
+                else "The dashed line is the threshold."
+            )
         ),
         caveat=_untrained_caveat(tables),
         tables=("tokens", "measures"),
     )
 
 
-def _untrained_finding(flagged: pl.DataFrame) -> str:
+def _untrained_finding(flagged: pl.DataFrame, threshold: float | None) -> str:
     ordinary = flagged.filter(pl.col("category") == "ordinary").height
+    if flagged.is_empty() and threshold is None:
+        return "The seed rows do not stand apart from the rest, so no token is called under-trained"
     if flagged.is_empty():
         return "No token looks under-trained"
     who = count(flagged.height, "token")
@@ -351,11 +358,11 @@ def hubness_section(tables: Tables, facts: Facts) -> Section | None:
 def _hubness_finding(hubs: pl.DataFrame) -> str:
     top, mean = hubs["in_degree"][0], hubs["in_degree"].to_numpy().mean()
     unnamed = hubs.filter(pl.col("in_degree") == 0).height
-    part = share(unnamed / hubs.height)
+    rest = f"{share(unnamed / hubs.height)} of tokens are nobody's" if unnamed else "every token is somebody's"
     average = number(round(float(mean), 1))
     return (
         f"The largest hub is a near neighbour of {count(top, 'token')}, where {average} is the average; "
-        f"{part} of tokens are nobody's neighbour"
+        f"{rest} neighbour"
     )
 
 

@@ -311,7 +311,9 @@
       item.append(row === undefined ? `#${other}` : chip(row), value);
       list.append(item);
     }
-    const scope = payload.knnFull ? "computed for every token (--full-knn)" : `computed for a sample of ${knn.count.toLocaleString("en")} tokens`;
+    const everyone = `computed for every token${payload.knnFull ? " (--full-knn)" : ""}`;
+    const sample = `computed for a sample of ${knn.count.toLocaleString("en")} tokens`;
+    const scope = knn.count === tokens.count ? everyone : sample;
     const note = line(`Nearest neighbours by cosine in all dimensions, ${scope}.`);
     note.className = "hint";
     return [list, note];

@@ -1,0 +1,49 @@
+"""How many dimensions does a language model really use, and what happens when the rest are taken away?
+
+    import dimscope
+
+    checkpoint = dimscope.open("builtin")                      # or a folder, or a hub id
+    table = dimscope.open_table(checkpoint)
+    moments = dimscope.moments_of(table)                       # one pass, float64, d x d
+    for d in dimscope.linear_dimensions(dimscope.spectrum(moments, centred=True)):
+        print(d.metric, d.value)
+
+Names are loaded when they are first used, so that `import dimscope` alone costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "open": ("dimscope.checkpoints.checkpoint", "open_checkpoint"),
+    "Checkpoint": ("dimscope.checkpoints.checkpoint", "Checkpoint"),
+    "parameter_budget": ("dimscope.checkpoints.budget", "parameter_budget"),
+    "embedding_share": ("dimscope.checkpoints.budget", "embedding_share"),
+    "read_vocabulary": ("dimscope.checkpoints.vocabulary", "read_vocabulary"),
+    "EmbeddingTable": ("dimscope.representations.embedding", "EmbeddingTable"),
+    "open_table": ("dimscope.representations.embedding", "open_table"),
+    "table_from_tensor": ("dimscope.representations.embedding", "table_from_tensor"),
+    "Moments": ("dimscope.representations.moments", "Moments"),
+    "moments": ("dimscope.representations.moments", "moments"),
+    "moments_of": ("dimscope.studies.embedding", "moments_of"),
+    "Spectrum": ("dimscope.geometry.spectrum", "Spectrum"),
+    "spectrum": ("dimscope.geometry.spectrum", "spectrum"),
+    "principal_components": ("dimscope.geometry.spectrum", "principal_components"),
+    "linear_dimensions": ("dimscope.geometry.dimension", "linear_dimensions"),
+    "neighbor_tables": ("dimscope.studies.lookup", "neighbor_tables"),
+    "EmbeddingSettings": ("dimscope.studies.embedding", "EmbeddingSettings"),
+    "run_report": ("dimscope.report.run", "run_report"),
+    "DimscopeError": ("dimscope.errors", "DimscopeError"),
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dimscope' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,124 @@
+"""Fixtures for the command line: many commands at the price of one import, and what every refusal must look like."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import HubServer
+
+Result = subprocess.CompletedProcess
+SOURCES = Path(__file__).resolve().parents[2] / "src"
+
+
+class ForkedCli:
+    """A server process that forks one process per command; see fork_server.py. `env` is set for all of them."""
+
+    def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
+        self.folder, self.env, self.count = folder, dict(env), 0
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("fork_server.py"))]
+        self.server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.env, text=True, cwd=folder
+        )
+        assert self._line() == "ready"
+
+    def __call__(self, *arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Result[str]:
+        """Run `dimscope ARGUMENTS` in a process of its own, output as text."""
+        self.count += 1
+        out, err = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
+        job = {"arguments": [*map(str, arguments)], "stdout": str(out), "stderr": str(err), "env": dict(env or {})}
+        assert self.server.stdin is not None
+        self.server.stdin.write(json.dumps({**job, "cwd": str(cwd or self.folder)}) + "\n")
+        self.server.stdin.flush()
+        code = int(self._line())
+        return Result(job["arguments"], code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+
+    def _line(self) -> str:
+        assert self.server.stdout is not None
+        return self.server.stdout.readline().strip()
+
+    def stop(self) -> None:
+        self.server.send_signal(signal.SIGKILL)
+        self.server.communicate()
+
+
+@contextmanager
+def forked_cli(folder: Path, variables: Mapping[str, str]) -> Iterator[ForkedCli]:
+    """A `ForkedCli` whose environment has no hub, proxy or token settings but the given ones."""
+    foreign = re.compile(r"(HF|HUGGINGFACE|HUGGING_FACE|TRANSFORMERS|DIMSCOPE)_|.*_proxy$", re.IGNORECASE)
+    inherited = {name: value for name, value in os.environ.items() if not foreign.match(name)}
+    fixed = {
+        "PYTHONPATH": str(SOURCES),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "NO_COLOR": "1",
+        "COLUMNS": "120",
+    }
+    cli = ForkedCli(folder, {**inherited, **fixed, **variables})
+    try:
+        yield cli
+    finally:
+        cli.stop()
+
+
+@pytest.fixture(scope="session")
+def cli(tmp_path_factory: pytest.TempPathFactory, closed_endpoint: str) -> Iterator[ForkedCli]:
+    """Return `cli(*arguments, env=None, cwd=None)`: a command in a process of its own, the network cut."""
+    folder = tmp_path_factory.mktemp("cli")
+    with forked_cli(folder, {"HF_ENDPOINT": closed_endpoint, "HF_HOME": str(folder / "hf_home")}) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def hub_cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, ForkedCli]]:
+    """Return a hub and a command line that asks it; one cache for the module, so take a repository name per test."""
+    folder = tmp_path_factory.mktemp("hub_cli")
+    with ExitStack() as stack:
+        hub = stack.enter_context(HubServer())
+        yield hub, stack.enter_context(forked_cli(folder, hub.environment(folder / "hf_home")))
+
+
+def refusal(result: Result[str], *named: object) -> str:
+    """Check that a command refused in one line that names what it is about, and return the line."""
+    assert result.returncode == 2, f"exit code {result.returncode}: {(result.stderr or result.stdout)[-300:]}"
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr[-600:]
+    assert lines[0].startswith("error: ")
+    assert result.stdout == ""
+    for word in named:
+        assert str(word) in lines[0]
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[..., str]:
+    """Return `refused(result, *named)`: exit code 2, one line `error: ...` that holds every `named`, nothing else."""
+    return refusal
+
+
+@pytest.fixture
+def refuses(cli: ForkedCli, tmp_path: Path, digest: Callable[[Path], dict[str, str]]) -> Callable[..., str]:
+    """Return `refuses(folder, *named, command=..., options=())`: a bad model is refused by a command with -o.
+
+    Nothing appears where -o points, and no file of the model is changed.
+    """
+
+    def check(folder: Path, *named: object, command: str = "tokens", options: tuple[Any, ...] = ()) -> str:
+        before, out = digest(folder), tmp_path / "refused-out"
+        line = refusal(cli(command, folder, "-o", out, *options), *named)
+        assert not out.exists()
+        assert digest(folder) == before
+        return line
+
+    return check

@@ -1,0 +1,248 @@
+"""Every command on a sound model: a table for readers, JSON alone on standard output, Parquet that says the same."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import damage
+import models
+import numpy as np
+import polars as pl
+import pytest
+
+COMMANDS = {
+    "inspect": ((), {"roles", "tensors"}),
+    "tokens": ((), {"tokens"}),
+    "pairs": (("--radius", "0.05"), {"groups", "pairs"}),
+    "correlate": (("--ids", "0:20", "--at-least", "0.5"), {"blocks", "correlation"}),
+    "spectrum": ((), {"dimensions", "spectrum"}),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_table_json_and_parquet_of_a_command_agree(checkpoint, cli, digest, tmp_path, command):
+    folder, (options, names) = checkpoint("llama"), COMMANDS[command]
+    before = digest(folder)
+    read = cli(command, folder, *options, "--limit", "3")
+    assert (read.returncode, read.stderr) == (0, "")
+    assert str(folder) in read.stdout.replace("\n", "")
+    result = cli(command, folder, *options, "--json", "-o", tmp_path / "out")
+    assert (result.returncode, result.stderr) == (0, "")
+    said = json.loads(result.stdout)
+    assert said["model"] == str(folder)
+    assert names <= said.keys()
+    written = {path.stem: pl.read_parquet(path) for path in (tmp_path / "out").glob("*.parquet")}
+    assert written.keys() == names
+    for name, frame in written.items():
+        assert len(frame) == len(said[name])
+        assert not frame.is_empty() or command == "pairs"
+        assert all(row.keys() == set(frame.columns) for row in said[name])
+    provenance = models.read_json(tmp_path / "out" / "provenance.json")
+    assert provenance["model"] == str(folder)
+    assert {"dimscope", "torch", "polars"} <= provenance["versions"].keys()
+    assert digest(folder) == before
+
+
+def test_inspect_counts_every_parameter_of_both_tables(checkpoint, cli):
+    said = json.loads(cli("inspect", checkpoint("llama"), "--json").stdout)
+    assert (said["tied"], said["vocab_size"], said["hidden_size"]) == (False, 512, 32)
+    assert said["architecture"] == "LlamaForCausalLM"
+    assert said["n_parameters"] == sum(row["n_parameters"] for row in said["tensors"])
+    assert said["embedding_share"] == pytest.approx(2 * 512 * 32 / said["n_parameters"])
+    assert sum(row["share"] for row in said["roles"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_vectors_in_parquet_are_the_table(checkpoint, cli, tmp_path, side):
+    folder = checkpoint("llama")
+    result = cli("tokens", folder, "--vectors", "--out", tmp_path, "--side", side)
+    assert result.returncode == 0, result.stderr
+    frame = pl.read_parquet(tmp_path / "tokens.parquet")
+    assert frame.schema["vector"] == pl.Array(pl.Float32, 32)
+    table = models.stock_tables(folder)[side]
+    np.testing.assert_array_equal(frame["vector"].to_numpy(), table.astype(np.float32))
+    np.testing.assert_allclose(frame["norm"].to_numpy(), np.linalg.norm(table, axis=1), rtol=1e-6)
+    assert frame["id"].to_list() == list(range(512))
+    assert "vector" not in result.stdout
+
+
+def test_tied_models_have_one_table_on_both_sides(checkpoint, cli):
+    norms = [json.loads(cli("tokens", checkpoint("qwen2"), "--side", s, "--json").stdout) for s in ("input", "output")]
+    assert norms[0]["tokens"] == norms[1]["tokens"]
+
+
+def test_pairs_are_all_pairs_within_the_radius(checkpoint, editable, cli):
+    folder = editable(checkpoint("qwen2"))
+    table = models.stock_tables(folder)["input"]
+    damage.set_rows(folder, [40, 41, 500], table[7])
+    table[[40, 41, 500]] = table[7]
+    said = json.loads(cli("pairs", folder, "--radius", "0.1", "--json").stdout)
+    distances = np.linalg.norm(table[:, None] - table[None], axis=2)
+    wanted = {(i, j) for i, j in zip(*np.nonzero(distances <= 0.1), strict=True) if i < j}
+    assert {(pair["first"], pair["second"]) for pair in said["pairs"]} == wanted
+    assert said["radius"] == 0.1
+    assert {7, 40, 41, 500} <= {row["id"] for row in said["groups"]}
+    nothing = json.loads(cli("pairs", folder, "--radius", "0", "--json").stdout)
+    assert {(p["first"], p["second"]) for p in nothing["pairs"]} == {(7, 40), (7, 41), (7, 500), (40, 41), (40, 500), (41, 500)}
+    groups = json.loads(cli("tokens", folder, "--duplicates", "--json").stdout)["tokens"]
+    assert [row["id"] for row in groups] == [7, 40, 41, 500]
+
+
+def test_correlate_is_numpys_correlation(checkpoint, cli):
+    folder = checkpoint("gpt_neox")
+    said = json.loads(cli("correlate", folder, "--ids", "100:130", "--json").stdout)
+    matrix = np.array([row["r"] for row in said["correlation"]])
+    np.testing.assert_allclose(matrix, np.corrcoef(models.stock_tables(folder)["input"][100:130]), atol=1e-5)
+    assert [row["id"] for row in said["correlation"]] == list(range(100, 130))
+    whole = json.loads(cli("correlate", folder, "--ids", "510:", "--json").stdout)
+    assert [row["id"] for row in whole["correlation"]] == [510, 511]
+    one = json.loads(cli("correlate", folder, "--ids", "5:6", "--json").stdout)
+    assert np.allclose(one["correlation"][0]["r"], [1])
+
+
+def test_spectrum_is_numpys_svd(checkpoint, cli):
+    folder = checkpoint("opt")
+    said = json.loads(cli("spectrum", folder, "--json").stdout)["spectrum"]
+    table = models.stock_tables(folder)["input"]
+    for preprocess, matrix in (("uncentred", table), ("centred", table - table.mean(axis=0))):
+        found = [row["singular_value"] for row in said if row["preprocess"] == preprocess]
+        np.testing.assert_allclose(found, np.linalg.svd(matrix, compute_uv=False), rtol=1e-5)
+
+
+def test_every_side_product_of_a_narrow_table_is_there(checkpoint, cli, tmp_path):
+    folder = checkpoint("qwen2", hidden_size=8)  # fewer dimensions than the components that are shown
+    for command, options in (("neighbors", ("#5",)), ("tokens", ()), ("spectrum", ()), ("pairs", ())):
+        result = cli(command, folder, *options, "--json")
+        assert result.returncode == 0, result.stderr[-300:]
+    report = cli("report", folder, "-o", tmp_path)
+    assert report.returncode == 0, report.stderr[-300:]
+
+
+def test_a_vocabulary_smaller_than_the_width(checkpoint, cli, tmp_path):
+    folder = checkpoint("qwen2", vocab_size=20, tokenizer=None)
+    for command, options in (("neighbors", ("#5", "-k", "50")), ("tokens", ()), ("spectrum", ()), ("correlate", ("--ids", ":"))):
+        result = cli(command, folder, *options, "--json")
+        assert result.returncode == 0, result.stderr[-300:]
+    report = cli("report", folder, "-o", tmp_path)
+    assert report.returncode == 0, report.stderr[-300:]
+
+
+def test_a_folder_wins_over_a_hub_id_of_the_same_name(checkpoint, cli, refused, editable, tmp_path):
+    editable(checkpoint("qwen2"), "owner/name")
+    found = cli("inspect", "owner/name", "--json", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["revision"] is None
+    (tmp_path / "elsewhere").mkdir()
+    refused(cli("inspect", "owner/name", cwd=tmp_path / "elsewhere"), "owner/name", "hub")
+
+
+def test_output_survives_an_encoding_that_lacks_the_signs(checkpoint, run_cli):
+    result = run_cli("tokens", checkpoint("gpt2"), "--limit", "400", env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    assert result.returncode == 0, result.stderr[-300:]
+
+
+# ---- neighbours ----------------------------------------------------------------------------------------------------
+
+
+def cosines(folder, vector):
+    table = models.stock_tables(folder)["input"]
+    return table @ vector / np.linalg.norm(table, axis=1) / np.linalg.norm(vector)
+
+
+def test_neighbours_of_texts_ids_phrases_and_expressions(checkpoint, cli):
+    folder = checkpoint("gpt2")
+    table = models.stock_tables(folder)["input"]
+    tokens = json.loads(cli("tokens", folder, "--json").stdout)["tokens"]
+    by_label = {row["label"]: row["id"] for row in tokens}
+    the, ship = by_label["␣the"], by_label["␣s"]
+    queries = [" the", f"#{the}", "#300 #301", "#300 - #301 + #302", "the - #5"]
+    said = json.loads(cli("neighbors", folder, *queries, "-k", "5", "--json").stdout)
+    vectors = {" the": table[the], f"#{the}": table[the], "#300 - #301 + #302": table[300] - table[301] + table[302]}
+    vectors["the - #5"] = table[the] - table[5]
+    for query, vector in vectors.items():
+        own = {the} if "the" in query or query == f"#{the}" else set()
+        own |= {int(word[1:]) for word in query.split() if word.startswith("#")}
+        order = [i for i in np.argsort(-cosines(folder, vector), kind="stable") if i not in own][:5]
+        rows = [row for row in said[query] if row["space"].startswith("all 32")]
+        assert [row["id"] for row in rows] == order
+        np.testing.assert_allclose([row["cosine"] for row in rows], cosines(folder, vector)[order], atol=1e-5)
+        assert len([row for row in said[query] if "10 components" in row["space"]]) == 5
+    assert ship != the
+    assert {row["rank"] for row in said[" the"]} == {1, 2, 3, 4, 5}
+
+
+def test_other_metrics_and_the_sum_of_a_phrase(checkpoint, cli):
+    folder = checkpoint("gpt2")
+    table = models.stock_tables(folder)["input"]
+    options = ("--components", "0", "-k", "4", "--json")
+    near = json.loads(cli("neighbors", folder, "#300 + #301", "--metric", "euclidean", *options).stdout)["#300 + #301"]
+    distances = np.linalg.norm(table - table[300] - table[301], axis=1)
+    assert [row["id"] for row in near] == [i for i in np.argsort(distances) if i not in (300, 301)][:4]
+    np.testing.assert_allclose([row["distance"] for row in near], distances[[row["id"] for row in near]], rtol=1e-4)
+    centred = json.loads(cli("neighbors", folder, "#300", "--metric", "centred cosine", *options).stdout)["#300"]
+    moved = table - table.mean(axis=0)
+    scores = moved @ moved[300] / np.linalg.norm(moved, axis=1) / np.linalg.norm(moved[300])
+    assert [row["id"] for row in centred] == [i for i in np.argsort(-scores) if i != 300][:4]
+    phrase = " the ships" + " before breakfast"
+    for combine in ("mean", "sum"):
+        result = cli("neighbors", folder, phrase, "--combine", combine, *options)
+        assert len(json.loads(result.stdout)[phrase]) == 4
+
+
+def test_queries_name_no_paths_and_hide_no_facts(checkpoint, cli, tmp_path):
+    folder = checkpoint("gpt2")
+    queries = ["../escaped", "/", " /", "model", "a" * 300, "metric"]
+    result = cli("neighbors", folder, *queries, "-k", "2", "--json", "-o", tmp_path / "in" / "out")
+    assert result.returncode == 0, result.stderr[-300:]
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert os.listdir(tmp_path / "in") == ["out"]
+    assert not [path for path in (tmp_path / "in" / "out").iterdir() if path.is_dir()]
+    rows = pl.concat(pl.read_parquet(path) for path in (tmp_path / "in" / "out").glob("*.parquet"))
+    assert set(rows["query"]) == set(queries)
+    said = json.loads(result.stdout)
+    assert said["model"] == str(folder)
+    assert said["metric"] == "cosine"
+
+
+# ---- GGUF ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["F32", "F16", "BF16", "Q8_0"])
+def test_gguf_as_a_file_and_as_a_folder(checkpoint, cli, tmp_path, quantization):
+    source = checkpoint("llama")
+    path = damage.write_gguf(tmp_path / "model.gguf", source, quantization)
+    said = json.loads(cli("inspect", path, "--json").stdout)
+    stock = json.loads(cli("inspect", source, "--json").stdout)
+    assert said["n_parameters"] == stock["n_parameters"]
+    assert said["embedding_share"] == stock["embedding_share"]
+    assert {r["role"]: r["n_parameters"] for r in said["roles"]} == {r["role"]: r["n_parameters"] for r in stock["roles"]}
+    result = cli("tokens", tmp_path, "--vectors", "-o", tmp_path / "out", "--side", "output")
+    assert result.returncode == 0, result.stderr
+    vectors = pl.read_parquet(tmp_path / "out" / "tokens.parquet")["vector"].to_numpy()
+    tolerance = {"F32": 0, "F16": 1e-3, "BF16": 1e-2, "Q8_0": 2e-2}[quantization] * 0.1
+    np.testing.assert_allclose(vectors, models.stock_tables(source)["output"], atol=tolerance, rtol=0)
+
+
+def test_gguf_beside_a_config_and_a_tokenizer_as_hub_repositories_hold_it(checkpoint, editable, cli):
+    folder = editable(checkpoint("llama"))
+    damage.write_gguf(folder / "model-f16.gguf", folder, "F16")
+    damage.remove_weights(folder)
+    result = cli("tokens", folder, "--json")
+    assert result.returncode == 0, result.stderr[-300:]
+    assert [t["label"] for t in json.loads(result.stdout)["tokens"]][300] != "#300"
+
+
+def test_damaged_gguf_and_two_of_them(checkpoint, refuses, tmp_path):
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    path = damage.write_gguf(folder / "a.gguf", checkpoint("llama"), "Q8_0")
+    whole = path.read_bytes()
+    for keep in (0, 3, 20, 300, len(whole) // 20, len(whole) // 2, len(whole) - 50):
+        path.write_bytes(whole[:keep])
+        refuses(folder, folder, "a.gguf", command="inspect")
+    path.write_bytes(b"noise" * 1000)
+    refuses(folder, folder, "a.gguf")
+    path.write_bytes(whole)
+    (folder / "b.gguf").write_bytes(whole)
+    refuses(folder, folder, "2 GGUF files")

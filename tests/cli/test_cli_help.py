@@ -1,0 +1,72 @@
+"""Help and version: complete, fast because nothing heavy is imported, with an example for every command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+COMMANDS = ("inspect", "tokens", "neighbors", "pairs", "correlate", "spectrum", "report")
+PROBE = """
+import sys
+from dimscope.cli import main
+for command in sys.argv[1:]:
+    try:
+        code = main(command.split())
+    except SystemExit as e:
+        code = e.code
+    assert code == 0, command
+    print("=" * 10)
+print(*[name for name in ("torch", "transformers", "plotly", "polars", "scipy") if name in sys.modules])
+"""
+
+
+def test_help_imports_nothing_heavy_and_lists_every_command(run_python):
+    result = run_python("-c", PROBE, "--help")
+    assert result.returncode == 0, result.stderr
+    text, loaded = result.stdout.split("=" * 10)
+    assert loaded.split() == []
+    for command in COMMANDS:
+        assert command in text
+
+
+def test_the_help_of_each_command_has_an_example_and_needs_no_torch(run_python):
+    result = run_python("-c", PROBE, *(f"{command} --help" for command in COMMANDS))
+    assert result.returncode == 0, result.stderr
+    *texts, loaded = result.stdout.split("=" * 10)
+    for command, text in zip(COMMANDS, texts, strict=True):
+        assert "Example" in text
+        assert f"dimscope {command} " in text
+        for option in ("--json", "--out", "--revision", "--allow-pickle", "--skip-nonfinite", "--side", "MODEL"):
+            assert option in text, (command, option)
+    assert not {"torch", "transformers", "plotly"} & set(loaded.split())
+
+
+def test_version(run_cli):
+    result = run_cli("--version")
+    assert (result.returncode, result.stdout.strip()) == (0, version("dimscope"))
+
+
+def test_the_helps_examples_are_commands_that_parse(run_python):
+    program = """
+import re, shlex, sys
+from dimscope.cli import app
+for command in sys.argv[1:]:
+    import dimscope.commands as commands
+    examples = re.findall(r"Example: `dimscope (.*)`", getattr(commands, command).__doc__)
+    assert examples, command
+    for example in examples:
+        app.parse_args(shlex.split(example), exit_on_error=False, print_error=False)
+print("all parse")
+"""
+    result = run_python("-c", program, *COMMANDS)
+    assert result.stdout == "all parse\n", result.stderr[-400:]
+
+
+def test_a_reader_who_hangs_up_is_no_error(checkpoint, clean_environment, tmp_path):
+    pipe = f"{sys.executable} -m dimscope tokens {checkpoint('qwen2')} --json | head -c 10; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(
+        ["bash", "-c", pipe], env=clean_environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(result.stdout) == 10

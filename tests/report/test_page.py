@@ -1,0 +1,145 @@
+"""The page as a file: whole, self-contained, safe against its labels, small at the size of a real vocabulary."""
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from dimscope.report.page import EMBED_LIMIT, write_page
+from dimscope.report.section import Tables
+
+Write = Callable[..., Path]
+
+
+class Outline(HTMLParser):
+    """Collects what a browser would see: tags, ids, titles and everything that points somewhere."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.headings: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in {"href", "src", "srcset", "data", "action"}]
+
+    def handle_data(self, data: str) -> None:
+        if self.tags[-1:] == ["h2"] and data.strip():
+            self.headings.append(data.strip())
+
+
+def test_page_is_one_whole_file(tables: Tables, run_folder: Write) -> None:
+    folder = run_folder(tables)
+    path = write_page(folder)
+    assert path == folder / "index.html"
+    assert sorted(p.name for p in folder.iterdir()) == ["index.html", "report.json", "tables"]
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    assert text.rstrip().endswith("</html>")
+
+
+def test_page_is_the_same_for_the_same_run(tables: Tables, run_folder: Write) -> None:
+    folder = run_folder(tables)
+    assert write_page(folder).read_bytes() == write_page(folder).read_bytes()
+
+
+def test_old_page_survives_a_failure(tables: Tables, run_folder: Write) -> None:
+    folder = run_folder(tables)
+    before = write_page(folder).read_bytes()
+    (folder / "report.json").write_text("{")
+    with pytest.raises(ValueError, match="Expecting"):
+        write_page(folder)
+    assert (folder / "index.html").read_bytes() == before
+
+
+def test_nothing_in_the_page_points_elsewhere(tables: Tables, run_folder: Write) -> None:
+    text = write_page(run_folder(tables)).read_text(encoding="utf-8")
+    outline = Outline(text)
+    elsewhere = [link for link in outline.links if not re.match(r"#|data:|tables/\w+\.parquet$", link)]
+    assert elsewhere == []
+    assert """http-equiv="Content-Security-Policy" content="default-src 'none';""" in text
+
+
+def test_hostile_labels_are_text_and_nothing_else(tables: Tables, run_folder: Write) -> None:
+    folder = run_folder(tables)
+    text = write_page(folder).read_text(encoding="utf-8")
+    outline = Outline(text)
+    # Theme choice, payload, plotly, page script: a label that broke out would add a fifth.
+    assert outline.tags.count("script") == 4
+    assert "<script>alert(1)" not in text
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in text
+    assert "my model&#39;s &lt;tiny&gt;" in text
+    assert "a &lt;warning&gt;" in text
+
+
+def test_headings_are_the_findings(tables: Tables, run_folder: Write) -> None:
+    headings = Outline(write_page(run_folder(tables)).read_text(encoding="utf-8")).headings
+    assert len(headings) == 13
+    assert headings[0] == "What is an effective dimension?"
+    assert headings[-1] == "Made in 2 seconds from these arguments and versions"
+
+
+def test_studies_that_did_not_run_are_not_told(tables: Tables, run_folder: Write) -> None:
+    folder = run_folder(tables, {"study": {"unknown": {}}})
+    assert len(Outline(write_page(folder).read_text(encoding="utf-8")).headings) == 1
+
+
+def test_page_without_any_table_still_opens(run_folder: Write) -> None:
+    assert "What is an effective dimension?" in write_page(run_folder({})).read_text(encoding="utf-8")
+
+
+def test_folder_without_report_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_page(tmp_path)
+
+
+def _vocabulary(size: int = 151_936) -> pl.DataFrame:
+    """Return a token table as large as that of Qwen2.5 with random numbers, which compress worst."""
+    rng = np.random.default_rng(0)
+    kinds = np.array(["ordinary"] * (size - 290) + ["beyond"] * 290)
+    letters = rng.integers(0x61, 0x7B, (size, 9)).astype(np.uint32)
+    columns = {f"pc{i}": rng.standard_normal(size).astype(np.float32) for i in range(1, 11)}
+    return pl.DataFrame(
+        {
+            "id": np.arange(size),
+            "label": letters.view("<U9").ravel().tolist(),
+            "category": kinds,
+            "norm": rng.random(size, dtype=np.float32),
+            **columns,
+            "untrained_score": rng.random(size, dtype=np.float32),
+            "untrained": kinds == "beyond",
+        }
+    ).with_columns(reason=pl.lit(None, dtype=pl.String), untrained_reason=pl.lit(None, dtype=pl.String))
+
+
+def _random_neighbours(queries: int, size: int = 151_936, k: int = 10) -> pl.DataFrame:
+    rng = np.random.default_rng(1)
+    ids = np.sort(rng.choice(size, queries, replace=False))
+    return pl.DataFrame(
+        {
+            "id": np.repeat(ids, k),
+            "rank": np.tile(np.arange(1, k + 1), queries),
+            "neighbor": rng.integers(0, size, queries * k),
+            "cosine": rng.random(queries * k, dtype=np.float32),
+        }
+    )
+
+
+@pytest.mark.parametrize("queries", [5_000, 151_936])
+def test_page_of_a_whole_vocabulary_stays_small(tables: Tables, run_folder: Write, queries: int) -> None:
+    matrix = np.random.default_rng(2).random((500, 500), dtype=np.float32)
+    correlation = pl.DataFrame(
+        {"id": range(500), "label": ["x"] * 500, "r": pl.Series(matrix, dtype=pl.Array(pl.Float32, 500))}
+    )
+    large = {**tables, "tokens": _vocabulary(), "knn": _random_neighbours(queries), "correlation": correlation}
+    folder = run_folder(large)
+    path = write_page(folder)
+    assert path.stat().st_size <= 25_000_000
+    assert (folder / "tables" / "tokens.parquet").stat().st_size > EMBED_LIMIT
+    assert 'id="table-tokens" href="tables/tokens.parquet"' in path.read_text(encoding="utf-8")
