@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import polars as pl
 from cyclopts import Parameter
 
-from dimscope.checkpoints.checkpoint import BUILTIN
+from dimscope.checkpoints import BUILTIN
 from dimscope.errors import InvalidArgument
 from dimscope.results import check_folder
 from dimscope.terminal import Output, print_json, print_tables, write
@@ -257,6 +257,7 @@ def spectrum(model: str = BUILTIN, /, *, permutations: int = 3, seed: int = 0, c
     from dimscope.studies.embedding import moments_of
     from dimscope.studies.embedding_tables import dimensions_frame, spectrum_frame
 
+    check_seed(seed)
     if permutations < 1:
         raise InvalidArgument(f"--permutations is at least 1, not {permutations}")
     checkpoint = common.open(model)
@@ -308,6 +309,7 @@ def report(
 
     if common.out is None:
         raise InvalidArgument("give the folder of the report: dimscope report MODEL -o DIR")
+    check_seed(seed)
     if sample < 1:
         raise InvalidArgument(f"--sample is at least 1, not {sample}")
     checkpoint = common.open(model)
@@ -320,6 +322,12 @@ def report(
         print_json(output)
     else:
         print_tables(output, common.limit)
+
+
+def check_seed(seed: int) -> None:
+    """Raises InvalidArgument for what torch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise InvalidArgument(f"--seed goes from 0 to 2^63 - 1, not {seed}")
 
 
 def parse_range(text: str, n_rows: int) -> tuple[int, int]:

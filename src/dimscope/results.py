@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,13 +27,23 @@ def versions() -> dict[str, str]:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file such that it is there with all its bytes, or not at all, whatever interrupts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+    with _written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+
+
+@contextmanager
+def _written(path: Path) -> Generator[None]:
+    """Turns what the system says (disk full, no permission, a file in the way) into one line."""
+    try:
+        yield
+    except OSError as e:
+        raise InvalidArgument(f"{path} cannot be written: {e.strerror}") from e
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -65,7 +76,8 @@ class ResultFolder:
         parquet, provenance = self.path / "tables" / f"{name}.parquet", self.path / "tables" / f"{name}.json"
         if parquet.exists() and _read_json(provenance).get("made_by") == wanted:
             return pl.read_parquet(parquet)
-        provenance.unlink(missing_ok=True)  # from here to the end of the write there is no finished table
+        with _written(provenance):
+            provenance.unlink(missing_ok=True)  # from here to the end of the write there is no finished table
         table = compute()
         write_table(parquet, table)
         digest = hashlib.sha256(parquet.read_bytes()).hexdigest()

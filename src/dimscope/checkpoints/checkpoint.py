@@ -8,7 +8,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dimscope.checkpoints import gguf
+from dimscope.checkpoints import BUILTIN, gguf
 from dimscope.checkpoints.skeleton import Skeleton, build_skeleton
 from dimscope.checkpoints.sources import HubRepository, LocalFolder, Source, find_on_hub
 from dimscope.checkpoints.tensors import TensorInfo, TensorReader, open_weights
@@ -16,8 +16,6 @@ from dimscope.errors import CheckpointNotFound, CorruptCheckpoint, UnsafeCheckpo
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-BUILTIN = "builtin"
 
 
 @dataclass(frozen=True, slots=True)

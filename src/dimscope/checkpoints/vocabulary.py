@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dimscope.checkpoints.sources import HubRepository, Source
-from dimscope.errors import TokenizerMissing
+from dimscope.errors import DimscopeError, TokenizerMissing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +49,7 @@ class Vocabulary:
     tokens: tuple[Token, ...]
     tokenizer_size: int | None  # None where there is no tokenizer
     encode: Callable[[str], list[int]] | None
+    missing: str | None = None  # why there is no tokenizer
 
     def ids(self, text: str) -> list[int]:
         """The token that spells exactly this text, leading space and all, else the tokens that the text is split into.
@@ -57,9 +58,7 @@ class Vocabulary:
         Raises TokenizerMissing.
         """
         if self.encode is None:
-            raise TokenizerMissing(
-                "the checkpoint has no tokenizer, so text cannot be looked up; name tokens by id: '#123'"
-            )
+            raise TokenizerMissing(f"{self.missing}, so text cannot be looked up; name tokens by id: '#123'")
         data = text.encode()
         exact = next((t.id for t in self.tokens if t.data == data and t.category == "ordinary"), None)
         return self.encode(text) if exact is None else [exact]
@@ -82,10 +81,15 @@ def read_vocabulary(source: Source, n_rows: int) -> Vocabulary:
     """Labels and categories for the `n_rows` rows of a table. Without a tokenizer every row is `#id`, ordinary."""
     try:
         tokenizer = read_tokenizer(source)
-    except (ValueError, OSError, KeyError, ImportError, json.JSONDecodeError):
-        tokenizer = None  # damaged or of an unknown kind: studies that need no text go on without it
+        missing = "the checkpoint has no tokenizer"
+    except DimscopeError:
+        raise
+    except Exception as e:
+        # Damaged or of an unknown kind (tokenizers raises bare Exception): studies that need no text go on, and say so.
+        tokenizer, missing = None, f"the tokenizer cannot be read ({' '.join(str(e).split())[:200]})"
     if tokenizer is None:
-        return Vocabulary(tuple(Token(i, None, None, f"#{i}", "ordinary") for i in range(n_rows)), None, None)
+        tokens = tuple(Token(i, None, None, f"#{i}", "ordinary") for i in range(n_rows))
+        return Vocabulary(tokens, None, None, missing)
     return describe_vocabulary(tokenizer, n_rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,8 +45,8 @@ def pairs_within(
 
     Raises InvalidArgument for a negative radius, or where more than 20 million pairs lie within it.
     """
-    if not radius >= 0:
-        raise InvalidArgument(f"a radius is a number from 0 on, not {radius}")
+    if not (math.isfinite(radius) and radius >= 0):
+        raise InvalidArgument(f"a radius is a finite number from 0 on, not {radius}")
     projected = (rows - rows.mean(dim=0)) @ components[:, :LEADING].float()
     order = _tile_order(projected[:, :PACKED].numpy())
     found, total = [], 0

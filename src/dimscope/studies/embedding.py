@@ -19,7 +19,7 @@ from dimscope.checkpoints.budget import parameter_budget
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.vocabulary import Vocabulary, read_vocabulary
 from dimscope.errors import InvalidArgument
-from dimscope.geometry.neighbors import NeighborIndex, build_index
+from dimscope.geometry.neighbors import NeighborIndex, build_index, hubness
 from dimscope.geometry.pairs import connected_groups, pairs_within
 from dimscope.geometry.similarity import correlated_blocks, correlation_matrix
 from dimscope.geometry.spectrum import principal_components, table_moments
@@ -119,12 +119,29 @@ class EmbeddingWork:
         places = torch.arange(len(ids)) if self.settings.full_knn else self.sample()
         return tables.knn_frame(self.index, ids[places], rows[places], self.settings.neighbors)
 
-    @cached_property
-    def hubs(self) -> tuple[pl.DataFrame, float, float]:
-        places = self.sample()
+    def hubs(self, knn: pl.DataFrame) -> pl.DataFrame:
+        """In-degrees in the graph of all tokens where `knn` is that, else in the graph among the sample."""
         ids, rows = self.loaded
-        return tables.hubs_frame(
-            build_index(ids[places], rows[places]), self.vocabulary, self.settings.neighbors, self.settings.seed
+        if self.settings.full_knn:
+            counts = torch.bincount(torch.from_numpy(knn["neighbor"].to_numpy().copy()), minlength=self.table.n_rows)
+            return tables.hubs_frame(ids, counts[ids], self.vocabulary)
+        places = self.sample()
+        degrees = tables.in_degrees(build_index(ids[places], rows[places]), self.settings.neighbors)
+        return tables.hubs_frame(ids[places], degrees, self.vocabulary)
+
+    def measures(self, hubs: pl.DataFrame) -> pl.DataFrame:
+        null = None
+        if not self.settings.full_knn:
+            noise = torch.randn(len(hubs), self.table.dim, generator=torch.Generator().manual_seed(self.settings.seed))
+            null = hubness(
+                tables.in_degrees(build_index(torch.arange(len(hubs)), noise), self.settings.neighbors).numpy()
+            )
+        return pl.concat(
+            [
+                *(tables.measures_frame(*side) for side in self.sides),
+                tables.untrained_measures(self.settings.side, self.untrained, self.table.n_used),
+                tables.hubness_measure(self.settings.side, hubs, null),
+            ]
         )
 
     def probes(self) -> pl.DataFrame:
@@ -174,8 +191,8 @@ def study_embedding(checkpoint: Checkpoint, folder: ResultFolder, settings: Embe
         "correlation_blocks": work.correlation_blocks,
         "probes": work.probes,
         "knn": work.knn,
-        "hubs": lambda: work.hubs[0],
-        "measures": lambda: _measures(work),
+        "hubs": lambda: work.hubs(done["knn"]),
+        "measures": lambda: work.measures(done["hubs"]),
     }
     done: dict[str, pl.DataFrame] = {}
     progress = tqdm(units.items(), desc="embedding study", unit="table", disable=None)
@@ -245,27 +262,11 @@ def _with_groups(tokens: pl.DataFrame, duplicates: pl.DataFrame) -> pl.DataFrame
     return tokens.join(duplicates.select("id", duplicate_group="group"), on="id", how="left", maintain_order="left")
 
 
-def _measures(work: EmbeddingWork) -> pl.DataFrame:
-    _, skewness, null = work.hubs
-    note = "kNN graph among a sample; null: Gaussian rows of the same shape"
-    n = min(work.settings.sample, work.table.n_used)
-    return pl.concat(
-        [
-            *(tables.measures_frame(*side) for side in work.sides),
-            tables.untrained_measures(work.settings.side, work.untrained, work.table.n_used),
-            tables.measures(work.settings.side, [("hubness skewness", "none", skewness, None, null, note)], n),
-        ]
-    )
-
-
 def _facts(work: EmbeddingWork, done: Mapping[str, pl.DataFrame], given: dict[str, Any]) -> dict[str, Any]:
     checkpoint, knn = work.checkpoint, done["knn"]
     warnings = [f"{len(work.table.excluded)} rows with NaN or Inf were left out"] if work.table.excluded else []
-    tokenizer_size = work.vocabulary.tokenizer_size
-    if tokenizer_size is None:
-        warnings.append(
-            "the checkpoint has no tokenizer: tokens are shown by id, and nothing is known about which are unreachable"
-        )
+    if work.vocabulary.missing:
+        warnings.append(f"{work.vocabulary.missing}: tokens are shown by id, and which are unreachable is not known")
     return {
         "model": checkpoint.name,
         "revision": checkpoint.revision,
@@ -276,7 +277,7 @@ def _facts(work: EmbeddingWork, done: Mapping[str, pl.DataFrame], given: dict[st
         "tied": checkpoint.tied,
         "n_parameters": int(done["budget"]["n_parameters"].sum()),
         "dtype": checkpoint.input_table.dtype,
-        "tokenizer_size": tokenizer_size,
+        "tokenizer_size": work.vocabulary.tokenizer_size,
         "knn": {"k": work.settings.neighbors, "n_queries": knn["id"].n_unique(), "full": work.settings.full_knn},
         "study": {"embedding": given},
         "versions": versions(),

@@ -321,24 +321,24 @@ def knn_frame(index: NeighborIndex, queries: Int[Tensor, " q"], rows: Float[Tens
     )
 
 
-def hubs_frame(index: NeighborIndex, vocabulary: Vocabulary, k: int, seed: int) -> tuple[pl.DataFrame, float, float]:
-    """In-degrees of the kNN graph among the rows of the index, its skewness, and that of Gaussian rows of the same shape."""
-    from dimscope.geometry.neighbors import build_index
+def in_degrees(index: NeighborIndex, k: int) -> Int[Tensor, " n"]:
+    """How often each row of an index is among the k nearest of the others."""
+    places = torch.arange(len(index.ids))
+    local = NeighborIndex(places, index.rows, index.half_squares, torch.zeros_like(index.mean), index.metric)
+    found, _ = drop_self(*local.search(index.rows, k + 1), places)
+    return torch.bincount(found.flatten(), minlength=len(places))
 
-    def degrees(of: NeighborIndex) -> tuple[Int[Tensor, " n"], float]:
-        places = torch.arange(len(of.ids))
-        local = NeighborIndex(places, of.rows, of.half_squares, torch.zeros_like(of.mean), of.metric)
-        found, _ = drop_self(*local.search(of.rows, k + 1), places)
-        return hubness(found, len(places))
 
-    degree, skewness = degrees(index)
-    noise = torch.randn(index.rows.shape, generator=torch.Generator().manual_seed(seed))
-    _, null = degrees(build_index(index.ids, noise))
-    frame = pl.DataFrame(
-        {
-            "id": index.ids.numpy(),
-            "label": [vocabulary.tokens[i].label for i in index.ids.tolist()],
-            "in_degree": degree.numpy(),
-        }
+def hubs_frame(ids: Int[Tensor, " n"], degrees: Int[Tensor, " n"], vocabulary: Vocabulary) -> pl.DataFrame:
+    """id, label, in_degree: the most sought neighbours first."""
+    labels = [vocabulary.tokens[i].label for i in ids.tolist()]
+    frame = pl.DataFrame({"id": ids.numpy(), "label": labels, "in_degree": degrees.numpy()})
+    return frame.sort("in_degree", "id", descending=[True, False])
+
+
+def hubness_measure(side: str, hubs: pl.DataFrame, null: float | None) -> pl.DataFrame:
+    """Skewness of the in-degrees; `null` is that of Gaussian rows of the same shape, where it was computed."""
+    note = "kNN graph among the rows counted; null: Gaussian rows of the same shape"
+    return measures(
+        side, [("hubness skewness", "none", hubness(hubs["in_degree"].to_numpy()), None, null, note)], len(hubs)
     )
-    return frame.sort("in_degree", descending=True), skewness, null

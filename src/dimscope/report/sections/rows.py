@@ -34,7 +34,7 @@ def map_section(tables: Tables, facts: Facts) -> Section | None:
         blocks=(Plot("token-map", figures.token_map(tokens, explained=explained), "map of all tokens", explorer=True),),
         how_to_read=(
             "Every point is one token; near points have similar rows, as far as two components can show. Colours and "
-            f"shapes mark the kind of token{kinds}. Search for a text or for an id such as #177, "
+            f"shapes mark the kind of token{kinds}. Search for a text, for a range of ids such as #0:100, or for an id such as #177, "
             "choose other components, colour by category or by norm, and click a token for its "
             f" nearest neighbours. {_knn_note(facts)}"
         ),
@@ -368,7 +368,12 @@ def _hubness_finding(hubs: pl.DataFrame) -> str:
 
 def _hubness_caveat(tables: Tables, facts: Facts, hubs: pl.DataFrame) -> str:
     skew = measure(tables, "hubness skewness")
-    skewness = f" The skewness of the in-degrees is {number(skew['value'])}." if skew else ""
+    null = (
+        f"; that of Gaussian rows of the same shape is {number(skew['null'])}"
+        if skew and skew["null"] is not None
+        else ""
+    )
+    skewness = f" The skewness of the in-degrees is {number(skew['value'])}{null}." if skew else ""
     scope = (
         f"The graph has all {hubs.height:,} tokens."
         if hubs.height >= facts.vocab_size

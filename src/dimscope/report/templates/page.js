@@ -267,6 +267,14 @@
     const id = /^#(\d+)$/.exec(query.trim());
     if (query === "") return [];
     if (id && tokens.row(Number(id[1])) !== undefined) return [tokens.row(Number(id[1]))];
+    const span = /^#(\d+):(\d+)$/.exec(query.trim());  // a range of ids, its end not included, as in Python
+    if (span) {
+      const rows = [];
+      for (let wanted = Number(span[1]); wanted < Math.min(Number(span[2]), tokens.lower.length); wanted += 1) {
+        if (tokens.row(wanted) !== undefined) rows.push(tokens.row(wanted));
+      }
+      return rows;
+    }
     const wanted = query.replace(/ /g, "␣").toLowerCase();
     const rows = [];
     tokens.lower.forEach((label, row) => { if (label.includes(wanted)) rows.push(row); });

@@ -1,0 +1,162 @@
+"""`dimscope report` end to end: what it leaves, what it uses again, and what a violent end does to it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import damage
+import models
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+TABLES = {
+    "budget", "tokens", "spectrum", "dimensions", "measures", "correlation",
+    "correlation_blocks", "duplicates", "knn", "hubs", "probes",
+}  # fmt: skip
+
+
+def read_tables(folder: Path) -> dict[str, pl.DataFrame]:
+    return {path.stem: pl.read_parquet(path) for path in (folder / "tables").glob("*.parquet")}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma", "opt", "phi", "bert"])
+def test_every_family_gets_its_page(checkpoint, cli, digest, tmp_path, family):
+    folder = checkpoint(family)
+    before = digest(folder)
+    result = cli("report", folder, "-o", tmp_path / "report", "--sample", "100")
+    assert (result.returncode, result.stderr) == (0, "")
+    facts = models.read_json(tmp_path / "report" / "report.json")
+    spec = models.FAMILIES[family]
+    assert (facts["vocab_size"], facts["hidden_size"]) == (512, 32)
+    assert facts["knn"] == {"k": 10, "n_queries": 100, "full": False}
+    assert facts["tied"] == spec.tied
+    tables = read_tables(tmp_path / "report")
+    assert tables.keys() == TABLES
+    sides = {"input", "output"} if spec.output and not spec.tied else {"input"}
+    for name in ("spectrum", "dimensions"):
+        assert set(tables[name]["table"]) == sides
+    assert not list((tmp_path / "report").rglob("*.tmp"))
+    assert (tmp_path / "report" / "index.html").stat().st_size > 1_000_000
+    assert digest(folder) == before
+
+
+def test_the_shared_real_model_works(shared_data, cli, digest, tmp_path):
+    folder = shared_data / "models" / "stories260k"
+    before = digest(folder)
+    result = cli("report", folder, "-o", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert digest(folder) == before
+
+
+def test_json_names_the_page_and_nothing_else_is_printed(checkpoint, cli, tmp_path):
+    result = cli("report", checkpoint("llama"), "-o", tmp_path / "report", "--full-knn", "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    said = json.loads(result.stdout)
+    assert Path(said["page"]) == tmp_path / "report" / "index.html"
+    assert models.read_json(tmp_path / "report" / "report.json")["knn"] == {"k": 10, "n_queries": 512, "full": True}
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "tables").iterdir()}
+
+
+def test_finished_tables_are_used_again_until_something_they_depend_on_changes(checkpoint, editable, cli, tmp_path):
+    folder, out = editable(checkpoint("qwen2")), tmp_path / "report"
+    assert cli("report", folder, "-o", out).returncode == 0
+    first, tables = stamps(out), read_tables(out)
+    assert cli("report", folder, "-o", out).returncode == 0
+    assert stamps(out) == first
+    (out / "tables" / "knn.json").unlink()  # a table without provenance is not finished
+    (out / "tables" / "hubs.parquet").unlink()
+    (out / "tables" / "probes.json").write_text("{")
+    assert cli("report", folder, "-o", out).returncode == 0
+    changed = {name for name, stamp in stamps(out).items() if stamp != first[name]}
+    assert changed == {f"{name}.{ending}" for name in ("knn", "hubs", "probes") for ending in ("json", "parquet")}
+    for name, table in read_tables(out).items():
+        assert_frame_equal(table, tables[name])
+    damage.set_rows(folder, range(20, 60), models.stock_tables(folder)["input"][5])
+    assert cli("report", folder, "-o", out).returncode == 0
+    assert read_tables(out)["duplicates"].height >= 41
+
+
+def test_another_model_in_the_same_folder_takes_nothing_from_the_first(checkpoint, cli, tmp_path):
+    for family in ("qwen2", "gpt2"):
+        assert cli("report", checkpoint(family), "-o", tmp_path / "shared").returncode == 0
+    assert cli("report", checkpoint("gpt2"), "-o", tmp_path / "alone").returncode == 0
+    shared, alone = read_tables(tmp_path / "shared"), read_tables(tmp_path / "alone")
+    for name in TABLES:
+        assert_frame_equal(shared[name], alone[name])
+
+
+# ---- violent ends --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A model whose report takes seconds, so that there is a middle."""
+    folder = tmp_path_factory.mktemp("large")
+    models.write_table_checkpoint(folder, 12_000, 256, "float32", layers=1)
+    models.write_tokenizer(folder, "byte_bpe", 500)
+    return folder
+
+
+def start_report(folder: Path, out: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """Start a report and return as soon as its first tables are finished."""
+    command = [sys.executable, "-m", "dimscope", "report", str(folder), "-o", str(out), "--full-knn"]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while len(list(out.glob("tables/*.json"))) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.003)
+    return process
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_and_the_same_command_again(large, clean_environment, cli, digest, tmp_path):
+    before, out = digest(large), tmp_path / "killed"
+    process = start_report(large, out, clean_environment)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    finished = {path.stem for path in out.glob("tables/*.json")}
+    assert 2 <= len(finished) < len(TABLES)
+    assert not (out / "report.json").exists()
+    assert not (out / "index.html").exists()
+    kept = {name: stamp for name, stamp in stamps(out).items() if name.split(".")[0] in finished}
+    again = cli("report", large, "-o", out, "--full-knn")
+    assert (again.returncode, again.stderr) == (0, "")
+    assert {name: stamp for name, stamp in stamps(out).items() if name in kept} == kept
+    assert cli("report", large, "-o", tmp_path / "whole", "--full-knn").returncode == 0
+    resumed, whole = read_tables(out), read_tables(tmp_path / "whole")
+    assert resumed.keys() == whole.keys() == TABLES
+    for name in TABLES:
+        assert_frame_equal(resumed[name], whole[name])
+    assert digest(large) == before
+    facts = [models.read_json(folder / "report.json") for folder in (out, tmp_path / "whole")]
+    for told in facts:
+        told.pop("seconds")
+    assert facts[0] == facts[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_so_and_exits_with_130(large, clean_environment, digest, tmp_path):
+    before, out = digest(large), tmp_path / "interrupted"
+    process = start_report(large, out, clean_environment)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr[-400:]
+    assert stdout == ""
+    assert len(stderr.splitlines()) == 1
+    assert "Traceback" not in stderr
+    for provenance in out.glob("tables/*.json"):
+        pl.read_parquet(provenance.with_suffix(".parquet"))
+    assert digest(large) == before
