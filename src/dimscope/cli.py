@@ -1,5 +1,6 @@
 """The command line: parse, one call, print. No command is imported, and no torch, before it is asked for."""
 
+import io
 import sys
 
 from cyclopts import App, CycloptsError
@@ -29,6 +30,9 @@ def main(tokens: list[str] | None = None) -> int:
     """Runs one command. Users' mistakes: one line on stderr, exit code 2. Bugs: a traceback. Ctrl-C: 130."""
     from dimscope.errors import DimscopeError
 
+    for stream in (sys.stdout, sys.stderr):  # labels hold any Unicode; a terminal or pipe may not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as e:

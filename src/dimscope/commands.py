@@ -150,7 +150,7 @@ def neighbors(
     *query: str,
     k: Annotated[int, Parameter(name=["-k", "--k"])] = 20,
     metric: Literal["cosine", "centred cosine", "euclidean"] = "cosine",
-    components: int = 10,
+    components: int | None = None,
     combine: Literal["mean", "sum"] = "mean",
     common: Common = DEFAULT,
 ) -> None:
@@ -170,7 +170,7 @@ def neighbors(
     metric
         How near is measured.
     components
-        The projection shown beside all dimensions; 0 leaves it out.
+        The projection shown beside all dimensions, 10 by default; 0 leaves it out.
     combine
         How the tokens of a phrase are combined. The sum grows with their number.
     """
@@ -186,7 +186,7 @@ def neighbors(
         checkpoint, common.table(checkpoint), texts, k=k, metric=metric, components=components, combine=combine
     )
     facts = {"model": checkpoint.name, "side": common.side, "metric": metric, "combine": combine}
-    common.show(Output(facts, frames, hidden=["query"]))
+    common.show(Output(facts, {"neighbors": pl.concat(frames.values())}))
 
 
 def pairs(model: str = BUILTIN, /, *, radius: float | None = None, common: Common = DEFAULT) -> None:
@@ -207,8 +207,8 @@ def pairs(model: str = BUILTIN, /, *, radius: float | None = None, common: Commo
         "model": checkpoint.name,
         "side": common.side,
         "radius": used,
-        "pairs": len(found),
-        "groups": groups["group"].n_unique(),
+        "n_pairs": len(found),
+        "n_groups": groups["group"].n_unique(),
     }
     common.show(Output(facts, {"groups": groups, "pairs": found}, hidden=["radius"]))
 
@@ -236,8 +236,8 @@ def correlate(model: str = BUILTIN, /, *, ids: str = "0:500", at_least: float = 
         "model": checkpoint.name,
         "side": common.side,
         "ids": ids,
-        "tokens": len(matrix),
-        "blocks": blocks["block"].n_unique(),
+        "n_tokens": len(matrix),
+        "n_blocks": blocks["block"].n_unique(),
     }
     common.show(Output(facts, {"blocks": blocks}, files_only={"correlation": matrix}))
 

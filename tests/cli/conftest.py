@@ -31,7 +31,9 @@ class ForkedCli:
         )
         assert self._line() == "ready"
 
-    def __call__(self, *arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Result[str]:
+    def __call__(
+        self, *arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> Result[str]:
         """Run `dimscope ARGUMENTS` in a process of its own, output as text."""
         self.count += 1
         out, err = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"

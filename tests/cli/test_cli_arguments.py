@@ -112,7 +112,9 @@ def test_without_a_tokenizer_everything_but_text_works(checkpoint, cli, refused,
     folder = checkpoint("qwen2", tokenizer=None)
     before = digest(folder)
     tokens = json.loads(cli("tokens", folder, "--json").stdout)["tokens"]
-    assert {(t["label"], t["category"], t["piece"]) for t in tokens} == {(f"#{i}", "ordinary", None) for i in range(512)}
+    assert {(t["label"], t["category"], t["piece"]) for t in tokens} == {
+        (f"#{i}", "ordinary", None) for i in range(512)
+    }
     near = json.loads(cli("neighbors", folder, "#5 - #6 + #7", "-k", "3", "--json").stdout)["#5 - #6 + #7"]
     assert len(near) == 6
     refused(cli("neighbors", folder, " water", "-o", tmp_path / "out"), "tokenizer", "#")
@@ -122,7 +124,12 @@ def test_without_a_tokenizer_everything_but_text_works(checkpoint, cli, refused,
     facts = models.read_json(tmp_path / "report" / "report.json")
     assert facts["tokenizer_size"] is None
     assert "tokenizer" in facts["warnings"][0]
-    for command, options in (("pairs", ()), ("correlate", ("--ids", "0:9")), ("spectrum", ()), ("tokens", ("--untrained",))):
+    for command, options in (
+        ("pairs", ()),
+        ("correlate", ("--ids", "0:9")),
+        ("spectrum", ()),
+        ("tokens", ("--untrained",)),
+    ):
         result = cli(command, folder, *options)
         assert (result.returncode, result.stderr) == (0, "")
     assert not (tmp_path / "out").exists()

@@ -60,10 +60,14 @@ HEADERS = {
     "a shape of strings": lambda path: damage.edit_header(path, lambda h: first(h).update(shape=["many", "rows"])),
     "a negative shape": lambda path: damage.edit_header(path, lambda h: first(h).update(shape=[-512, -32])),
     "offsets backwards": lambda path: damage.edit_header(path, lambda h: first(h)["data_offsets"].reverse()),
-    "offsets beyond the file": lambda path: damage.edit_header(path, lambda h: first(h).update(data_offsets=[0, 1 << 40])),
+    "offsets beyond the file": lambda path: damage.edit_header(
+        path, lambda h: first(h).update(data_offsets=[0, 1 << 40])
+    ),
     "offsets with a fraction": lambda path: damage.edit_header(path, lambda h: shift(first(h), 0.5)),
     "no dtype": lambda path: damage.edit_header(path, lambda h: first(h).pop("dtype")),
-    "a shape that its bytes contradict": lambda path: damage.edit_header(path, lambda h: first(h).update(shape=[512, 31])),
+    "a shape that its bytes contradict": lambda path: damage.edit_header(
+        path, lambda h: first(h).update(shape=[512, 31])
+    ),
 }
 
 

@@ -84,7 +84,14 @@ def test_pairs_are_all_pairs_within_the_radius(checkpoint, editable, cli):
     assert said["radius"] == 0.1
     assert {7, 40, 41, 500} <= {row["id"] for row in said["groups"]}
     nothing = json.loads(cli("pairs", folder, "--radius", "0", "--json").stdout)
-    assert {(p["first"], p["second"]) for p in nothing["pairs"]} == {(7, 40), (7, 41), (7, 500), (40, 41), (40, 500), (41, 500)}
+    assert {(p["first"], p["second"]) for p in nothing["pairs"]} == {
+        (7, 40),
+        (7, 41),
+        (7, 500),
+        (40, 41),
+        (40, 500),
+        (41, 500),
+    }
     groups = json.loads(cli("tokens", folder, "--duplicates", "--json").stdout)["tokens"]
     assert [row["id"] for row in groups] == [7, 40, 41, 500]
 
@@ -121,7 +128,12 @@ def test_every_side_product_of_a_narrow_table_is_there(checkpoint, cli, tmp_path
 
 def test_a_vocabulary_smaller_than_the_width(checkpoint, cli, tmp_path):
     folder = checkpoint("qwen2", vocab_size=20, tokenizer=None)
-    for command, options in (("neighbors", ("#5", "-k", "50")), ("tokens", ()), ("spectrum", ()), ("correlate", ("--ids", ":"))):
+    for command, options in (
+        ("neighbors", ("#5", "-k", "50")),
+        ("tokens", ()),
+        ("spectrum", ()),
+        ("correlate", ("--ids", ":")),
+    ):
         result = cli(command, folder, *options, "--json")
         assert result.returncode == 0, result.stderr[-300:]
     report = cli("report", folder, "-o", tmp_path)
@@ -216,7 +228,9 @@ def test_gguf_as_a_file_and_as_a_folder(checkpoint, cli, tmp_path, quantization)
     stock = json.loads(cli("inspect", source, "--json").stdout)
     assert said["n_parameters"] == stock["n_parameters"]
     assert said["embedding_share"] == stock["embedding_share"]
-    assert {r["role"]: r["n_parameters"] for r in said["roles"]} == {r["role"]: r["n_parameters"] for r in stock["roles"]}
+    assert {r["role"]: r["n_parameters"] for r in said["roles"]} == {
+        r["role"]: r["n_parameters"] for r in stock["roles"]
+    }
     result = cli("tokens", tmp_path, "--vectors", "-o", tmp_path / "out", "--side", "output")
     assert result.returncode == 0, result.stderr
     vectors = pl.read_parquet(tmp_path / "out" / "tokens.parquet")["vector"].to_numpy()

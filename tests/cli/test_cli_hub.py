@@ -98,7 +98,6 @@ def test_a_repository_without_a_model_and_one_with_a_missing_shard(checkpoint, h
 
 def test_pickles_and_remote_code_on_the_hub_are_refused(checkpoint, hub_cli, refused, editable, tmp_path):
 
-
     hub, run = hub_cli
     marker = tmp_path / "ran"
     hub.add("owner/pickle", damage.to_hostile_pickle(editable(checkpoint("gpt2"), "pickle"), marker))
@@ -114,7 +113,6 @@ def test_pickles_and_remote_code_on_the_hub_are_refused(checkpoint, hub_cli, ref
 
 
 def test_gguf_on_the_hub(checkpoint, hub_cli, tmp_path):
-
 
     hub, run = hub_cli
     (tmp_path / "gguf").mkdir()

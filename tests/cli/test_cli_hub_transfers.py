@@ -45,7 +45,9 @@ def write_giant(folder: Path) -> Path:
         models.write_safetensors(folder / name, streams)
         weight_map |= dict.fromkeys(held, name)
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    models.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    models.write_json(
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
     return folder
 
 

@@ -81,7 +81,9 @@ def test_remote_code_is_refused_and_runs_only_when_it_is_trusted(checkpoint, edi
     for command in ("inspect", "tokens", "report"):
         refuses(folder, folder, "--trust-remote-code", command=command)
     assert not marker.exists()
-    trusted = cli("inspect", folder, "--trust-remote-code", "--json", env={"HF_MODULES_CACHE": str(tmp_path / "modules")})
+    trusted = cli(
+        "inspect", folder, "--trust-remote-code", "--json", env={"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    )
     assert trusted.returncode == 0, trusted.stderr
     assert json.loads(trusted.stdout)["architecture"] == "StrangerForCausalLM"
     assert marker.exists()

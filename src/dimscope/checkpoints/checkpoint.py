@@ -68,16 +68,19 @@ def open_checkpoint(
     True
     """
     source, gguf_file = _find_source(str(name), revision)
-    if gguf_file is None and "config.json" in source.files:
-        config = _read_config(source, trust_remote_code)
-        _refuse_quantised(config, source.name)
-        reader = open_weights(source, allow_pickle=allow_pickle)
-        skeleton = build_skeleton(config, source.name, trust_remote_code=trust_remote_code)
-        return _located(source, reader, config, skeleton)
-    if gguf_file is None and not any(f.endswith(".gguf") for f in source.files):
+    if gguf_file is not None:
+        return _located_gguf(source, gguf.open_gguf(source, gguf_file))
+    has_config = "config.json" in source.files
+    if not has_config and not any(f.endswith(".gguf") for f in source.files):
         raise CheckpointNotFound(f"{source.name}: no config.json there, so it is not a model")
-    reader = gguf.open_gguf(source, gguf_file) if gguf_file else open_weights(source, allow_pickle=allow_pickle)
-    return _located_gguf(source, reader)
+    config = _read_config(source, trust_remote_code) if has_config else None
+    if config is not None:
+        _refuse_quantised(config, source.name)
+    reader = open_weights(source, allow_pickle=allow_pickle)
+    if config is None or isinstance(reader, gguf.GgufReader):  # GGUF repositories often carry a config too
+        return _located_gguf(source, reader)
+    skeleton = build_skeleton(config, source.name, trust_remote_code=trust_remote_code)
+    return _located(source, reader, config, skeleton)
 
 
 def _find_source(name: str, revision: str | None) -> tuple[Source, str | None]:

@@ -133,13 +133,17 @@ def neighbor_tables(
     *,
     k: int = 20,
     metric: Metric = "cosine",
-    components: int = 10,
+    components: int | None = None,
     combine: Combine = "mean",
 ) -> dict[str, pl.DataFrame]:
-    """Neighbours of each query in all dimensions and in the first `components` (0: only in all), as one table per query.
+    """Neighbours of each query in all dimensions and in the first `components`, as one table per query.
+
+    `components` is 10 where it is left out, or d where that is less; 0 leaves the projection out.
 
     Raises InvalidArgument for a query that names an excluded row, and what `parse_query` raises.
     """
+    if components is None:
+        components = min(10, table.dim)
     if not 0 <= components <= table.dim:
         raise InvalidArgument(f"components go from 0 to {table.dim}, not {components}")
     vocabulary = read_vocabulary(checkpoint.source, table.n_rows)

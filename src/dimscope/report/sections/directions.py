@@ -27,14 +27,14 @@ def intro_section(tables: Tables, facts: Facts) -> Section:
         title="What is an effective dimension?",
         blocks=tuple(Plot(f"intro-{i}", fig, f"60 points {name}") for i, (name, fig) in enumerate(panels)),
         how_to_read=(
-            "Every point has two coordinates, so each cloud lives in two dimensions. But on the left one number per "
-            "point says everything: the cloud really has one dimension. In the middle the points leave the line only "
-            "a little: a bit more than one. On the right both directions matter equally: two. The number above each "
+            "Every point has two coordinates, so each cloud lives in two dimensions. But in the first panel one number per "
+            "point says everything: the cloud really has one dimension. In the second the points leave the line only "
+            "a little: a bit more than one. In the third both directions matter equally: two. The number above each "
             "panel, the participation ratio, is computed from the points drawn. An embedding table is such a "
             f"cloud: here {facts.vocab_size:,} points, one per token, with {facts.hidden_size:,} coordinates each."
         ),
         caveat=(
-            "Near is not on: in the middle panel the second direction is small but not empty. A small direction can "
+            "Near is not on: in the second panel the other direction is small but not empty. A small direction can "
             "still carry something that the model needs, so an effective dimension alone does not say how many "
             "dimensions could be removed."
         ),

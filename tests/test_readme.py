@@ -1,0 +1,40 @@
+"""The README is a promise: its example runs, its commands exist, its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_five_lines_run_and_print_dimensions(run_python):
+    code = re.search(r"```python\n(.*?)```", README, re.S)
+    assert code is not None
+    done = run_python("-c", code[1])
+    assert done.returncode == 0, done.stderr
+    assert "participation ratio" in done.stdout
+
+
+def test_every_command_of_the_table_exists(run_cli):
+    named = set(re.findall(r"\| `dimscope (\w+)", README))
+    listed = run_cli("--help").stdout
+    assert named == {"inspect", "tokens", "neighbors", "pairs", "correlate", "spectrum", "report"}
+    assert all(name in listed for name in named)
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "training/README.md", "training/MODEL_CARD.md", "benchmarks/README.md"]
+)
+def test_links_lead_to_files(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+    assert missing == []
+
+
+def test_the_example_runs(run_python):
+    done = run_python(str(ROOT / "examples/embeddings.py"))
+    assert done.returncode == 0, done.stderr
+    assert "of all parameters" in done.stdout or "parameters are token embeddings" in done.stdout
