@@ -21,7 +21,10 @@ from dimscope.results import versions, write_json, write_table
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a command found; no frame is named like a fact. `frames` are printed, the columns of `hidden` left out there, and written whole."""
+    """What a command found: `frames` are printed without their `hidden` columns, and written whole.
+
+    No frame is named like a fact, since JSON puts both side by side.
+    """
 
     facts: Mapping[str, Any]
     frames: Mapping[str, pl.DataFrame] = field(default_factory=dict)

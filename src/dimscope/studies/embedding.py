@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -108,6 +108,11 @@ class EmbeddingWork:
         pairs = pairs_within(rows, principal_components(self.moments, 32), radius, progress=True)
         return tables.duplicates_frame(connected_groups(pairs, len(rows)), ids, rows, self.vocabulary, radius)
 
+    def tokens(self, duplicates: pl.DataFrame) -> pl.DataFrame:
+        frame = tables.tokens_frame(self.vocabulary, self.table, self.moments, self.untrained)
+        group = duplicates.select("id", duplicate_group="group")
+        return frame.join(group, on="id", how="left", maintain_order="left")
+
     def sample(self) -> Int[Tensor, " s"]:
         """Places of the tokens whose neighbours are precomputed, in order."""
         n = self.table.n_used
@@ -179,26 +184,36 @@ def study_embedding(checkpoint: Checkpoint, folder: ResultFolder, settings: Embe
     def both(compute: Callable[[str, EmbeddingTable, Moments], pl.DataFrame]) -> pl.DataFrame:
         return pl.concat(compute(*side) for side in work.sides)
 
-    units: Mapping[str, Callable[[], pl.DataFrame]] = {
-        "budget": lambda: parameter_budget(checkpoint),
-        "spectrum": lambda: both(lambda s, t, m: tables.spectrum_frame(s, t, m, settings.permutations, settings.seed)),
-        "dimensions": lambda: both(lambda s, t, _: tables.dimensions_frame(s, done["spectrum"], t.n_used, t.dim)),
-        "duplicates": work.duplicates,
-        "tokens": lambda: _with_groups(
-            tables.tokens_frame(work.vocabulary, work.table, work.moments, work.untrained), done["duplicates"]
+    table, null, graph = (
+        ("side", "skip_nonfinite"),
+        ("permutations", "seed"),
+        ("neighbors", "sample", "full_knn", "seed"),
+    )
+    # Each table with the settings that it depends on: it is computed again only where one of those has changed.
+    units: Mapping[str, tuple[Sequence[str], Callable[[], pl.DataFrame]]] = {
+        "budget": ((), lambda: parameter_budget(checkpoint)),
+        "spectrum": (
+            table + null,
+            lambda: both(lambda s, t, m: tables.spectrum_frame(s, t, m, settings.permutations, settings.seed)),
         ),
-        "correlation": work.correlation,
-        "correlation_blocks": work.correlation_blocks,
-        "probes": work.probes,
-        "knn": work.knn,
-        "hubs": lambda: work.hubs(done["knn"]),
-        "measures": lambda: work.measures(done["hubs"]),
+        "dimensions": (
+            table + null,
+            lambda: both(lambda s, t, _: tables.dimensions_frame(s, done["spectrum"], t.n_used, t.dim)),
+        ),
+        "duplicates": (table, work.duplicates),
+        "tokens": (table, lambda: work.tokens(done["duplicates"])),
+        "correlation": ((*table, "first_ids"), work.correlation),
+        "correlation_blocks": (table, work.correlation_blocks),
+        "probes": (table, work.probes),
+        "knn": (table + graph, work.knn),
+        "hubs": (table + graph, lambda: work.hubs(done["knn"])),
+        "measures": (table + graph, lambda: work.measures(done["hubs"])),
     }
     done: dict[str, pl.DataFrame] = {}
     progress = tqdm(units.items(), desc="embedding study", unit="table", disable=None)
-    for name, compute in progress:
+    for name, (depends_on, compute) in progress:
         progress.set_postfix_str(name)
-        done[name] = folder.table(name, given, compute)
+        done[name] = folder.table(name, {key: given[key] for key in depends_on}, compute)
     return _facts(work, done, given) | {"seconds": round(time.monotonic() - began, 1)}
 
 
@@ -256,10 +271,6 @@ def correlation_tables(
 
 def _other_side(side: str) -> str:
     return "input" if side == "output" else "output"
-
-
-def _with_groups(tokens: pl.DataFrame, duplicates: pl.DataFrame) -> pl.DataFrame:
-    return tokens.join(duplicates.select("id", duplicate_group="group"), on="id", how="left", maintain_order="left")
 
 
 def _facts(work: EmbeddingWork, done: Mapping[str, pl.DataFrame], given: dict[str, Any]) -> dict[str, Any]:
