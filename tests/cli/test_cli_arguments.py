@@ -115,8 +115,8 @@ def test_without_a_tokenizer_everything_but_text_works(checkpoint, cli, refused,
     assert {(t["label"], t["category"], t["piece"]) for t in tokens} == {
         (f"#{i}", "ordinary", None) for i in range(512)
     }
-    near = json.loads(cli("neighbors", folder, "#5 - #6 + #7", "-k", "3", "--json").stdout)["#5 - #6 + #7"]
-    assert len(near) == 6
+    near = json.loads(cli("neighbors", folder, "#5 - #6 + #7", "-k", "3", "--json").stdout)
+    assert len(near["neighbors"]) == 6
     refused(cli("neighbors", folder, " water", "-o", tmp_path / "out"), "tokenizer", "#")
     refused(cli("neighbors", folder, "#5 - water"), "tokenizer")
     report = cli("report", folder, "-o", tmp_path / "report")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-VOCABULARY, WIDTH, LAYERS, INNER = 3000, 64, 16, 4_000_000
+VOCABULARY, WIDTH, LAYERS, INNER = 6000, 256, 16, 1_000_000
 TABLE = VOCABULARY * WIDTH * 2  # bytes in bfloat16
 GUESS = 100_000  # bytes of a file that one look at its header may take
 SMALL_FILES = 200_000  # config, index, tokenizer, answers of the API
@@ -62,7 +62,7 @@ def stream(name: str, shape: tuple[int, ...]) -> models.Stream:
 def giant(tmp_path_factory) -> Path:
     folder = write_giant(tmp_path_factory.mktemp("giant") / "model")
     assert sum(path.stat().st_size for path in folder.iterdir()) > 24e9
-    assert sum(path.stat().st_blocks * 512 for path in folder.iterdir()) < 5e6
+    assert sum(path.stat().st_blocks * 512 for path in folder.iterdir()) < 10e6
     return folder
 
 
@@ -119,17 +119,15 @@ def test_a_report_transfers_both_tables_and_a_rerun_neither(giant, hub_cli, tmp_
 def test_a_broken_download_goes_on_where_it_stopped(giant, hub_cli, refused, tmp_path):
     hub, run = hub_cli
     hub.add("giant/broken", giant)
-    hub.abort_bodies(250_000)  # longer than a header's request, shorter than the table
+    hub.abort_bodies(2_500_000)  # longer than a header's request, shorter than the table
     stopped = run("tokens", "giant/broken", "-o", tmp_path / "out")
     refused(stopped, "giant/broken")
     assert not (tmp_path / "out").exists()
     before = weights_sent(hub)
     resumed = run("tokens", "giant/broken", "--vectors", "-o", tmp_path / "out")
     assert resumed.returncode == 0, resumed.stderr
-    # what was on the way when the connection broke may be lost, what had come is not asked for again
-    assert weights_sent(hub) - before < TABLE + 8 * GUESS - 100_000
-    whole = [r for r in hub.asked() if r.path.endswith(".safetensors") and r.bytes_sent > GUESS]
-    assert whole[-1].bytes_sent < TABLE
+    # the last megabyte on the way when the connection broke may be lost, what had come before is not asked for again
+    assert weights_sent(hub) - before <= TABLE - 1_400_000 + 8 * GUESS
     vectors = pl.read_parquet(tmp_path / "out" / "tokens.parquet")["vector"].to_numpy()
     table = torch.cat(list(models.row_blocks(VOCABULARY, WIDTH, None, 1))).bfloat16().float().numpy()
     np.testing.assert_array_equal(vectors, table)

@@ -59,9 +59,9 @@ def test_untrained_rows_are_found_and_no_others(make, dtype):
 
 @pytest.mark.parametrize("make", KINDS)
 def test_trained_rows_among_the_seed_do_not_move_the_centroid(make):
-    """Chat tokens beyond the tokenizer's own range, say: a quarter of the seed rows are like any other."""
+    """Chat tokens, say: a quarter of the seed rows are long, and all on the same side."""
     x = make()
-    x[SEED[::4]] = 3 * gaussian(len(SEED[::4]), D, 9)
+    x[SEED[::4]] = 3 * gaussian(len(SEED[::4]), D, 9) + 6
     found = untrained_scores(table_from_tensor(x), SEED)
     flagged = set(np.nonzero(found.flagged)[0].tolist())
     assert flagged == set(SEED.tolist()) - set(SEED[::4].tolist()) | set(HIDDEN.tolist())
@@ -87,6 +87,15 @@ def test_in_a_random_table_nothing_is_flagged(d, n_seed):
         for seed in range(4)
     ]
     assert flagged == [0, 0, 0, 0]
+
+
+def test_rows_close_to_seed_rows_that_are_all_equal_are_flagged():
+    """Seed rows without any scatter still have a neighbourhood: a tenth of an ordinary row's distance."""
+    x = gaussian(N, D)
+    x[SEED] = 0
+    x[HIDDEN] *= 0.05
+    found = untrained_scores(table_from_tensor(x), SEED)
+    assert np.nonzero(found.flagged)[0].tolist() == sorted([*SEED.tolist(), *HIDDEN.tolist()])
 
 
 @pytest.mark.parametrize("ids", [[], [1], [1, 2]])

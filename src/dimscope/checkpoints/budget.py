@@ -22,18 +22,15 @@ SCHEMA = {
 def parameter_budget(checkpoint: Checkpoint) -> pl.DataFrame:
     """One row per tensor of the files: name, shape, dtype, n_parameters, n_bytes, role, block (layer index or null).
 
-    Buffers (masks, rotary frequencies) have role "buffer" and no parameters. A head that the files repeat although
-    the config ties it to the input table has role "tied copy" and no parameters.
+    No parameters have buffers (role "buffer": masks, rotary frequencies), a head that the files repeat although the
+    config ties it to the input table ("tied copy"), and tensors that this model does not load ("not loaded").
     """
     skeleton = checkpoint.skeleton
-    names = set(checkpoint.tensors)
-    parameter_of = {}
-    if skeleton is not None:
-        parameter_of = {f: p for p in skeleton.shapes if (f := skeleton.file_name(p, names)) is not None}
+    parameter_of = skeleton.parameters_of(checkpoint.tensors) if skeleton is not None else {}
     rows = []
     for info in checkpoint.tensors.values():
         role = _role(checkpoint, info, parameter_of.get(info.name))
-        counted = role not in ("buffer", "tied copy")
+        counted = role not in ("buffer", "tied copy", "not loaded")
         rows.append(
             (
                 info.name,
@@ -76,6 +73,7 @@ def _role(checkpoint: Checkpoint, info: TensorInfo, parameter: str | None) -> st
         return skeleton.roles[parameter]
     if checkpoint.tied and info.shape == checkpoint.input_table.shape:
         return "tied copy"
-    if skeleton is not None and (skeleton.is_buffer(info.name) or not info.dtype.startswith(("F", "BF"))):
-        return "buffer"
-    return role_of(info.name)
+    if skeleton is None:
+        return role_of(info.name)
+    # What the model has no parameter for is not loaded: masks and frequencies, heads of another task.
+    return "buffer" if skeleton.is_buffer(info.name) or not info.dtype.startswith(("F", "BF")) else "not loaded"

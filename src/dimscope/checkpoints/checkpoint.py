@@ -163,11 +163,12 @@ def _located(source: Source, reader: TensorReader, config: "PretrainedConfig", s
     output_table = None
     if skeleton.output_name is not None and not skeleton.tied:
         output_file = skeleton.file_name(skeleton.output_name, names)
-        if output_file is None:
+        if output_file is None and skeleton.causal:
             raise CorruptCheckpoint(
                 f"{source.name}: the config says that input and output tables differ, but the weights hold no {skeleton.output_name}"
             )
-        output_table = _checked(reader.tensors[output_file], skeleton.shapes[skeleton.output_name], source.name)
+        if output_file is not None:
+            output_table = _checked(reader.tensors[output_file], skeleton.shapes[skeleton.output_name], source.name)
     return Checkpoint(source.name, source, reader, config, skeleton, input_table, output_table, skeleton.tied)
 
 

@@ -6,6 +6,7 @@ architecture that transformers knows works, whatever prefix its files use.
 
 import re
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +28,20 @@ class Skeleton:
     input_name: str
     output_name: str | None  # None where the model has no output table
     tied: bool
-    prefix: str
+    causal: bool  # a causal language model, which cannot do without its output table
+    rename: Callable[[str], str]  # name in a file -> name in the model
     ignored: tuple[str, ...]  # patterns of tensors that files may carry and the model does not load
 
-    def file_name(self, parameter: str, names: set[str]) -> str | None:
-        """The tensor of a file that holds a parameter; hub files lack the model's prefix, or carry one more."""
-        for candidate in (parameter, parameter.removeprefix(f"{self.prefix}."), f"{self.prefix}.{parameter}"):
-            if candidate in names:
-                return candidate
-        alike = [n for n in names if n.endswith(f".{parameter}") or parameter.endswith(f".{n}")]
-        if len(alike) == 1:
-            return alike[0]
+    def parameters_of(self, names: Iterable[str]) -> dict[str, str]:
+        """The parameter that each tensor of the files belongs to; several where loading merges them (experts)."""
+        renamed = {name: self.rename(name) for name in names}
+        return {name: parameter for name, parameter in renamed.items() if parameter in self.shapes}
+
+    def file_name(self, parameter: str, names: Iterable[str]) -> str | None:
+        """The tensor of the files that holds a parameter, or None."""
+        found = [name for name, own in self.parameters_of(names).items() if own == parameter]
+        if found:
+            return found[0]
         # Multimodal checkpoints order their prefixes otherwise: the last two parts are enough where they are unique.
         tail = ".".join(parameter.split(".")[-2:])
         alike = [n for n in names if n == tail or n.endswith(f".{tail}")]
@@ -50,6 +54,8 @@ class Skeleton:
 
 def build_skeleton(config: "PretrainedConfig", name: str, *, trust_remote_code: bool) -> Skeleton:
     """Builds the model of a config on the meta device, and reads names, shapes, ties and roles off it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     model = _meta_model(config, name, trust_remote_code)
     named = dict(model.named_parameters())
     names = {id(p): n for n, p in named.items()}
@@ -73,13 +79,27 @@ def build_skeleton(config: "PretrainedConfig", name: str, *, trust_remote_code: 
         input_name=input_name,
         output_name=output_name,
         tied=output_name == input_name,
-        prefix=model.base_model_prefix,
+        causal=type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        rename=_renamer(model),
         ignored=(
             *(model._keys_to_ignore_on_load_unexpected or ()),
             *(re.escape(n) + "$" for n, _ in model.named_buffers()),
             r"rotary_emb\.inv_freq$",
+            r"\.masked_bias$",
         ),
     )
+
+
+def _renamer(model: Any) -> Callable[[str], str]:
+    """How transformers itself turns a name in the files into a name in this model: renamed parts, added or missing prefix."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = model.state_dict()
+    return lambda name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]
 
 
 def role_of(name: str, owner: nn.Module | None = None) -> str:

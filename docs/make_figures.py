@@ -1,0 +1,34 @@
+"""Draws the figures of the README and the docs from a finished report.
+
+dimscope report builtin -o report && python docs/make_figures.py report       (needs the `export` extra)
+"""
+
+import sys
+from pathlib import Path
+
+import polars as pl
+
+from dimscope.report import figures, theme
+
+folder = Path(sys.argv[1])
+spectrum = pl.read_parquet(folder / "tables/spectrum.parquet").filter(preprocess="centred")
+dimensions = pl.read_parquet(folder / "tables/dimensions.parquet").filter(preprocess="centred")
+images = Path(__file__).parent / "images"
+images.mkdir(exist_ok=True)
+for name, figure, title in (
+    ("spectrum", figures.spectrum(spectrum), "Directions of the built-in model's table, widest first, beside chance"),
+    (
+        "dimensions",
+        figures.dimensions(dimensions, len(spectrum)),
+        "Ten ways to count its dimensions, each beside two nulls",
+    ),
+):
+    figure.update_layout(
+        template=theme.template("light"),
+        title=title,
+        title_x=0.02,
+        margin_t=90,
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+    )
+    figure.write_image(images / f"{name}.png", width=900, height=440, scale=2)
