@@ -1,7 +1,6 @@
 """How the benchmarks measure: wall time, peak memory of a child process, the machine's own peak, and tables to measure on."""
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -42,12 +41,13 @@ def in_child(code: str, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1]) | {"process_seconds": seconds}
 
 
-PEAK = "import resource, json; print(json.dumps({'peak_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, **facts}))"
-
-
-def peak_of_children() -> float:
-    """The largest resident memory of any finished child process, in GB."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+# VmHWM, not getrusage: the latter counts what the parent held when it forked.
+PEAK = """
+import json, pathlib
+status = pathlib.Path("/proc/self/status").read_text()
+peak = next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
+print(json.dumps({"peak_gb": int(peak) / 1e6, **facts}))
+"""
 
 
 def qwen_sized_checkpoint(folder: Path, seed: int = 0) -> Path:

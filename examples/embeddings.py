@@ -1,6 +1,6 @@
 """What the book's notebook on token embeddings looks at, on any model, in a few calls.
 
-    python examples/embeddings.py [MODEL]        # a folder, a hub id, or nothing for the built-in model
+python examples/embeddings.py [MODEL]        # a folder, a hub id, or nothing for the built-in model
 """
 
 import sys

@@ -1,5 +1,6 @@
 """Result tables on disk: whole or not there, reused only for the same recipe, made again after any damage."""
 
+import errno
 import hashlib
 import json
 import os
@@ -80,6 +81,20 @@ def test_numbers_that_json_does_not_have_are_refused_and_nothing_is_written(tmp_
     with pytest.raises(ValueError, match="Out of range float"):
         write_json(tmp_path / "x.json", {"a": [1, value]})
     assert files(tmp_path) == []
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(InvalidArgument, match=r"taken/x\.json cannot be written: \w+"):
+        write_json(tmp_path / "taken" / "x.json", {})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InvalidArgument, match="cannot be written: No space left"):
+        write_table(tmp_path / "x.parquet", FRAME)
+    assert not (tmp_path / "x.parquet").exists()
 
 
 def test_json_is_readable_text(tmp_path):

@@ -23,7 +23,7 @@ PROMPTS = (
     "Once upon a time there was a",
     "“I am very sorry,” said the old man, “but",
     "The wind had been blowing all night, and when",
-    "<tr><td class=\"section-title\"",
+    '<tr><td class="section-title"',
 )
 
 
@@ -65,8 +65,15 @@ def loss_curve(history: list[dict]) -> go.Figure:
             "height": 480,
         }
     )
-    figure.add_scatter(x=tokens, y=[h["train_loss"] for h in history], name="training, mean since the last point", line_color="#0072B2")
-    figure.add_scatter(x=tokens, y=[h["validation_loss"] for h in history], name="two held-out works and two pages", line_color="#D55E00")
+    figure.add_scatter(
+        x=tokens, y=[h["train_loss"] for h in history], name="training, mean since the last point", line_color="#0072B2"
+    )
+    figure.add_scatter(
+        x=tokens,
+        y=[h["validation_loss"] for h in history],
+        name="two held-out works and two pages",
+        line_color="#D55E00",
+    )
     return figure
 
 
@@ -80,7 +87,9 @@ def samples(model, tokenizer) -> list[tuple[str, str, str]]:
         pad = tokenizer.eos_token_id
         greedy = model.generate(**inputs, max_new_tokens=80, do_sample=False, pad_token_id=pad)
         torch.manual_seed(0)
-        sampled = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.8, top_k=0, pad_token_id=pad)
+        sampled = model.generate(
+            **inputs, max_new_tokens=80, do_sample=True, temperature=0.8, top_k=0, pad_token_id=pad
+        )
         found.append((prompt, tokenizer.decode(greedy[0, length:]), tokenizer.decode(sampled[0, length:])))
     return found
 
@@ -118,7 +127,9 @@ def main() -> None:
     shutil.copytree(args.run / "model", PACKAGE / "model", dirs_exist_ok=True)
     config = PACKAGE / "model/tokenizer_config.json"
     # The name that every version of transformers knows for a tokenizer.json without a class of its own.
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=1))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=1)
+    )
 
 
 if __name__ == "__main__":

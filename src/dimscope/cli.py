@@ -7,6 +7,7 @@ from cyclopts import App, CycloptsError
 
 app = App(
     name="dimscope",
+    suppress_keyboard_interrupt=False,  # `main` says what is kept
     help="How many dimensions does a language model really use?",
     help_epilogue="MODEL is a folder, a hub id (owner/name), a .gguf file, or `builtin`, the small model that ships here (default).",
 )

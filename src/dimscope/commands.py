@@ -44,6 +44,7 @@ class Common:
     "Run the Python code that comes with the model. It can do anything that you can."
 
     def open(self, model: str) -> Checkpoint:
+        from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging
 
         from dimscope.checkpoints.checkpoint import open_checkpoint
@@ -52,6 +53,7 @@ class Common:
             check_folder(self.out)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        hub_logging.set_verbosity_error()
         return open_checkpoint(
             model, revision=self.revision, allow_pickle=self.allow_pickle, trust_remote_code=self.trust_remote_code
         )

@@ -74,14 +74,15 @@ class ResultFolder:
         """The table `name`: read where it is finished, else computed and put on disk before anything else begins."""
         wanted = json.loads(json.dumps({"recipe": dict(self.recipe), "arguments": dict(arguments)}))
         parquet, provenance = self.path / "tables" / f"{name}.parquet", self.path / "tables" / f"{name}.json"
-        if parquet.exists() and _read_json(provenance).get("made_by") == wanted:
+        finished = _read_json(provenance)
+        if finished.get("made_by") == wanted and parquet.exists() and finished.get("sha256") == _digest(parquet):
             return pl.read_parquet(parquet)
         with _written(provenance):
             provenance.unlink(missing_ok=True)  # from here to the end of the write there is no finished table
         table = compute()
         write_table(parquet, table)
-        digest = hashlib.sha256(parquet.read_bytes()).hexdigest()
-        write_json(provenance, {"made_by": wanted, "rows": len(table), "sha256": digest, "versions": versions()})
+        facts = {"made_by": wanted, "rows": len(table), "sha256": _digest(parquet), "versions": versions()}
+        write_json(provenance, facts)
         return table
 
 
@@ -94,8 +95,13 @@ def check_folder(path: Path) -> None:
         raise InvalidArgument(f"{path}: no permission to write there")
 
 
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}

@@ -153,13 +153,9 @@ def test_too_many_pairs_are_refused_with_the_radius(monkeypatch):
     assert len(pairs_within(gaussian(45, 5), torch.eye(5), 1e9)) == 990
 
 
-def test_an_infinite_radius_is_every_pair():
-    assert len(pairs_within(gaussian(200, 3), torch.eye(3), math.inf)) == 19_900
-
-
-@pytest.mark.parametrize("radius", [-1e-9, math.nan])
+@pytest.mark.parametrize("radius", [-1e-9, math.nan, math.inf])
 def test_a_radius_that_is_none_is_refused(radius):
-    with pytest.raises(InvalidArgument, match="from 0 on"):
+    with pytest.raises(InvalidArgument, match="a finite number from 0 on"):
         pairs_within(gaussian(5, 2), torch.eye(2), radius)
 
 

@@ -221,6 +221,13 @@ def test_components_outside_the_table_are_refused(checkpoint, components):
         neighbor_tables(opened, open_table(opened), ["#1"], components=components)
 
 
+@pytest.mark.parametrize(("hidden_size", "components"), [(32, 10), (8, 8)])
+def test_the_projection_has_ten_components_or_all_there_are(checkpoint, hidden_size, components):
+    opened = open_checkpoint(checkpoint("gpt2", hidden_size=hidden_size))
+    found = neighbor_tables(opened, open_table(opened), ["#300"])["#300"]
+    assert set(found["space"]) == {f"all {hidden_size} dimensions", f"first {components} components"}
+
+
 def test_a_checkpoint_without_tokenizer_answers_for_rows(checkpoint, editable):
     folder = editable(checkpoint("qwen2"))
     remove_tokenizer(folder)

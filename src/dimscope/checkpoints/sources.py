@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from dimscope.errors import CheckpointNotFound, CorruptCheckpoint, NetworkError
 CHUNK = 1 << 20
 
 
+@runtime_checkable
 class Source(Protocol):
     """A set of files that can be listed, fetched whole (small ones) and read by byte range (weights)."""
 

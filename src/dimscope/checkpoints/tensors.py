@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
+@runtime_checkable
 class TensorReader(Protocol):
     """One format of weight files. `tensors` costs the headers only; `read_rows` the rows asked for."""
 

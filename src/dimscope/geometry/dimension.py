@@ -46,7 +46,8 @@ def hill_number(p: Float[Tensor, " m"], q: float) -> float:
         return float((-(p * p.log()).sum()).exp())
     if math.isinf(q):
         return float(1 / p.max())
-    return float(p.pow(q).sum() ** (1 / (1 - q)))
+    largest = p.max()  # taken out of the powers, which underflow for large q
+    return float((p / largest).pow(q).sum() ** (1 / (1 - q)) * largest ** (q / (1 - q)))
 
 
 def variance_count(of: Spectrum, threshold: float) -> int:

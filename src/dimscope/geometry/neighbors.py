@@ -17,17 +17,19 @@ Metric = Literal["cosine", "centred cosine", "euclidean"]
 METRICS: tuple[Metric, ...] = ("cosine", "centred cosine", "euclidean")
 QUERIES = 1024  # queries scored at once
 ROWS = 4096  # rows they are scored against at once: 16 MiB of scores, which stay in the cache
-SPARE = 8  # candidates beyond k that are scored again in float64, so that rounding cannot swap ranks
+SPARE = 8  # candidates beyond k that are scored again in float64
+ROUNDING = 3e-6  # float32 may be off by this share of |query| x |row| in a score
 
 
 @dataclass(frozen=True, slots=True)
 class NeighborIndex:
-    """Rows prepared for one metric: found by the largest inner product (minus half the squared norm, if Euclidean)."""
+    """Rows prepared for one metric: candidates by float32 products of `keys`, ranks by float64 from `rows` themselves."""
 
     ids: Int[Tensor, " n"]
-    rows: Float[Tensor, "n d"]  # unit rows for the cosines, rows minus their mean for Euclidean
-    half_squares: Float[Tensor, " n"] | None
-    mean: Float[Tensor, " d"]
+    rows: Float[Tensor, "n d"]
+    keys: Float[Tensor, "n d"]  # unit rows for the cosines, rows minus their mean for Euclidean
+    half_squares: Float[Tensor, " n"] | None  # Euclidean only: nearest is largest q . key - |key|^2 / 2
+    mean: Float[Tensor, " d"]  # what is taken off first; zero for the plain cosine
     metric: Metric
 
     def prepare(self, vectors: Float[Tensor, "q d"]) -> Float[Tensor, "q d"]:
@@ -40,43 +42,64 @@ class NeighborIndex:
     ) -> tuple[Int[Tensor, "q k"], Float[Tensor, "q k"]]:
         """Token ids and similarities (cosines, or Euclidean distances) of the k nearest rows of each vector, best first.
 
-        Candidates are found in float32 and ranked in float64. With k above the number of rows, all of them.
+        Exact: candidates are found in float32, everything within its rounding among them, and ranked in float64.
+        With k above the number of rows, all of them.
         """
         k = min(k, len(self.ids))
         queries = self.prepare(vectors)
-        found_ids, found = (
-            torch.empty(len(queries), k, dtype=torch.int64),
-            torch.empty(len(queries), k, dtype=torch.float64),
-        )
+        found_ids = torch.empty(len(queries), k, dtype=torch.int64)
+        found = torch.empty(len(queries), k, dtype=torch.float64)
         chunks = range(0, len(queries), QUERIES)
         for start in tqdm(chunks, desc="neighbours", unit="block", disable=None if progress else True):
             chunk = queries[start : start + QUERIES]
-            candidates = self._candidates(chunk.float(), min(k + SPARE, len(self.ids)))
-            scores = self._exact(chunk, candidates)
-            best, order = scores.topk(k, dim=1)
-            found_ids[start : start + QUERIES] = self.ids[candidates.gather(1, order)]
-            found[start : start + QUERIES] = best
+            scores, candidates = self._candidates(chunk.float(), min(k + SPARE, len(self.ids)))
+            best, order = self._exact(chunk, candidates).topk(k, dim=1)
+            positions = candidates.gather(1, order)
+            # Where the last candidate is within rounding of the k-th, rows beyond it may be nearer.
+            least = scores[:, k - 1] - self._rounding(chunk)
+            crowded = scores[:, -1] >= least if candidates.shape[1] < len(self.ids) else torch.zeros(len(chunk)).bool()
+            for q in torch.nonzero(crowded).squeeze(1).tolist():
+                best[q], positions[q] = self._search_one(chunk[q], least[q], k)
+            found_ids[start : start + QUERIES], found[start : start + QUERIES] = self.ids[positions], best
         return found_ids, found.neg() if self.metric == "euclidean" else found
 
-    def _candidates(self, queries: Float[Tensor, "q d"], k: int) -> Int[Tensor, "q k"]:
-        """Positions of the k best rows by float32 score, a tile of rows at a time."""
+    def _rounding(self, queries: Float[Tensor, "q d"]) -> Float[Tensor, " q"]:
+        """How far off the float32 scores of each query may be."""
+        longest = 1.0 if self.half_squares is None else (2 * self.half_squares.max()).sqrt()
+        return ROUNDING * queries.norm(dim=1).float() * longest
+
+    def _scores(self, queries: Float[Tensor, "q d"], start: int, stop: int) -> Float[Tensor, "q n"]:
+        tile = queries @ self.keys[start:stop].T
+        return tile if self.half_squares is None else tile.sub_(self.half_squares[start:stop])
+
+    def _candidates(self, queries: Float[Tensor, "q d"], k: int) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
+        """Float32 scores and positions of the k best rows, best first, a tile of rows at a time."""
         scores, positions = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
-        for start in range(0, len(self.rows), ROWS):
-            tile = queries @ self.rows[start : start + ROWS].T
-            if self.half_squares is not None:
-                tile -= self.half_squares[start : start + ROWS]
+        for start in range(0, len(self.keys), ROWS):
+            tile = self._scores(queries, start, start + ROWS)
             best, order = tile.topk(min(k, tile.shape[1]), dim=1)
             scores, positions = torch.cat([scores, best], dim=1), torch.cat([positions, order + start], dim=1)
-        _, order = scores.topk(k, dim=1)
-        return positions.gather(1, order)
+        best, order = scores.topk(k, dim=1)
+        return best, positions.gather(1, order)
+
+    def _search_one(
+        self, query: Float[Tensor, " d"], least: Tensor, k: int
+    ) -> tuple[Float[Tensor, " k"], Int[Tensor, " k"]]:
+        """The k nearest among all rows whose float32 score reaches `least`."""
+        scores = self._scores(query[None].float(), 0, len(self.keys))[0]
+        candidates = torch.nonzero(scores >= least).squeeze(1)
+        best, order = self._exact(query[None], candidates[None])[0].topk(k)
+        return best, candidates[order]
 
     def _exact(self, queries: Float[Tensor, "q d"], candidates: Int[Tensor, "q k"]) -> Float[Tensor, "q k"]:
         """Similarities in float64, larger is nearer: cosines, or minus the distance."""
         parts = []
         for wanted, chosen in zip(queries.split(64), candidates.split(64), strict=True):
-            rows = self.rows[chosen].double()
-            euclidean = self.metric == "euclidean"
-            parts.append(-(rows - wanted[:, None]).norm(dim=2) if euclidean else (rows @ wanted[:, :, None]).squeeze(2))
+            rows = self.rows[chosen].double() - self.mean
+            if self.metric == "euclidean":
+                parts.append(-(rows - wanted[:, None]).norm(dim=2))
+            else:
+                parts.append((_unit(rows) @ wanted[:, :, None]).squeeze(2))
         return torch.cat(parts)
 
 
@@ -90,15 +113,20 @@ def build_index(ids: Int[Tensor, " n"], rows: Float[Tensor, "n d"], metric: Metr
     mean = rows.mean(dim=0, dtype=torch.float64)
     if metric == "cosine":
         mean = torch.zeros_like(mean)
-    # Distances do not change when the mean is taken off, and their float32 error shrinks.
-    shifted = rows - mean.float()
+    keys = (rows - mean.to(rows.dtype)).float()  # distances do not change, and their float32 error shrinks
     if metric == "euclidean":
-        return NeighborIndex(ids, shifted, shifted.double().square().sum(dim=1).div(2).float(), mean, metric)
-    return NeighborIndex(ids, _unit(shifted), None, mean, metric)
+        return NeighborIndex(ids, rows, keys, keys.double().square().sum(dim=1).div(2).float(), mean, metric)
+    return NeighborIndex(ids, rows, keys.div_(_norms(keys).to(keys.dtype)), None, mean, metric)
 
 
-def _unit(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+def _unit(rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+    return rows / _norms(rows).to(rows.dtype)
+
+
+def _norms(rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 1"]:
+    """Norms in float64, where squares of small numbers do not underflow; 1 where a row is zero."""
+    norms = rows.norm(dim=-1, keepdim=True, dtype=torch.float64)
+    return torch.where(norms > 0, norms, 1.0)
 
 
 def hubness(in_degrees: Int[np.ndarray, " n"]) -> float:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dimscope.geometry.spectrum import Spectrum, spectrum
+from dimscope.geometry.spectrum import Spectrum, spectrum, table_moments
 from dimscope.representations.embedding import EmbeddingTable
-from dimscope.representations.moments import Moments, moments
+from dimscope.representations.moments import Moments
 
 TRACY_WIDOM_99 = 2.0234  # 99% quantile of the Tracy-Widom law for real matrices (Johnstone 2001)
 STRETCHES = 64  # pieces of the table that every permuted block is made of
@@ -28,8 +29,8 @@ def marchenko_pastur_quantiles(n_rows: int, dim: int, shares: Float[np.ndarray, 
     beta = min(n_rows, dim) / max(n_rows, dim)
     t = np.linspace(0, math.pi, 20_001)
     x = 1 + beta - 2 * math.sqrt(beta) * np.cos(t)
-    # At beta = 1 density and x both vanish at t = 0; their ratio tends to 2 there.
-    density = np.divide(np.sin(t) ** 2, x, out=np.full_like(t, 2.0 * (beta == 1)), where=x > 0)
+    # At beta = 1 density and x both vanish at t = 0; their ratio (1 + cos t) / 2 tends to 1 there.
+    density = np.divide(np.sin(t) ** 2, x, out=np.ones_like(t), where=x > 0)
     cumulative = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return np.interp(shares, cumulative / cumulative[-1], x)
 
@@ -86,8 +87,9 @@ def permuted_moments(table: EmbeddingTable, *, draws: int, seed: int) -> list[Mo
     Parallel analysis (Horn 1965; permutations: Buja & Eyuboglu 1992): columns keep their values, so their
     variances and tails, and lose what they have to do with each other.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return [moments(_permuted_blocks(table, generator)) for _ in range(draws)]
+    return [
+        table_moments(partial(_permuted_blocks, table, seed + draw), table.n_used, table.dim) for draw in range(draws)
+    ]
 
 
 def permuted_spectrum(draws: list[Moments], *, centred: bool) -> PermutedSpectrum:
@@ -98,21 +100,24 @@ def permuted_spectrum(draws: list[Moments], *, centred: bool) -> PermutedSpectru
     return PermutedSpectrum(Spectrum(values.mean(dim=0), runs[0].n_rows, runs[0].dim, centred), sd)
 
 
-def _permuted_blocks(table: EmbeddingTable, generator: torch.Generator) -> Iterator[Float[Tensor, "n d"]]:
+def _permuted_blocks(table: EmbeddingTable, seed: int) -> Iterator[Float[Tensor, "_ d"]]:
     """Blocks whose columns are permuted within the block; a block is made of stretches from all over the table.
 
     The rows of a block are shuffled and each column is then rotated by an offset of its own, so that any two
     columns are matched at random. Stretches from everywhere keep trends along the token ids from surviving.
     """
+    generator = torch.Generator().manual_seed(seed)
     for rows in _scattered_blocks(table):
         n, d = rows.shape
+        if n < d:  # too few offsets for all columns: a permutation for each
+            yield rows.gather(0, torch.rand(n, d, generator=generator).argsort(dim=0))
+            continue
         order = torch.randperm(n, generator=generator)
-        offsets = torch.randperm(max(n, d), generator=generator)[:d]
-        index = (torch.arange(n)[:, None] + offsets) % n
+        index = (torch.arange(n)[:, None] + torch.randperm(n, generator=generator)[:d]) % n
         yield rows[order].gather(0, index)
 
 
-def _scattered_blocks(table: EmbeddingTable) -> Iterator[Float[Tensor, "n d"]]:
+def _scattered_blocks(table: EmbeddingTable) -> Iterator[Float[Tensor, "_ d"]]:
     size = 128
     starts = torch.arange(0, table.n_rows, size)
     n_blocks = max(1, len(starts) // STRETCHES)

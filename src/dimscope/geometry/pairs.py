@@ -47,7 +47,8 @@ def pairs_within(
     """
     if not (math.isfinite(radius) and radius >= 0):
         raise InvalidArgument(f"a radius is a finite number from 0 on, not {radius}")
-    projected = (rows - rows.mean(dim=0)) @ components[:, :LEADING].float()
+    projected = rows.float() @ components[:, :LEADING].float()
+    projected -= projected.mean(dim=0)
     order = _tile_order(projected[:, :PACKED].numpy())
     found, total = [], 0
     for first, second in _candidates(projected[order], radius, progress):
@@ -120,7 +121,8 @@ def _measure(rows: Float[Tensor, "n d"], first: Int[Tensor, " c"], second: Int[T
     x, y = x - centre, y - centre
     x2, y2 = x.square().sum(dim=1), y.square().sum(dim=1)
     squared = (x2[:, None] + y2 - 2 * x @ y.T)[a, b] if len(first) else torch.empty(0, dtype=torch.float64)
-    blurred = squared <= 1e-10 * (x2[a] + y2[b])  # fewer than 6 digits left: measure those one by one
+    # Fewer than 6 digits left, or too near the radius to call: measure those one by one.
+    blurred = (squared <= 1e-10 * (x2[a] + y2[b])) | ((squared - radius**2).abs() <= 1e-9 * (x2[a] + y2[b]))
     for chunk in torch.nonzero(blurred).squeeze(1).split(4096):
         squared[chunk] = (rows[first[chunk]].double() - rows[second[chunk]].double()).square().sum(dim=1)
     distance = squared.clamp_min(0).sqrt()

@@ -16,7 +16,10 @@ from dimscope.representations.moments import moments
 def standardised(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Rows minus their own mean, of norm 1: their inner products are Pearson correlations. Constant rows become zero."""
     centred = rows - rows.mean(dim=1, keepdim=True)
-    return centred / centred.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    norms = centred.norm(dim=1, keepdim=True, dtype=torch.float64)
+    # What rounding leaves of a constant row is not a direction.
+    residue = 8 * torch.finfo(rows.dtype).eps * rows.norm(dim=1, keepdim=True, dtype=torch.float64)
+    return centred.div_(torch.where(norms > residue, norms, math.inf).to(rows.dtype))
 
 
 def correlation_matrix(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:

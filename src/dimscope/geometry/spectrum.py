@@ -47,7 +47,7 @@ def spectrum(of: Moments, *, centred: bool) -> Spectrum:
     return Spectrum(eigenvalues[:rank].sqrt(), of.count, len(eigenvalues), centred)
 
 
-def table_moments(blocks: Callable[[], Iterable[Float[Tensor, "n d"]]], n_rows: int, dim: int) -> Moments:
+def table_moments(blocks: Callable[[], Iterable[Float[Tensor, "_ d"]]], n_rows: int, dim: int) -> Moments:
     """Moments whose every singular value has at least 6 digits: products in float32 where that is enough, else float64.
 
     `blocks` is called once, or twice where the first pass shows a spectrum too wide for float32 products.
@@ -55,8 +55,8 @@ def table_moments(blocks: Callable[[], Iterable[Float[Tensor, "n d"]]], n_rows: 
     if n_rows * dim * dim <= SMALL:
         return moments(blocks(), dtype=torch.float64)
     first = moments(blocks())
-    values = spectrum(first, centred=False).singular_values
-    wide = bool(values[0] > CONDITION * values[-1])
+    spectra = [spectrum(first, centred=centred).singular_values for centred in (True, False)]
+    wide = any(bool(values[0] > CONDITION * values[-1]) for values in spectra)
     return moments(blocks(), dtype=torch.float64) if wide else first
 
 

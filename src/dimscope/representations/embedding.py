@@ -100,12 +100,13 @@ def open_table(checkpoint: Checkpoint, side: str = "input", *, skip_nonfinite: b
 
 def table_from_tensor(matrix: Float[Tensor, "v d"]) -> EmbeddingTable:
     """A table that is in memory already."""
+    matrix = matrix.detach()
     return EmbeddingTable(matrix.shape[0], matrix.shape[1], str(matrix.dtype), lambda start, stop: matrix[start:stop])
 
 
 def nonfinite_rows(table: EmbeddingTable) -> list[int]:
-    """Ids of the rows with NaN or Inf: their sum of squares in float64 is not finite."""
+    """Ids of the rows with NaN or Inf, also where only float32 cannot hold the value."""
     bad: list[int] = []
     for ids, rows in table.blocks():
-        bad += ids[~torch.isfinite(rows.double().sum(dim=1))].tolist()
+        bad += ids[~torch.isfinite(rows.float().double().sum(dim=1))].tolist()
     return bad

@@ -30,7 +30,7 @@ class Moments:
         return self.gram - torch.outer(self.total, self.mean) if centred else self.gram
 
 
-def moments(blocks: Iterable[Float[Tensor, "n d"]], *, dtype: torch.dtype | None = None) -> Moments:
+def moments(blocks: Iterable[Float[Tensor, "_ d"]], *, dtype: torch.dtype | None = None) -> Moments:
     """The moments of all rows of the blocks. `dtype` is that of the products; by default the one of the rows.
 
     float32 products are summed in float32 over 1,024 rows only, then in float64. Measured on bfloat16 tables of
@@ -48,7 +48,7 @@ def moments(blocks: Iterable[Float[Tensor, "n d"]], *, dtype: torch.dtype | None
             count += len(rows)
             total += rows.sum(dim=0, dtype=torch.float64)
             _add_upper_panels(gram, rows)
-    if gram is None or total is None:
+    if gram is None or total is None or not count:
         raise ValueError("moments of no rows")
     return Moments(count, total, gram.triu() + gram.triu(1).T)
 

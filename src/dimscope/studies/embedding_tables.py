@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -324,8 +325,7 @@ def knn_frame(index: NeighborIndex, queries: Int[Tensor, " q"], rows: Float[Tens
 def in_degrees(index: NeighborIndex, k: int) -> Int[Tensor, " n"]:
     """How often each row of an index is among the k nearest of the others."""
     places = torch.arange(len(index.ids))
-    local = NeighborIndex(places, index.rows, index.half_squares, torch.zeros_like(index.mean), index.metric)
-    found, _ = drop_self(*local.search(index.rows, k + 1), places)
+    found, _ = drop_self(*replace(index, ids=places).search(index.rows, k + 1), places)
     return torch.bincount(found.flatten(), minlength=len(places))
 
 
