@@ -29,7 +29,7 @@ from benchmarks.measure import (
 )
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.geometry.neighbors import build_index
-from dimscope.geometry.pairs import pairs_within
+from dimscope.geometry.pairs import LEADING, pairs_within
 from dimscope.geometry.spectrum import principal_components, spectrum
 from dimscope.representations.embedding import open_table
 from dimscope.representations.moments import Moments
@@ -76,7 +76,7 @@ def bench_spectrum(folder: Path) -> dict[str, float]:
 
 def bench_pairs(rows: torch.Tensor, of: Moments) -> dict[str, float]:
     """All pairs within 0.001: exact in 896 dimensions, against a KD-tree on 10 components, which is not."""
-    components = principal_components(of, 32)
+    components = principal_components(of, LEADING)
     ours, pairs = timed(lambda: pairs_within(rows, components, 0.001), repeats=2)
     projected = (rows @ components[:, :10].float()).numpy()
     kdtree, found = timed(lambda: KDTree(projected).query_pairs(0.001, output_type="ndarray"))

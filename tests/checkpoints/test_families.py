@@ -16,7 +16,7 @@ from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dimscope.representations.embedding import open_table
 
 ROLES = {
-    "input embedding", "output embedding", "position embedding", "attention", "mlp", "norm", "other", "buffer",
+    "input embedding", "output embedding", "position embedding", "attention", "mlp", "norm", "other", "buffer", "tied copy", "not loaded",
 }  # fmt: skip
 
 # name: family, arguments of build_checkpoint, layout of the hub's files (None: as save_pretrained writes them)
@@ -54,9 +54,9 @@ def folder_of(tmp_path_factory):
     return write
 
 
-def stock_model(folder: Path, name: str | None = None) -> torch.nn.Module:
-    """The model of stock transformers, of the class that the config names unless told."""
-    name = name or models.read_json(folder / "config.json")["architectures"][0]
+def stock_model(folder: Path) -> torch.nn.Module:
+    """The model of stock transformers, of the class that the config names."""
+    name = models.read_json(folder / "config.json")["architectures"][0]
     return getattr(transformers, name).from_pretrained(folder)
 
 
@@ -84,15 +84,11 @@ def test_tables_are_those_of_stock_transformers(folder_of, case):
 @pytest.mark.parametrize("case", CASES)
 def test_the_budget_counts_what_stock_transformers_counts(folder_of, case):
     folder = folder_of(case)
-    # the file of bert-base holds the pooler and the next-sentence head too, which its config's class does not load
-    checkpoint, model = (
-        open_checkpoint(folder),
-        stock_model(folder, "BertForPreTraining" if "bert on" in case else None),
-    )
+    checkpoint, model = open_checkpoint(folder), stock_model(folder)
     budget = parameter_budget(checkpoint)
     assert budget["n_parameters"].sum() == sum(p.numel() for p in model.parameters())
     assert budget["name"].to_list() == list(checkpoint.tensors)
-    assert set(budget["role"]) <= ROLES | {"tied copy"}
+    assert set(budget["role"]) <= ROLES
     tables = {
         id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e
     }
@@ -139,6 +135,14 @@ def test_buffers_are_no_parameters(folder_of, case):
     assert set(buffers["name"]) >= BUFFERS[case]
     assert buffers["n_parameters"].sum() == 0
     assert (buffers["n_bytes"] > 0).all()
+
+
+def test_what_the_model_does_not_load_is_shown_and_not_counted(folder_of):
+    budget = parameter_budget(open_checkpoint(folder_of("bert on the hub")))
+    unloaded = budget.filter(pl.col("name").str.contains("pooler|seq_relationship"))
+    assert len(unloaded) == 4
+    assert unloaded["n_parameters"].sum() == 0
+    assert unloaded["n_bytes"].sum() == 4 * 1122
 
 
 def test_a_tied_head_that_the_file_repeats_is_counted_once(folder_of):

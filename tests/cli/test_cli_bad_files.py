@@ -14,7 +14,7 @@ def test_a_missing_folder_a_missing_file_and_a_cut_network(cli, refused, tmp_pat
     (tmp_path / "notes.txt").write_text("no model")
     (tmp_path / "empty").mkdir()
     for name in ("./nowhere", "/nowhere/at/all", "a/b/c", "spaces in a name", "x" * 3000):
-        refused(cli("inspect", name), name, "no such folder")
+        refused(cli("inspect", name), name[:60], "no such folder")
     refused(cli("inspect", tmp_path / "notes.txt"), "notes.txt", "file")
     refused(cli("inspect", tmp_path / "empty"), "empty", "config.json")
     refused(cli("tokens", "somebody/some-model", "-o", tmp_path / "out"), "somebody/some-model", "hub", "connection")
@@ -189,7 +189,7 @@ def test_a_table_of_nothing_but_nan_is_refused_even_with_the_flag(checkpoint, ed
 
 def test_a_range_of_nothing_but_skipped_rows_is_refused(checkpoint, editable, cli, refused):
     folder = damage.set_rows(editable(checkpoint("qwen2")), [7], float("nan")).parent
-    refused(cli("correlate", folder, "--ids", "7:8", "--skip-nonfinite"), "7:8")
+    refused(cli("correlate", folder, "--ids", "7:8", "--skip-nonfinite"), "7", "NaN")
 
 
 def test_nan_in_the_output_table_alone_is_found_before_anything_is_written(checkpoint, editable, refuses, cli):

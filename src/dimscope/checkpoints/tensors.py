@@ -174,6 +174,9 @@ def open_pickle(source: Source, files: list[str]) -> StateDictReader:
             part = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as e:
             raise CorruptCheckpoint(f"{source.name}: {file} cannot be read ({str(e).splitlines()[0]})") from e
+        if not isinstance(part, dict):
+            raise CorruptCheckpoint(f"{source.name}: {file} holds a {type(part).__name__}, not a state dict")
+        part = {name: tensor for name, tensor in part.items() if isinstance(tensor, Tensor)}
         state |= part
         origin |= dict.fromkeys(part, file)
     infos = {

@@ -115,18 +115,23 @@ def build_index(ids: Int[Tensor, " n"], rows: Float[Tensor, "n d"], metric: Metr
         mean = torch.zeros_like(mean)
     keys = (rows - mean.to(rows.dtype)).float()  # distances do not change, and their float32 error shrinks
     if metric == "euclidean":
-        return NeighborIndex(ids, rows, keys, keys.double().square().sum(dim=1).div(2).float(), mean, metric)
-    return NeighborIndex(ids, rows, keys.div_(_norms(keys).to(keys.dtype)), None, mean, metric)
+        return NeighborIndex(ids, rows, keys, (norms(keys).squeeze(1).square() / 2).float(), mean, metric)
+    return NeighborIndex(ids, rows, keys.div_(_divisors(keys)), None, mean, metric)
 
 
-def _unit(rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-    return rows / _norms(rows).to(rows.dtype)
+def _unit(rows: Float[Tensor, "n *k d"]) -> Float[Tensor, "n *k d"]:
+    return rows / _divisors(rows)
 
 
-def _norms(rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 1"]:
-    """Norms in float64, where squares of small numbers do not underflow; 1 where a row is zero."""
-    norms = rows.norm(dim=-1, keepdim=True, dtype=torch.float64)
-    return torch.where(norms > 0, norms, 1.0)
+def _divisors(rows: Float[Tensor, "n *k d"]) -> Float[Tensor, "n *k 1"]:
+    """The norms in the dtype of the rows; 1 where a row is zero."""
+    lengths = norms(rows)
+    return torch.where(lengths > 0, lengths, 1.0).to(rows.dtype)
+
+
+def norms(rows: Float[Tensor, "n *k d"]) -> Float[Tensor, "n *k 1"]:
+    """Norms in float64, where squares of small numbers do not underflow, a block of rows at a time."""
+    return torch.cat([part.double().norm(dim=-1, keepdim=True) for part in rows.split(8192)])
 
 
 def hubness(in_degrees: Int[np.ndarray, " n"]) -> float:

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dimscope.geometry.pairs import Groups, Pairs, connected_groups, pairs_within
+from dimscope.geometry.neighbors import norms
+from dimscope.geometry.pairs import LEADING, Groups, Pairs, connected_groups, pairs_within
 from dimscope.geometry.spectrum import principal_components
 from dimscope.representations.moments import moments
 
@@ -16,10 +17,10 @@ from dimscope.representations.moments import moments
 def standardised(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Rows minus their own mean, of norm 1: their inner products are Pearson correlations. Constant rows become zero."""
     centred = rows - rows.mean(dim=1, keepdim=True)
-    norms = centred.norm(dim=1, keepdim=True, dtype=torch.float64)
+    lengths = norms(centred)
     # What rounding leaves of a constant row is not a direction.
-    residue = 8 * torch.finfo(rows.dtype).eps * rows.norm(dim=1, keepdim=True, dtype=torch.float64)
-    return centred.div_(torch.where(norms > residue, norms, math.inf).to(rows.dtype))
+    residue = 8 * torch.finfo(rows.dtype).eps * norms(rows)
+    return centred.div_(torch.where(lengths > residue, lengths, math.inf).to(rows.dtype))
 
 
 def correlation_matrix(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
@@ -34,7 +35,7 @@ def correlated_blocks(rows: Float[Tensor, "n d"], at_least: float, *, progress: 
     Correlation r is distance sqrt(2 (1 - r)) between standardised rows, so the search for close pairs finds all of them.
     """
     unit = standardised(rows)
-    components = principal_components(moments(unit.split(8192)), 32)
+    components = principal_components(moments(unit.split(8192)), LEADING)
     # Constant rows have no correlation with anything, but as zero vectors they lie at distance 0 from each other.
     constant = unit.norm(dim=1) < 0.5
     pairs = pairs_within(unit, components, math.sqrt(2 * (1 - at_least)), progress=progress)

@@ -20,7 +20,7 @@ from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.vocabulary import Vocabulary, read_vocabulary
 from dimscope.errors import InvalidArgument
 from dimscope.geometry.neighbors import NeighborIndex, build_index, hubness
-from dimscope.geometry.pairs import connected_groups, pairs_within
+from dimscope.geometry.pairs import LEADING, connected_groups, pairs_within
 from dimscope.geometry.similarity import correlated_blocks, correlation_matrix
 from dimscope.geometry.spectrum import principal_components, table_moments
 from dimscope.geometry.untrained import UntrainedScores
@@ -105,7 +105,7 @@ class EmbeddingWork:
     def duplicates(self) -> pl.DataFrame:
         ids, rows = self.loaded
         radius = self.default_radius()
-        pairs = pairs_within(rows, principal_components(self.moments, 32), radius, progress=True)
+        pairs = pairs_within(rows, principal_components(self.moments, LEADING), radius, progress=True)
         return tables.duplicates_frame(connected_groups(pairs, len(rows)), ids, rows, self.vocabulary, radius)
 
     def tokens(self, duplicates: pl.DataFrame) -> pl.DataFrame:
@@ -236,7 +236,7 @@ def pair_tables(
     work = EmbeddingWork(checkpoint, EmbeddingSettings(), table)
     ids, rows = work.loaded
     used = work.default_radius() if radius is None else radius
-    found = pairs_within(rows, principal_components(work.moments, 32), used, progress=True)
+    found = pairs_within(rows, principal_components(work.moments, LEADING), used, progress=True)
     labels = pl.Series([t.label for t in work.vocabulary.tokens], dtype=pl.String)
     first, second = ids.numpy()[found.first], ids.numpy()[found.second]
     frame = pl.DataFrame({"first": first, "second": second, "distance": found.distance})
