@@ -1,9 +1,12 @@
-"""The command line: parse, one call, print. No command is imported, and no torch, before it is asked for."""
+"""The command line: parse, one call, print. torch is imported by the command that runs, not by `--help`."""
 
 import io
 import sys
 
 from cyclopts import App, CycloptsError
+
+from dimscope import commands
+from dimscope.errors import DimscopeError
 
 app = App(
     name="dimscope",
@@ -11,26 +14,20 @@ app = App(
     help="How many dimensions does a language model really use?",
     help_epilogue="MODEL is a folder, a hub id (owner/name), a .gguf file, or `builtin`, the small model that ships here (default).",
 )
-for name, target, summary in (
-    ("inspect", "inspect", "What the model is made of: every tensor, and how much of it is embeddings."),
-    (
-        "tokens",
-        "tokens",
-        "Every row of the embedding table: label, bytes, category, norm; duplicates and under-trained ones.",
-    ),
-    ("neighbors", "neighbors", "The nearest tokens of a token, an id, a phrase or an expression."),
-    ("pairs", "pairs", "All pairs of rows within a radius, exact in all dimensions, and the groups they form."),
-    ("correlate", "correlate", "Pearson correlation between tokens, and blocks of near-perfectly correlated ones."),
-    ("spectrum", "spectrum", "Singular values and every linear dimension, beside noise of the same shape."),
-    ("report", "report", "One page with everything, for a double click."),
+for command in (
+    commands.inspect,
+    commands.tokens,
+    commands.neighbors,
+    commands.pairs,
+    commands.correlate,
+    commands.spectrum,
+    commands.report,
 ):
-    app.command(f"dimscope.commands:{target}", name=name, help=summary)
+    app.command(command)
 
 
 def main(tokens: list[str] | None = None) -> int:
     """Runs one command. Users' mistakes: one line on stderr, exit code 2. Bugs: a traceback. Ctrl-C: 130."""
-    from dimscope.errors import DimscopeError
-
     for stream in (sys.stdout, sys.stderr):  # labels hold any Unicode; a terminal or pipe may not
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

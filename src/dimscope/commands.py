@@ -282,7 +282,7 @@ def report(
     model: str = BUILTIN,
     /,
     *,
-    with_: Annotated[tuple[Literal["embedding"], ...], Parameter(name="--with")] = ("embedding",),
+    with_: Annotated[tuple[Literal["embedding"], ...], Parameter(name="--with", negative=())] = ("embedding",),
     full_knn: Annotated[bool, Parameter(negative=())] = False,
     sample: int = 5000,
     seed: int = 0,

@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
 )
 CATEGORIES = ("ordinary", "special", "byte", "undecodable", "unreachable", "beyond")
 NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})  # RFC 3629, section 1
+CHUNK = 8192  # texts encoded at once; an encoding takes 50 times the memory of its text
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")  # byte fallback of SentencePiece tokenizers
 SPACE = "␣"
 
@@ -143,10 +144,9 @@ def _reachable(tokenizer: Any, texts: dict[int, str]) -> set[int]:
     found: set[int] = set()
     for before, after in (("", ""), ("\n", ""), ("a", ""), ("", "a"), ("a", "a")):
         left = [i for i in texts if i not in found]
-        encoded = (
-            tokenizer([before + texts[i] + after for i in left], add_special_tokens=False)["input_ids"] if left else []
-        )
-        found |= {i for i, ids in zip(left, encoded, strict=True) if i in ids}
+        for chunk in (left[n : n + CHUNK] for n in range(0, len(left), CHUNK)):
+            encoded = tokenizer([before + texts[i] + after for i in chunk], add_special_tokens=False)["input_ids"]
+            found |= {i for i, ids in zip(chunk, encoded, strict=True) if i in ids}
     return found
 
 
