@@ -166,6 +166,7 @@ class EmbeddingWork:
 
 
 def moments_of(table: EmbeddingTable) -> Moments:
+    """Count, sum and Gram matrix of all rows of a table, in one pass, or two where the spectrum is very wide."""
     return table_moments(lambda: (rows for _, rows in table.blocks()), table.n_used, table.dim)
 
 
