@@ -109,7 +109,7 @@ def bench_neighbors(ids: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
         import faiss
     except ImportError:
         return result
-    queries, base = index.rows[chosen].numpy(), index.rows.numpy()
+    queries, base = index.keys[chosen].numpy(), index.keys.numpy()
     seconds, (cosines, _) = timed(lambda: faiss.knn(queries, base, 20, metric=faiss.METRIC_INNER_PRODUCT), repeats=2)
     assert np.allclose(cosines, scores.numpy(), atol=1e-5)
     return result | {"faiss_seconds": seconds, "ratio": seconds / ours, "found": found.numel()}
