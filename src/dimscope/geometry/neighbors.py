@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -17,6 +20,7 @@ Metric = Literal["cosine", "centred cosine", "euclidean"]
 METRICS: tuple[Metric, ...] = ("cosine", "centred cosine", "euclidean")
 QUERIES = 1024  # queries scored at once
 ROWS = 4096  # rows they are scored against at once: 16 MiB of scores, which stay in the cache
+BATCH = 64  # queries from which faiss is worth its own set-up
 SPARE = 8  # candidates beyond k that are scored again in float64
 ROUNDING = 3e-6  # float32 may be off by this share of |query| x |row| in a score
 
@@ -74,6 +78,10 @@ class NeighborIndex:
 
     def _candidates(self, queries: Float[Tensor, "q d"], k: int) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
         """Float32 scores and positions of the k best rows, best first, a tile of rows at a time."""
+        faiss = _faiss() if self.half_squares is None and len(queries) >= BATCH else None
+        if faiss is not None:
+            found = faiss.knn(queries.numpy(), self.keys.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+            return torch.from_numpy(found[0]), torch.from_numpy(found[1])
         scores, positions = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
         for start in range(0, len(self.keys), ROWS):
             tile = self._scores(queries, start, start + ROWS)
@@ -132,6 +140,18 @@ def _divisors(rows: Float[Tensor, "n *k d"]) -> Float[Tensor, "n *k 1"]:
 def norms(rows: Float[Tensor, "n *k d"]) -> Float[Tensor, "n *k 1"]:
     """Norms in float64, where squares of small numbers do not underflow, a block of rows at a time."""
     return torch.cat([part.double().norm(dim=-1, keepdim=True) for part in rows.split(8192)])
+
+
+@cache
+def _faiss() -> ModuleType | None:
+    """faiss, where its extra is installed: its blocked search of many queries is faster than product and topk."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its bindings import deprecated names
+            import faiss
+    except ImportError:
+        return None
+    return faiss
 
 
 def hubness(in_degrees: Int[np.ndarray, " n"]) -> float:
