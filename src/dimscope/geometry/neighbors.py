@@ -34,6 +34,7 @@ class NeighborIndex:
     keys: Float[Tensor, "n d"]  # unit rows for the cosines, rows minus their mean for Euclidean
     half_squares: Float[Tensor, " n"] | None  # Euclidean only: nearest is largest q . key - |key|^2 / 2
     mean: Float[Tensor, " d"]  # what is taken off first; zero for the plain cosine
+    lengths: Float[Tensor, " n"]  # norms of the rows minus the mean, float64; 1 for a zero row
     metric: Metric
 
     def prepare(self, vectors: Float[Tensor, "q d"]) -> Float[Tensor, "q d"]:
@@ -103,11 +104,13 @@ class NeighborIndex:
         """Similarities in float64, larger is nearer: cosines, or minus the distance."""
         parts = []
         for wanted, chosen in zip(queries.split(64), candidates.split(64), strict=True):
-            rows = self.rows[chosen].double() - self.mean
+            rows = self.rows[chosen].double()
+            if self.metric != "cosine":
+                rows -= self.mean
             if self.metric == "euclidean":
                 parts.append(-(rows - wanted[:, None]).norm(dim=2))
             else:
-                parts.append((_unit(rows) @ wanted[:, :, None]).squeeze(2))
+                parts.append((rows @ wanted[:, :, None]).squeeze(2) / self.lengths[chosen])
         return torch.cat(parts)
 
 
@@ -122,9 +125,12 @@ def build_index(ids: Int[Tensor, " n"], rows: Float[Tensor, "n d"], metric: Metr
     if metric == "cosine":
         mean = torch.zeros_like(mean)
     keys = (rows - mean.to(rows.dtype)).float()  # distances do not change, and their float32 error shrinks
+    shifted = norms(rows) if metric == "cosine" else norms_from(rows, mean)
+    lengths = torch.where(shifted > 0, shifted, 1.0)
     if metric == "euclidean":
-        return NeighborIndex(ids, rows, keys, (norms(keys).squeeze(1).square() / 2).float(), mean, metric)
-    return NeighborIndex(ids, rows, keys.div_(_divisors(keys)), None, mean, metric)
+        half_squares = (norms(keys).squeeze(1).square() / 2).float()
+        return NeighborIndex(ids, rows, keys, half_squares, mean, lengths.squeeze(1), metric)
+    return NeighborIndex(ids, rows, keys.div_(_divisors(keys)), None, mean, lengths.squeeze(1), metric)
 
 
 def _unit(rows: Float[Tensor, "n *k d"]) -> Float[Tensor, "n *k d"]:
@@ -140,6 +146,11 @@ def _divisors(rows: Float[Tensor, "n *k d"]) -> Float[Tensor, "n *k 1"]:
 def norms(rows: Float[Tensor, "n *k d"]) -> Float[Tensor, "n *k 1"]:
     """Norms in float64, where squares of small numbers do not underflow, a block of rows at a time."""
     return torch.cat([part.double().norm(dim=-1, keepdim=True) for part in rows.split(8192)])
+
+
+def norms_from(rows: Float[Tensor, "n d"], centre: Float[Tensor, " d"]) -> Float[Tensor, "n 1"]:
+    """Distances of rows from a centre, in float64, a block of rows at a time."""
+    return torch.cat([(part.double() - centre).norm(dim=-1, keepdim=True) for part in rows.split(8192)])
 
 
 @cache
