@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Literal
 
@@ -159,10 +160,9 @@ def _faiss() -> ModuleType | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its bindings import deprecated names
-            import faiss
+            return import_module("faiss")
     except ImportError:
         return None
-    return faiss
 
 
 def hubness(in_degrees: Int[np.ndarray, " n"]) -> float:
