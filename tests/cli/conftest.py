@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,12 @@ def cli(tmp_path_factory: pytest.TempPathFactory, closed_endpoint: str) -> Itera
     folder = tmp_path_factory.mktemp("cli")
     with forked_cli(folder, {"HF_ENDPOINT": closed_endpoint, "HF_HOME": str(folder / "hf_home")}) as run:
         yield run
+
+
+@pytest.fixture(scope="session")
+def fork_cli() -> Callable[..., AbstractContextManager[ForkedCli]]:
+    """Return `forked_cli`, for a test that needs a hub and a cache of its own."""
+    return forked_cli
 
 
 @pytest.fixture(scope="module")

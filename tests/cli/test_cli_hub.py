@@ -124,20 +124,22 @@ def test_gguf_on_the_hub(checkpoint, hub_cli, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_in_the_cache_works_when_the_hub_is_gone(checkpoint, run_cli, run_python, refused, tmp_path):
-    folder, home = checkpoint("llama", sharded=True), tmp_path / "home"
-    with HubServer() as hub:
-        hub.add("owner/whole", folder)
-        hub.add("owner/studied", folder)
+def test_a_model_in_the_cache_works_when_the_hub_is_gone(checkpoint, fork_cli, run_cli, run_python, refused, tmp_path):
+    home, program = tmp_path / "home", "import huggingface_hub; huggingface_hub.snapshot_download('owner/whole')"
+    with HubServer() as hub, fork_cli(tmp_path, hub.environment(home)) as run:
+        commit = hub.add("owner/whole", checkpoint("llama", sharded=True))
         environment = hub.environment(home)
-        program = "import huggingface_hub; huggingface_hub.snapshot_download('owner/whole')"
         assert run_python("-c", program, env=environment).returncode == 0
-        online = run_cli("tokens", "owner/studied", "--json", env=environment)
+        sent = hub.bytes_sent()
+        online = run("tokens", "owner/whole", "--json")
         assert online.returncode == 0, online.stderr
-    refused(run_cli("inspect", "owner/never-seen", env=environment), "owner/never-seen", "hub")
-    whole = run_cli("tokens", "owner/whole", "--json", env=environment)
-    assert whole.returncode == 0, whole.stderr[-300:]
-    assert json.loads(whole.stdout)["tokens"] == json.loads(online.stdout)["tokens"]
+        assert hub.bytes_sent() - sent < 20_000  # the weights are here already
+        hub.stop()
+        offline = run("tokens", "owner/whole", "--json")
+        assert offline.returncode == 0, offline.stderr[-300:]
+        assert json.loads(offline.stdout) == json.loads(online.stdout)
+        assert json.loads(run("inspect", "owner/whole", "--json").stdout)["revision"] == commit.sha
+        refused(run("inspect", "owner/never-seen"), "owner/never-seen", "hub")
     flagged = run_cli("inspect", "owner/whole", env={**environment, "HF_HUB_OFFLINE": "1"})
     assert flagged.returncode == 0, flagged.stderr[-300:]
 

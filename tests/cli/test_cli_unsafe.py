@@ -98,7 +98,7 @@ def test_code_beside_a_known_architecture_is_not_needed_and_not_run(checkpoint, 
     assert not marker.exists()
 
 
-def test_a_tokenizers_own_code_is_never_run_and_nobody_is_asked(checkpoint, editable, run_cli, tmp_path):
+def test_a_tokenizers_own_code_is_never_run_and_nobody_is_asked(checkpoint, editable, cli, tmp_path):
     marker = tmp_path / "ran"
     folder = editable(checkpoint("llama"))
     (folder / "tokenization_stranger.py").write_text(
@@ -112,7 +112,7 @@ def test_a_tokenizers_own_code_is_never_run_and_nobody_is_asked(checkpoint, edit
         "auto_map": {"AutoTokenizer": [None, "tokenization_stranger.StrangerTokenizer"]},
     }
     models.write_json(folder / "tokenizer_config.json", settings)
-    result = run_cli("tokens", folder, "--json")
+    result = cli("tokens", folder, "--json")
     assert not marker.exists()
     assert result.returncode == 0, result.stderr
     assert len(json.loads(result.stdout)["tokens"]) == 512
