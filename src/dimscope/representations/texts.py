@@ -1,0 +1,343 @@
+"""Texts to put through a model: where they come from, read piece by piece. Knows nothing of tokens."""
+
+import codecs
+import hashlib
+import io
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPException
+from importlib.resources import files
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from urllib import request
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit, urlunsplit
+
+from dimscope.errors import InvalidArgument, NetworkError
+
+PIECE = 1 << 20  # characters
+BLOCK = 1 << 20  # bytes of a file read at once
+ROWS = 512  # of a Parquet file read at once
+LARGEST = 64 << 20  # bytes; what can be read only once is held whole
+TIMEOUT = 20.0  # seconds without a sign of the server
+DEADLINE = 300.0  # seconds for a whole download
+BUILTIN = {"prose": "prose.txt", "html": "page.html"}
+SUFFIXES = (".txt", ".md", ".html", ".htm")
+SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+MOST_CONTROLS = 0.02  # share of control characters; random bytes have a tenth, texts in any encoding next to none
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text that can be read again and again, in bounded memory.
+
+    `pieces` gives it from its beginning, anew at each call: strings of at most `PIECE` characters, cut after a line
+    break, or else a space, where their second half has one. They raise InvalidArgument where the source turns out to
+    be no text.
+    """
+
+    name: str  # as it is shown: a file's name, "builtin prose", a URL without its query, "standard input"
+    pieces: Callable[[], Iterator[str]]
+    fingerprint: dict[str, Any]  # JSON; the same as long as the source has not changed
+    n_bytes: int | None  # of the source, where that is known before it is read
+
+
+def open_text(source: str, *, stdin: io.BufferedIOBase | None = None) -> Text:
+    """The text at a source, checked as far as its first piece that is not white space.
+
+    `source` is "builtin:prose" or "builtin:html"; "-", the standard input (or `stdin`); an http or https URL; a file;
+    a folder, whose *.txt, *.md, *.html and *.htm files at any depth run on in the order of their paths; or a Parquet
+    file, "data.parquet:column", whose rows run on, nulls left out (without a column: the only one of strings, or
+    "text"). A document that another follows gets a line break at its end where it has none, so that words never join.
+    Text is UTF-8, or what a URL's header says; a byte order mark is dropped, line ends stay as they are.
+
+    Standard input and URLs are read at once and held, up to 64 MiB.
+    Raises InvalidArgument for what is not there, not readable, empty or no UTF-8; NetworkError.
+    """
+    text = _find(source, stdin)
+    if not any(map(str.strip, text.pieces())):
+        raise InvalidArgument(f"{text.name}: there is no text in it, only white space at most; give another --text")
+    return text
+
+
+def _find(source: str, stdin: io.BufferedIOBase | None) -> Text:
+    if source.startswith("builtin:"):
+        return _builtin(source.removeprefix("builtin:"))
+    if source == "-":
+        return _held("standard input", _read_whole("standard input", (stdin or sys.stdin.buffer).read))
+    if match := SCHEME.match(source):
+        return _url(source, match[1].lower())
+    if not source:  # would be the current folder
+        raise InvalidArgument("--text is empty; it takes a file, a folder, a URL, - or builtin:prose")
+    return _path(source)
+
+
+def _builtin(key: str) -> Text:
+    if key not in BUILTIN:
+        raise InvalidArgument(f"the built-in texts are {', '.join(f'builtin:{k}' for k in BUILTIN)}, not builtin:{key}")
+    return _held(f"builtin {key}", files("dimscope.builtin").joinpath("texts", BUILTIN[key]).read_bytes())
+
+
+def _held(name: str, data: bytes) -> Text:
+    """A text that is in memory already, as UTF-8."""
+    fingerprint = {"name": name, "sha256": hashlib.sha256(data).hexdigest()}
+    return Text(name, lambda: _cut(_decoded(name, io.BytesIO(data).read)), fingerprint, len(data))
+
+
+def _read_whole(label: str, read: Callable[[int], bytes]) -> bytes:
+    data = read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise InvalidArgument(f"{label}: {_too_large()}; save it to a file and give that as --text")
+    return data
+
+
+def _too_large() -> str:
+    return f"more than {LARGEST / (1 << 20):g} MiB, the most that is held in memory"
+
+
+# ---- files and folders ---------------------------------------------------------------------------------------------
+
+
+def _path(source: str) -> Text:
+    path, column = _split_column(source)
+    with _file_errors(path):
+        path.stat()
+        if path.is_dir():
+            return _folder(path)
+        if path.suffix == ".parquet":
+            return _parquet(path, column)
+        if path.is_file():
+            return Text(path.name, lambda: _cut(_read_file(path)), _facts(path), path.stat().st_size)
+        with path.open("rb") as pipe:  # or a device: it can be read only once
+            return _held(path.name, _read_whole(str(path), pipe.read))
+
+
+def _split_column(source: str) -> tuple[Path, str | None]:
+    head, mark, column = source.rpartition(".parquet:")
+    if not mark or Path(source).exists():
+        return Path(source), None
+    return Path(f"{head}.parquet"), column
+
+
+def _folder(path: Path) -> Text:
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not found:
+        raise InvalidArgument(f"{path}: no text files in this folder ({', '.join('*' + s for s in SUFFIXES)})")
+    listing = [{**_facts(p), "name": p.relative_to(path).as_posix()} for p in found]
+    name, size = f"{path.resolve().name}/", sum(p.stat().st_size for p in found)
+    # One hash for the list: it goes into every provenance file, and a corpus may have many thousands of files.
+    sha256 = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    fingerprint = {"name": name, "files": len(found), "size": size, "listing_sha256": sha256}
+    return Text(name, lambda: _cut(_run_on(map(_read_file, found))), fingerprint, size)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    facts = path.stat()
+    return {"name": path.name, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    with _file_errors(path), path.open("rb") as file:
+        yield from _decoded(str(path), file.read)
+
+
+@contextmanager
+def _file_errors(path: Path) -> Generator[None]:
+    try:
+        yield
+    except FileNotFoundError as e:
+        raise InvalidArgument(
+            f"{path}: no such file or folder; --text takes a file, a folder, a URL, - or builtin:prose"
+        ) from e
+    except PermissionError as e:
+        raise InvalidArgument(f"{path}: no permission to read it") from e
+    except OSError as e:
+        raise InvalidArgument(f"{path}: cannot be read ({e.strerror or e})") from e
+
+
+def _run_on(documents: Iterable[Iterable[str]]) -> Iterator[str]:
+    ended = True
+    for document in documents:
+        for number, part in enumerate(filter(None, document)):
+            if number == 0 and not ended:
+                yield "\n"
+            yield part
+            ended = part.endswith("\n")
+
+
+def _cut(parts: Iterable[str]) -> Iterator[str]:
+    held = ""
+    for part in parts:
+        held += part
+        while len(held) > PIECE:
+            # A break in the first half does not count: pieces of a few characters would make this quadratic.
+            end = next((n + 1 for c in "\n " if (n := held.rfind(c, PIECE // 2, PIECE)) >= 0), PIECE)
+            yield held[:end]
+            held = held[end:]
+    if held:
+        yield held
+
+
+# ---- bytes to characters -------------------------------------------------------------------------------------------
+
+
+def _decoded(label: str, read: Callable[[int], bytes]) -> Iterator[str]:
+    """UTF-8, block by block; a character that two blocks share comes with the second."""
+    first = read(BLOCK)
+    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InvalidArgument(f"{label}: is UTF-16; convert it to UTF-8, e.g. iconv -f UTF-16 -t UTF-8")
+    offset = len(codecs.BOM_UTF8) if first.startswith(codecs.BOM_UTF8) else 0
+    rest = b""
+    for block in chain([first[offset:]], iter(partial(read, BLOCK), b""), [None]):
+        data = rest + (block or b"")
+        if (nul := data.find(b"\0")) >= 0:
+            raise _binary(label, f"the byte at offset {offset + nul:,} is NUL")
+        try:
+            part, used = codecs.utf_8_decode(data, "strict", block is None)
+        except UnicodeDecodeError as e:
+            raise _undecodable(label, data, e.start, offset) from e
+        yield part
+        offset, rest = offset + used, data[used:]
+
+
+def _undecodable(label: str, data: bytes, start: int, offset: int) -> InvalidArgument:
+    controls = sum(data.count(c) for c in range(32) if c not in b"\t\n\v\f\r\x1b")
+    if controls > MOST_CONTROLS * len(data):
+        return _binary(label, f"{controls / len(data):.0%} control characters")
+    return InvalidArgument(
+        f"{label}: not UTF-8 (the byte {data[start]:02X} at offset {offset + start:,}); convert it to UTF-8, "
+        "e.g. iconv -f ISO-8859-1 -t UTF-8 if it is Latin-1"
+    )
+
+
+def _binary(label: str, why: str) -> InvalidArgument:
+    return InvalidArgument(f"{label}: looks like a binary file ({why}); --text takes plain text or Parquet")
+
+
+# ---- Parquet -------------------------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path, column: str | None) -> Text:
+    import polars as pl
+
+    with path.open("rb"):  # no permission is the system's word; polars has others for it
+        pass
+    with _parquet_errors(path):
+        schema = pl.scan_parquet(path, glob=False).collect_schema()
+    column = _choose_column(path, column, [name for name, dtype in schema.items() if dtype == pl.String])
+    fingerprint = {**_facts(path), "column": column}
+    return Text(f"{path.name}:{column}", lambda: _cut(_run_on(_read_rows(path, column))), fingerprint, None)
+
+
+def _choose_column(path: Path, column: str | None, strings: list[str]) -> str:
+    if column is None:
+        column = strings[0] if len(strings) == 1 else "text"
+    if column in strings:
+        return column
+    if not strings:
+        raise InvalidArgument(f"{path}: no column of strings in it")
+    raise InvalidArgument(
+        f"{path}: {column!r} is no column of strings; those are {', '.join(strings)}: --text {path}:{strings[0]}"
+    )
+
+
+def _read_rows(path: Path, column: str) -> Iterator[list[str]]:
+    import polars as pl
+
+    with _file_errors(path), _parquet_errors(path):
+        frame, start = pl.scan_parquet(path, glob=False).select(column), 0
+        while len(rows := frame.slice(start, ROWS).collect().to_series()):
+            yield from ([row] for row in rows.drop_nulls())
+            start += ROWS
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Generator[None]:
+    from polars.exceptions import PolarsError
+
+    try:
+        yield
+    except PolarsError as e:
+        raise InvalidArgument(f"{path}: no Parquet file, or a damaged one ({str(e).splitlines()[0]})") from e
+
+
+# ---- URLs ----------------------------------------------------------------------------------------------------------
+
+
+def _url(source: str, scheme: str) -> Text:
+    if scheme not in ("http", "https"):
+        raise InvalidArgument(f"--text reads URLs that begin with http:// or https://, not {scheme}://")
+    try:
+        parts = urlsplit(source)
+    except ValueError as e:
+        raise InvalidArgument(f"{source}: no URL ({e})") from e
+    if "@" in parts.netloc:  # the standard library does not log in, and its errors would show the password
+        raise InvalidArgument("--text reads URLs without user name and password; download the file and give its path")
+    name = urlunsplit((scheme, parts.netloc, parts.path, "", ""))
+    try:
+        body, charset = _download(name, source)
+    except (OSError, HTTPException, ValueError) as e:
+        raise NetworkError(f"{name}: cannot be read ({_reason(e)}); check the address and the connection") from e
+    return _held(name, _to_utf8(name, body, charset))
+
+
+def _opener() -> request.OpenerDirector:
+    """An opener without the standard one's file, data and ftp, which a redirect could lead to."""
+    opener = request.OpenerDirector()
+    for handler in (
+        request.ProxyHandler(),
+        request.HTTPHandler(),
+        request.HTTPSHandler(),
+        request.HTTPRedirectHandler(),
+        request.HTTPErrorProcessor(),
+        request.HTTPDefaultErrorHandler(),
+        request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+def _download(name: str, url: str) -> tuple[bytes, str | None]:
+    """The body, and the charset that the header names."""
+    late = time.monotonic() + DEADLINE
+    asked = request.Request(url, headers={"User-Agent": "dimscope"})
+    with _opener().open(asked, timeout=TIMEOUT) as response:
+        expected, body = response.length, bytearray()
+        while expected is None or len(body) < expected:
+            if max(len(body), expected or 0) > LARGEST:
+                raise NetworkError(f"{name}: {_too_large()}; download it and give the file as --text")
+            if time.monotonic() > late:
+                raise NetworkError(f"{name}: not here after {DEADLINE:g} s; download it and give the file as --text")
+            # read1 comes back with what has arrived; read would wait for the whole of it, past the deadline.
+            if not (chunk := response.read1(1 << 16)):
+                break
+            body += chunk
+        if expected is not None and len(body) < expected:
+            raise NetworkError(f"{name}: the download broke off after {len(body):,} of {expected:,} bytes; try again")
+        return bytes(body), response.headers.get_content_charset()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, HTTPError):
+        error.close()
+        return f"the server answers {error.code} {' '.join(str(error.reason).split())}"
+    cause = error.reason if isinstance(error, URLError) else error
+    if isinstance(cause, TimeoutError):
+        return f"no answer for {TIMEOUT:g} s"
+    return " ".join(str(cause).split()) or type(cause).__name__
+
+
+def _to_utf8(name: str, body: bytes, charset: str | None) -> bytes:
+    try:
+        if charset is None or codecs.lookup(charset).name == "utf-8":
+            return body
+        return body.decode(charset).encode()
+    except (LookupError, UnicodeError) as e:
+        raise InvalidArgument(f"{name}: the server calls it {charset}, but it does not decode as that ({e})") from e
