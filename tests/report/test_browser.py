@@ -1,12 +1,13 @@
 """The page in a real browser: it searches, picks, rethemes and prints without an error and without a request."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
+from layer_tables import Model, Plan, layer_tables, study_facts
 
 from dimscope.report.page import write_page
 from dimscope.report.section import Tables
@@ -175,3 +176,25 @@ def test_paper_is_light_and_the_screen_comes_back(opened: Any) -> None:
     # Printing goes through the light theme on its way, and comes back.
     opened.wait_for_function("document.documentElement.dataset.screenTheme === 'dark'", timeout=120_000)
     opened.wait_for_function("document.documentElement.dataset.theme === 'dark'", timeout=120_000)
+
+
+def test_layer_can_be_chosen_and_the_theme_keeps_it(browser: Any, run_folder: Callable[..., Path]) -> None:
+    plan = Plan(models=(Model(blocks=2, dim=16),), texts=("prose",), windows=1, length=64)
+    folder = run_folder(layer_tables(plan), {"study": {"layers": study_facts(plan)}})
+    troubles: list[str] = []
+    page = browser.new_page(viewport={"width": 390, "height": 900}, color_scheme="light")
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("console", lambda message: troubles.append(message.text))
+    page.set_default_timeout(240_000)
+    page.goto(write_page(folder).as_uri())
+    page.wait_for_selector("html[data-ready=true]", state="attached")
+    seen = """id => [...new Set(document.getElementById(id).data
+      .filter(t => t.visible !== false && t.meta).map(t => t.meta.layer))].join()"""
+    page.select_option("select[data-layers=scree]", "1")
+    page.click("#theme-toggle")
+    for figure in ("layer-scree", "layer-cumulative"):
+        page.wait_for_function(f"({seen})('{figure}') === '1'")
+    assert page.evaluate(seen, "layer-gride") == "3"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert troubles == []
+    page.close()

@@ -22,6 +22,7 @@ DATA_COLOURS = {
     *(mark.colour for mark in theme.CATEGORY_MARKS.values()),
     *(mark.colour for mark in (theme.MEASURED, theme.GAUSSIAN_NULL, theme.PERMUTED_NULL, theme.HIGHLIGHT)),
     *theme.ROLE_COLOURS.values(),
+    *(mark.colour for mark in (*theme.CONDITION_MARKS.values(), *theme.SERIES_MARKS)),
 }
 
 

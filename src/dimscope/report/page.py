@@ -19,6 +19,7 @@ from dimscope.report import theme
 from dimscope.report.payload import figure_spec, neighbour_lists, token_columns, zipped_json
 from dimscope.report.section import Facts, Plot, Section, Tables, dimension, explained_variance
 from dimscope.report.sections import STUDIES
+from dimscope.report.sections.layers import layers_strip
 from dimscope.report.wording import against, magnitude, number, share
 from dimscope.results import write_whole
 
@@ -89,7 +90,7 @@ def facts_strip(tables: Tables, facts: Facts) -> list[tuple[str, str, str]]:
     row = dimension(tables, "participation ratio")
     if row:
         strip.append(("effective dimension", number(row["value"]), against(row["value"], row["null_gaussian"])))
-    return strip
+    return strip + layers_strip(tables, facts)
 
 
 def provenance(facts: Facts) -> list[tuple[str, str]]:

@@ -69,6 +69,7 @@ class Plot:
     anchor: str
     figure: go.Figure
     alt: str
+    caption: str = ""
     log_toggle: bool = False
     explorer: bool = False
     square: bool = False
@@ -95,8 +96,20 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """The layers whose traces a section's figures hold, as (number, name), and the one shown at first."""
+
+    layers: tuple[tuple[int, str], ...]
+    chosen: int
+    label: str = "Layer"
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
-    """One section: its finding as the title, what shows it, how to read that, and what it does not say."""
+    """One section: its finding as the title, what shows it, how to read that, and what it does not say.
+
+    `findings` are further sentences under the title; `choice` lets the reader change the layer that the figures show.
+    """
 
     anchor: str
     name: str
@@ -105,6 +118,8 @@ class Section:
     how_to_read: str
     caveat: str
     tables: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
+    choice: LayerChoice | None = None
 
 
 SectionMaker = Callable[[Tables, Facts], Section | None]

@@ -50,6 +50,25 @@ GAUSSIAN_NULL = Mark("#82878f", "diamond-open", "dash")
 PERMUTED_NULL = Mark("#a8703a", "square-open", "dot")
 HIGHLIGHT = Mark("#e0402f", "circle-open")
 
+# What a model was given: real text stays the blue of measurements. The order is that of legends.
+CONDITION_MARKS: dict[str, Mark] = {
+    "real": MEASURED,
+    "shuffled": Mark("#d55e00", "square", "longdash"),
+    "shuffled across": Mark("#a8703a", "diamond", "longdashdot"),
+    "random weights": Mark("#8d79d6", "triangle-up", "dot"),
+}
+WHITE_NOISE = "white noise"
+
+# Texts, models or preprocessings side by side: the first is the one studied, the others stand beside it.
+SERIES_MARKS: tuple[Mark, ...] = (
+    MEASURED,
+    Mark("#009e73", "square", "longdash"),
+    Mark("#b07f00", "triangle-up", "dashdot"),
+    Mark("#c45a9c", "diamond", "dot"),
+    Mark("#8d79d6", "cross", "longdashdot"),
+    Mark("#a8703a", "x", "dash"),
+)
+
 ROLE_COLOURS: dict[str, str] = {
     "input embedding": "#3f86cf",
     "output embedding": "#8d79d6",
@@ -155,6 +174,17 @@ def log_ticks(low: float, high: float) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     steps = (1, 2, 5) if last - first <= 2 else (1,)
     return [float(f"{step}e{power}") for power in range(first, last + 1) for step in steps]
+
+
+def series_mark(index: int) -> Mark:
+    """Return how the index-th of several texts, models or preprocessings is drawn; after six they begin again."""
+    return SERIES_MARKS[index % len(SERIES_MARKS)]
+
+
+def tint(colour: str, alpha: float) -> str:
+    """Return a hex colour made translucent, for bands that lie under their line."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"
 
 
 def figure(height: int, **layout: object) -> go.Figure:

@@ -8,6 +8,24 @@ from dimscope.report.figures.dimensions import (
     participation_ratio,
     spectrum,
 )
+from dimscope.report.figures.layers import (
+    alignment,
+    highest,
+    intrinsic_profile,
+    layer_axis,
+    layer_profile,
+    models_profile,
+    preprocessings,
+    texts_profile,
+)
+from dimscope.report.figures.states import (
+    confidence,
+    cumulative_scree,
+    sample_curve,
+    scale_curve,
+    scree,
+    similarity_matrix,
+)
 from dimscope.report.figures.tokens import (
     correlation,
     hubness,
@@ -19,17 +37,31 @@ from dimscope.report.figures.tokens import (
 )
 
 __all__ = [
+    "alignment",
     "budget",
+    "confidence",
     "correlation",
+    "cumulative_scree",
     "cumulative_variance",
     "dimensions",
+    "highest",
     "hubness",
     "id_scatter",
+    "intrinsic_profile",
     "intro_panels",
+    "layer_axis",
+    "layer_profile",
+    "models_profile",
     "norms_by_category",
     "norms_by_id",
     "participation_ratio",
+    "preprocessings",
+    "sample_curve",
+    "scale_curve",
+    "scree",
+    "similarity_matrix",
     "spectrum",
+    "texts_profile",
     "token_map",
     "untrained_scores",
 ]

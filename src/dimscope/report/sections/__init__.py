@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from dimscope.report.section import Facts, Section, SectionMaker, Tables
-from dimscope.report.sections import directions, rows
+from dimscope.report.sections import clouds, contrasts, directions, layers, rows
 
 # The order of the page. A maker returns None where its tables are missing.
 _EMBEDDING: tuple[SectionMaker, ...] = (
@@ -21,11 +21,37 @@ _EMBEDDING: tuple[SectionMaker, ...] = (
     rows.hubness_section,
 )
 
+_LAYERS: tuple[SectionMaker, ...] = (
+    layers.sample_section,
+    layers.profile_section,
+    layers.scree_section,
+    clouds.preprocess_section,
+    clouds.intrinsic_section,
+    clouds.curve_section,
+    contrasts.confidence_section,
+    contrasts.similarity_section,
+    contrasts.alignment_section,
+    contrasts.texts_section,
+    contrasts.models_section,
+)
+
 
 def embedding_sections(tables: Tables, facts: Facts) -> list[Section]:
     """Tell the embedding study; a section whose tables are missing is left out."""
-    made = (make(tables, facts) for make in _EMBEDDING)
+    return _told(_EMBEDDING, tables, facts)
+
+
+def layer_sections(tables: Tables, facts: Facts) -> list[Section]:
+    """Tell the study of hidden states; a section whose tables are missing or empty is left out."""
+    return _told(_LAYERS, tables, facts)
+
+
+def _told(makers: tuple[SectionMaker, ...], tables: Tables, facts: Facts) -> list[Section]:
+    made = (make(tables, facts) for make in makers)
     return [section for section in made if section is not None]
 
 
-STUDIES: dict[str, Callable[[Tables, Facts], list[Section]]] = {"embedding": embedding_sections}
+STUDIES: dict[str, Callable[[Tables, Facts], list[Section]]] = {
+    "embedding": embedding_sections,
+    "layers": layer_sections,
+}

@@ -141,6 +141,16 @@
     Plotly.relayout(div, { "yaxis.type": type, "yaxis.autorange": true, "yaxis.tickmode": type === "log" ? "array" : "auto" });
   }
 
+  /** Show the traces of the chosen layer in every figure of the section; traces that belong to no layer stay. */
+  function switchLayer(select) {
+    for (const place of byId(select.dataset.layers).querySelectorAll(".plot")) {
+      const { div, data } = drawn.get(place.id);
+      const layers = data.map((trace) => trace.meta?.layer);
+      const seen = layers.map((layer) => layer === undefined || String(layer) === select.value);
+      Plotly.restyle(div, { visible: seen });
+    }
+  }
+
   /** Paper is white and narrow; the screen comes back afterwards. */
   function toPaper() {
     for (const { div } of drawn.values()) {
@@ -421,6 +431,10 @@
     for (const [id, spec] of Object.entries(payload.figures)) {
       await draw(id, spec);
       await pause();
+    }
+    for (const select of document.querySelectorAll("select[data-layers]")) {
+      select.addEventListener("change", () => switchLayer(select));
+      if (!select.selectedOptions[0].defaultSelected) switchLayer(select);  // chosen while the figures were drawn
     }
     if (drawn.has("token-map")) startMap();
     addEventListener("beforeprint", toPaper);
