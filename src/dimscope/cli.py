@@ -5,7 +5,7 @@ import sys
 
 from cyclopts import App, CycloptsError
 
-from dimscope import commands
+from dimscope.commands import embedding, layers, report
 from dimscope.errors import DimscopeError
 
 app = App(
@@ -15,13 +15,14 @@ app = App(
     help_epilogue="MODEL is a folder, a hub id (owner/name), a .gguf file, or `builtin`, the small model that ships here (default).",
 )
 for command in (
-    commands.inspect,
-    commands.tokens,
-    commands.neighbors,
-    commands.pairs,
-    commands.correlate,
-    commands.spectrum,
-    commands.report,
+    embedding.inspect,
+    embedding.tokens,
+    embedding.neighbors,
+    embedding.pairs,
+    embedding.correlate,
+    embedding.spectrum,
+    layers.layers,
+    report.report,
 ):
     app.command(command)
 

@@ -9,6 +9,7 @@ DimscopeError
 │   └── UnsafeCheckpoint        pickle weights or remote code, without the flag that accepts the risk
 ├── TokenizerMissing            the question needs text, and the checkpoint has no tokenizer
 ├── NonFiniteRows               NaN or Inf in the table
+├── NonFiniteActivations        NaN or Inf in the hidden states or logits
 ├── MissingExtra                a package that only an extra brings
 └── InvalidArgument             an argument that does not fit this model
 """
@@ -48,6 +49,10 @@ class TokenizerMissing(DimscopeError):
 
 class NonFiniteRows(DimscopeError):
     """The table has rows with NaN or Inf."""
+
+
+class NonFiniteActivations(DimscopeError):
+    """The model computed NaN or Inf."""
 
 
 class MissingExtra(DimscopeError):

@@ -27,12 +27,18 @@ def versions() -> dict[str, str]:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file such that it is there with all its bytes, or not at all, whatever interrupts."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Generator[Path]:
+    """A temporary path to write a file to; it takes the place of `path` once all its bytes are on disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     with _written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
+        yield temporary
+        with temporary.open("rb+") as f:
             os.fsync(f.fileno())
         temporary.replace(path)
 
@@ -84,6 +90,11 @@ class ResultFolder:
         facts = {"made_by": wanted, "rows": len(table), "sha256": _digest(parquet), "versions": versions()}
         write_json(provenance, facts)
         return table
+
+    def drop(self, name: str) -> None:
+        """Takes a table away that this run does not have: what an earlier one left would be taken for its own."""
+        for suffix in (".json", ".parquet"):
+            (self.path / "tables" / f"{name}{suffix}").unlink(missing_ok=True)
 
 
 def check_folder(path: Path) -> None:

@@ -14,6 +14,7 @@ from layer_tables import Model, Plan
 from dimscope.report.page import facts_strip, write_page
 from dimscope.report.section import Facts, Grid, Section, Tables
 from dimscope.report.sections import clouds, contrasts, layer_sections, layers
+from dimscope.report.sections.asked import spread
 
 COUNT = "variance count 95%"
 ONE = Plan(models=(Model(blocks=3, dim=32),), texts=("prose",), windows=2, length=64)
@@ -252,6 +253,21 @@ def test_curve_settles_or_grows(two: Tables, values: list[float], verdict: str) 
     assert title.startswith(f"The number of components for 95% of the variance {verdict} in block 2: ")
 
 
+def test_curve_counts_growth_per_doubling(two: Tables) -> None:
+    # 3% for a quarter more text is 10% for twice the text.
+    sizes = pl.when(pl.col("n_tokens") == pl.col("n_tokens").max()).then(80).otherwise(64)
+    curve = two["curve"].filter(pl.col("n_tokens") >= 64).with_columns(n_tokens=sizes)
+    curve = curve.with_columns(value=pl.when(pl.col("n_tokens") == 80).then(103.0).otherwise(100.0))
+    assert "is still growing" in _section(clouds.curve_section({**two, "curve": curve}, _facts(TWO))).title
+
+
+def test_spread_of_equal_draws_is_nothing(one: Tables) -> None:
+    assert spread(22.1, 1.8e-15) == "22.1 ± 0"
+    assert spread(22.1, 0.0213) == "22.1 ± 0.021"
+    assert spread(22.1, None) == "22.1"
+    assert spread(None, 1.0) == "–"
+
+
 def test_confidence_gives_probabilities_and_the_price_of_shuffling(one: Tables) -> None:
     said = one["predictions"].with_columns(
         value=pl.col("metric").replace_strict({"max log-softmax": math.log(0.25), "loss": 2.0}, default=1.0)
@@ -282,8 +298,10 @@ def test_similarity_names_the_largest_step(one: Tables) -> None:
 
 def test_alignment_with_shuffled_else_with_random_weights(one: Tables) -> None:
     title = _section(contrasts.alignment_section(one, _facts())).title
-    assert title == "Shuffling the text changes the states most after the final norm: CKA 0.55, " \
-                    "and the first 16 components overlap by 0.54 (chance 0.50)"  # fmt: skip
+    assert title == (
+        "The first 16 components of real and shuffled text overlap by 0.54 after the final norm, "
+        "the least of all layers (chance 0.50)"
+    )
     random = one["similarity"].filter(pl.col("other_condition") != "shuffled")
     section = _section(contrasts.alignment_section({**one, "similarity": random}, _facts()))
     assert section.title.startswith("Taking the training away changes the states most after the final norm: CKA 0.17")
@@ -301,6 +319,9 @@ def test_texts_side_by_side(one: Tables, two: Tables) -> None:
         here = told(dict(enumerate(values)), default=None, return_dtype=pl.Float64)
         value = pl.when(pl.col("text") == text).then(here).otherwise(value)
     planted = {**two, "layers": two["layers"].with_columns(value=value)}
+    renamed = {**planted, "layers": planted["layers"].with_columns(text=pl.lit("my ") + pl.col("text"))}
+    told = _section(contrasts.texts_section(renamed, _facts(TWO))).title
+    assert told == "In block 2, my prose needs 20 components for 95% of the variance, my html 25"
     section = _section(contrasts.texts_section(planted, _facts(TWO)))
     assert section.title == "In block 2, prose needs 20 components for 95% of the variance, html 25"
     assert section.findings == (

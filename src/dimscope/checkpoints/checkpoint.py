@@ -39,6 +39,10 @@ class Checkpoint:
         return self.source.revision
 
     @property
+    def title(self) -> str:
+        return title_of(self.name)
+
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self.reader.tensors
 
@@ -48,6 +52,16 @@ class Checkpoint:
         if self.config is None:
             return "GGUF"
         return (self.config.architectures or [self.config.model_type])[0]
+
+
+def title_of(name: str) -> str:
+    """The name of a model as people say it: a hub id whole, of a path its last part.
+
+    >>> title_of("Qwen/Qwen2.5-0.5B"), title_of("./runs/tiny/")
+    ('Qwen/Qwen2.5-0.5B', 'tiny')
+    """
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return name.rstrip("/").rpartition("/")[2] if is_path else name
 
 
 def open_checkpoint(

@@ -78,20 +78,31 @@ def read_tokenizer(source: Source) -> "PreTrainedTokenizerBase | None":
     return AutoTokenizer.from_pretrained(str(paths[0].parent), trust_remote_code=False)
 
 
+def require_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint. Raises TokenizerMissing where it has none, or one that cannot be read."""
+    tokenizer, missing = _try_tokenizer(source)
+    if tokenizer is None:
+        raise TokenizerMissing(f"{source.name}: {missing}, and texts cannot be read without one")
+    return tokenizer
+
+
 def read_vocabulary(source: Source, n_rows: int) -> Vocabulary:
     """Labels and categories for the `n_rows` rows of a table. Without a tokenizer every row is `#id`, ordinary."""
-    try:
-        tokenizer = read_tokenizer(source)
-        missing = "the checkpoint has no tokenizer"
-    except DimscopeError:
-        raise
-    except Exception as e:
-        # Damaged or of an unknown kind (tokenizers raises bare Exception): studies that need no text go on, and say so.
-        tokenizer, missing = None, f"the tokenizer cannot be read ({' '.join(str(e).split())[:200]})"
+    tokenizer, missing = _try_tokenizer(source)
     if tokenizer is None:
         tokens = tuple(Token(i, None, None, f"#{i}", "ordinary") for i in range(n_rows))
         return Vocabulary(tokens, None, None, missing)
     return describe_vocabulary(tokenizer, n_rows)
+
+
+def _try_tokenizer(source: Source) -> "tuple[PreTrainedTokenizerBase | None, str]":
+    """The tokenizer, or why there is none: studies that need no text go on without, and say so."""
+    try:
+        return read_tokenizer(source), "the checkpoint has no tokenizer"
+    except DimscopeError:
+        raise
+    except Exception as e:  # damaged or of an unknown kind: tokenizers raises bare Exception
+        return None, f"the tokenizer cannot be read ({' '.join(str(e).split())[:200]})"
 
 
 def describe_vocabulary(tokenizer: "PreTrainedTokenizerBase", n_rows: int) -> Vocabulary:

@@ -109,11 +109,13 @@ def isoscore(of: Spectrum) -> float:
     return (participation_ratio(of) - 1) / (of.dim - 1) if of.dim > 1 else math.nan
 
 
-def linear_dimensions(of: Spectrum, thresholds: tuple[float, ...] = THRESHOLDS) -> list[Dimension]:
-    """Every member of the family for one spectrum."""
+def linear_dimensions(
+    of: Spectrum, thresholds: tuple[float, ...] = THRESHOLDS, *, tolerance: float | None = None
+) -> list[Dimension]:
+    """Every member of the family for one spectrum; `tolerance` is that of the numerical rank."""
     found = [
-        *((f"variance count {t:.0%}", "lambda", None, variance_count(of, t)) for t in thresholds),
-        ("numerical rank", "sigma", 0.0, numerical_rank(of)),
+        *((f"variance count {100 * t:.6g}%", "lambda", None, variance_count(of, t)) for t in thresholds),
+        ("numerical rank", "sigma", 0.0, numerical_rank(of, tolerance)),
         ("participation ratio", "lambda", 2.0, participation_ratio(of)),
         ("participation ratio, corrected", "lambda", 2.0, participation_ratio_corrected(of)),
         ("effective rank (entropy of sigma)", "sigma", 1.0, effective_rank(of, of_lambda=False)),

@@ -47,6 +47,33 @@ def spectrum(of: Moments, *, centred: bool) -> Spectrum:
     return Spectrum(eigenvalues[:rank].sqrt(), of.count, len(eigenvalues), centred)
 
 
+def spectrum_of(held: Float[Tensor, "n d"] | Moments, *, centred: bool = True, standardised: bool = False) -> Spectrum:
+    """All singular values of rows, through the smaller of their two Gram matrices, or of their moments (float64).
+
+    `standardised` divides every column by its standard deviation (z-scores); columns that are constant become zero.
+    """
+    if isinstance(held, Moments):
+        scatter = held.scatter(centred=centred)
+        n, d = held.count, len(scatter)
+        scales = _inverse(scatter.diagonal().clamp_min(0).sqrt(), held.gram.diagonal().sqrt()) if standardised else None
+        side = scatter if scales is None else scatter * scales * scales[:, None]
+    else:
+        rows = held.double() - held.double().mean(dim=0) if centred else held.double()
+        n, d = rows.shape
+        if standardised:
+            rows = rows * _inverse(rows.norm(dim=0), held.double().norm(dim=0))
+        side = rows @ rows.T if n < d else rows.T @ rows
+    if standardised:
+        side = side * max(n - centred, 1)
+    eigenvalues = torch.linalg.eigvalsh(side).clamp_min(0).flip(0)[: min(n - centred, d)]
+    return Spectrum(eigenvalues.sqrt(), n, d, centred)
+
+
+def _inverse(spread: Float[Tensor, " d"], size: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """1 / spread, 0 where the spread is but the rounding of numbers of this size."""
+    return torch.where(spread > 1e-7 * size, 1 / spread, 0.0)
+
+
 def table_moments(blocks: Callable[[], Iterable[Float[Tensor, "_ d"]]], n_rows: int, dim: int) -> Moments:
     """Moments whose every singular value has at least 6 digits: products in float32 where that is enough, else float64.
 

@@ -1,16 +1,54 @@
-"""From an opened checkpoint to the finished page: runs the studies into a folder and writes the page from their tables."""
+"""From an opened checkpoint to the finished page: runs a study into a folder and writes the page from all tables there."""
 
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import polars as pl
 
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.report.page import write_page
 from dimscope.results import ResultFolder, write_json
-from dimscope.studies.embedding import EmbeddingSettings, fingerprint, study_embedding
+from dimscope.studies.embedding import EmbeddingSettings, study_embedding
+from dimscope.studies.layers import LayersSettings, study_layers
+from dimscope.studies.provenance import fingerprint
 
 
 def run_report(checkpoint: Checkpoint, directory: Path, settings: EmbeddingSettings) -> tuple[Path, dict[str, Any]]:
-    """Writes DIR/tables/*.parquet, DIR/report.json and DIR/index.html; finished tables in DIR are used again."""
+    """Studies the embedding table: DIR/tables/*.parquet, DIR/report.json and DIR/index.html, and its facts.
+
+    Finished tables in DIR are used again; what another study of the same model left there stays on the page.
+    """
     facts = study_embedding(checkpoint, ResultFolder(directory, fingerprint(checkpoint)), settings)
-    write_json(directory / "report.json", facts)
-    return write_page(directory), facts
+    return _told(directory, facts, checkpoint), facts
+
+
+def run_layers(
+    checkpoint: Checkpoint,
+    directory: Path,
+    settings: LayersSettings,
+    others: Sequence[Checkpoint] = (),
+    announce: Callable[[str], object] = lambda line: None,
+) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
+    """Studies the hidden layers, as `run_report` does the embedding table: the facts, and the tables by name.
+
+    Where shards are missing there is no page yet, and no tables.
+    """
+    folder = ResultFolder(directory, fingerprint(checkpoint))
+    facts, tables = study_layers(checkpoint, folder, settings, others, announce)
+    if not facts["waiting"]:
+        _told(directory, facts, checkpoint)
+    return facts, tables
+
+
+def _told(directory: Path, facts: Mapping[str, Any], checkpoint: Checkpoint) -> Path:
+    """Writes report.json and the page. Studies of the same model that are there already are kept."""
+    path, mark = directory / "report.json", fingerprint(checkpoint)
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if before.get("fingerprint") != mark:
+        before = {}
+    studies = {**before.get("study", {}), **facts["study"]}
+    warnings = list(dict.fromkeys([*before.get("warnings", []), *facts["warnings"]]))
+    write_json(path, {**before, **facts, "study": studies, "warnings": warnings, "fingerprint": mark})
+    return write_page(directory)

@@ -7,6 +7,8 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
+from dimscope.checkpoints.checkpoint import title_of
+
 Tables = Mapping[str, pl.DataFrame]
 
 
@@ -33,8 +35,7 @@ class Facts:
     @property
     def title(self) -> str:
         """Return the model's name as people say it: a hub id whole, of a path its last part."""
-        is_path = self.model.startswith((".", "/", "~")) or self.model.count("/") > 1
-        return self.model.rstrip("/").rpartition("/")[2] if is_path else self.model
+        return title_of(self.model)
 
     @classmethod
     def from_json(cls, report: Mapping[str, Any]) -> "Facts":

@@ -1,9 +1,12 @@
-"""Count, sum and Gram matrix of rows, in float64, updated block by block and merged exactly."""
+"""Count, sum and Gram matrix of rows, in float64, updated block by block and merged exactly.
+
+Few rows are smaller than their moments: an `Accumulator` keeps the rows themselves until there are more than d.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -44,13 +47,14 @@ def moments(blocks: Iterable[Float[Tensor, "_ d"]], *, dtype: torch.dtype | None
         for rows in block.to(dtype or block.dtype).split(CHUNK):
             if gram is None or total is None:
                 d = rows.shape[1]
-                total, gram = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+                total = torch.zeros(d, dtype=torch.float64, device=rows.device)
+                gram = torch.zeros(d, d, dtype=torch.float64, device=rows.device)
             count += len(rows)
             total += rows.sum(dim=0, dtype=torch.float64)
             _add_upper_panels(gram, rows)
     if gram is None or total is None or not count:
         raise ValueError("moments of no rows")
-    return Moments(count, total, gram.triu() + gram.triu(1).T)
+    return Moments(count, total, _symmetric(gram))
 
 
 def merge(left: Moments, right: Moments) -> Moments:
@@ -60,5 +64,72 @@ def merge(left: Moments, right: Moments) -> Moments:
 
 def _add_upper_panels(gram: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> None:
     for start in range(0, rows.shape[1], PANEL):
-        stop = min(start + PANEL, rows.shape[1])
-        gram[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
+        gram[start : start + PANEL, start:] += rows[:, start : start + PANEL].T @ rows[:, start:]
+
+
+def _symmetric(upper: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    return upper.triu() + upper.triu(1).T
+
+
+@dataclass(slots=True)
+class Accumulator:
+    """Rows of width d on their way into moments: never more than d rows, or one d x d matrix (float64, where the rows are)."""
+
+    dim: int
+    kept: list[Float[Tensor, "_ d"]] = field(default_factory=list)
+    count: int = 0
+    total: Float[Tensor, " d"] | None = None  # with `upper`, once there are more than d rows
+    upper: Float[Tensor, "d d"] | None = None  # the Gram matrix on and above its diagonal
+
+    def add(self, rows: Float[Tensor, "n d"]) -> None:
+        """Takes rows in; above d of them in all, they become moments (float64 products)."""
+        if self.upper is None:
+            self.kept.append(rows)
+            self.count += len(rows)
+            if self.count <= self.dim:
+                return
+            rows, self.kept, self.count = torch.cat([r.to(rows.device) for r in self.kept]), [], 0
+        if self.total is None or self.upper is None:
+            self.total = torch.zeros(self.dim, dtype=torch.float64)
+            self.upper = torch.zeros(self.dim, self.dim, dtype=torch.float64)
+        self.total, self.upper = self.total.to(rows.device), self.upper.to(rows.device)
+        self.count += len(rows)
+        for exact in rows.double().split(CHUNK):
+            self.total += exact.sum(dim=0)
+            _add_upper_panels(self.upper, exact)
+
+    def merge(self, other: Accumulator) -> None:
+        """Takes in what another one holds; the sums are those of all rows together, to rounding."""
+        if self.upper is None and other.upper is not None and other.total is not None:
+            held, self.kept = self.kept, []
+            self.count, self.total, self.upper = other.count, other.total.clone(), other.upper.clone()
+            other = Accumulator(self.dim, held, sum(map(len, held)))
+        elif self.total is not None and self.upper is not None and other.total is not None and other.upper is not None:
+            self.count += other.count
+            self.total = self.total + other.total
+            self.upper += other.upper
+            return
+        for rows in other.kept:
+            self.add(rows)
+
+    def held(self) -> Float[Tensor, "n d"] | Moments:
+        """The rows themselves, while there are d of them at most; else their moments."""
+        if self.total is None or self.upper is None:
+            return torch.cat(self.kept) if self.kept else torch.empty(0, self.dim)
+        return Moments(self.count, self.total, _symmetric(self.upper))
+
+
+def combined(parts: Iterable[Accumulator]) -> Float[Tensor, "n d"] | Moments:
+    """What several accumulators of one width hold together, on the CPU: the rows, where no more than d in all, else their moments.
+
+    Raises ValueError for no accumulators.
+    """
+    total: Accumulator | None = None
+    for part in parts:
+        if total is None:
+            total = Accumulator(part.dim)
+        total.merge(part)
+    if total is None:
+        raise ValueError("moments of no rows")
+    held = total.held()
+    return Moments(held.count, held.total.cpu(), held.gram.cpu()) if isinstance(held, Moments) else held.cpu()

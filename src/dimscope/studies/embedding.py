@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,9 +25,10 @@ from dimscope.geometry.spectrum import principal_components, table_moments
 from dimscope.geometry.untrained import UntrainedScores
 from dimscope.representations.embedding import EmbeddingTable, open_table
 from dimscope.representations.moments import Moments
-from dimscope.results import ResultFolder, versions
+from dimscope.results import ResultFolder
 from dimscope.studies import embedding_tables as tables
 from dimscope.studies.lookup import NEIGHBORS, find_neighbors, parse_query, project, query_vector
+from dimscope.studies.provenance import checkpoint_facts
 
 PROBES = (" water", " king", " London", " Monday", " red", " he", "1", "A", "$", "**")
 CORRELATED = 0.99  # Pearson correlation from which two tokens count as near-perfectly correlated
@@ -279,34 +279,10 @@ def _facts(work: EmbeddingWork, done: Mapping[str, pl.DataFrame], given: dict[st
     warnings = [f"{len(work.table.excluded)} rows with NaN or Inf were left out"] if work.table.excluded else []
     if work.vocabulary.missing:
         warnings.append(f"{work.vocabulary.missing}: tokens are shown by id, and which are unreachable is not known")
-    return {
-        "model": checkpoint.name,
-        "revision": checkpoint.revision,
-        "architecture": checkpoint.architecture,
-        "vocab_size": work.table.n_rows,
-        "hidden_size": work.table.dim,
+    return checkpoint_facts(checkpoint) | {
         "side": work.settings.side,
-        "tied": checkpoint.tied,
-        "n_parameters": int(done["budget"]["n_parameters"].sum()),
-        "dtype": checkpoint.input_table.dtype,
         "tokenizer_size": work.vocabulary.tokenizer_size,
         "knn": {"k": work.settings.neighbors, "n_queries": knn["id"].n_unique(), "full": work.settings.full_knn},
         "study": {"embedding": given},
-        "versions": versions(),
         "warnings": warnings,
     }
-
-
-def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What tells two checkpoints apart without reading their weights: commit, or the sizes and times of the files; declared tensors."""
-    declared = hashlib.sha256()
-    for info in sorted(checkpoint.tensors.values(), key=lambda t: t.name):
-        declared.update(f"{info.name} {info.shape} {info.dtype} {info.file}\n".encode())
-    stamps = []
-    if checkpoint.revision is None:
-        files = {t.file for t in checkpoint.tensors.values()} | {
-            f for f in checkpoint.source.files if f.startswith("token")
-        }
-        stats = {f: checkpoint.source.fetch(f).stat() for f in sorted(files)}
-        stamps = [[f, s.st_size, s.st_mtime_ns] for f, s in stats.items()]
-    return {"model": checkpoint.name, "revision": checkpoint.revision, "tensors": declared.hexdigest(), "files": stamps}

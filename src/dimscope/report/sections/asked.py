@@ -106,6 +106,7 @@ def at(layer: int, site: str) -> str:
 
 def spread(value: float | None, sd: float | None) -> str:
     """Return "155 ± 2.1", or the value alone where its spread is unknown."""
-    known = sd is not None and math.isfinite(sd)
-    # The second digit of a spread over five draws is already a guess.
-    return f"{number(value)} ± {number(float(f'{sd:.2g}'))}" if known else number(value)
+    if value is None or sd is None or not math.isfinite(sd):
+        return number(value)
+    # What rounding leaves of equal draws is no spread, and the second digit of one over five draws is already a guess.
+    return f"{number(value)} ± {number(float(f'{sd:.2g}') if sd > 1e-9 * abs(value) else 0.0)}"

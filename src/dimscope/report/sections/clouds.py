@@ -144,7 +144,9 @@ def intrinsic_section(tables: Tables, facts: Facts) -> Section | None:
         caveat=(
             f"From {int(rows['n_tokens'].to_numpy().max()):,} points, few for a high dimension: such estimates "
             "come out too low, white noise too, so compare with grey and between layers "
-            f"rather than reading absolute numbers. {_equal_states(rows)}Neighbouring tokens of one window are not independent points."
+            f"rather than reading absolute numbers. {_equal_states(rows)}Neighbouring tokens of one window are not independent points. "
+            "The nearest neighbour of a state is often the same token elsewhere in the text, so small scales tell how one "
+            "token varies with its context, larger ones how tokens differ."
         ),
         tables=("layers",),
     )
@@ -214,11 +216,12 @@ def curve_section(tables: Tables, facts: Facts) -> Section | None:
 
 def _curve_finding(real: pl.DataFrame, metric: str) -> str:
     before, last = real.tail(2).row(0, named=True), real.tail(1).row(0, named=True)
-    growth = last["value"] / before["value"] - 1 if before["value"] else math.inf
+    doublings = math.log2(last["n_tokens"] / before["n_tokens"])
+    growth = (last["value"] / before["value"]) ** (1 / doublings) - 1 if before["value"] else math.inf
     where = at(last["layer"], last["site"])
     steps = (
         f"{number(before['value'])} on {before['n_tokens']:,} tokens, {number(last['value'])} on {last['n_tokens']:,}"
     )
-    # A twentieth for the last enlargement is within what windows of one text differ by.
+    # A twentieth for twice the text is within what windows of one text differ by.
     verdict = "has settled" if abs(growth) < 0.05 else "is still growing" if growth > 0 else "is still falling"
     return f"The number of {meaning(metric)} {verdict} {where}: {steps}"

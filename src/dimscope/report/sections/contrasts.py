@@ -171,9 +171,10 @@ def alignment_section(tables: Tables, facts: Facts) -> Section | None:
         blocks=(plot,),
         how_to_read=(
             "Each point compares the states of one layer on real text with those on shuffled text, or with those of "
-            "the same architecture with random weights. Above, CKA asks whether the clouds have the same shape token by token. "
-            "Below, the overlap asks whether their widest directions span the same space: 1 is the same, "
-            "the dashed line is what two random spaces of that size share."
+            "the same architecture with random weights. Above, CKA asks whether the clouds have the same shape position by "
+            "position. In shuffled text another token stands at each position, so there it is near 0 unless positions "
+            "alone shape the states. Below, the overlap asks whether the widest directions of the clouds span the same space, "
+            "whichever token is where: 1 is the same, the dashed line is what two random spaces of that size share."
         ),
         caveat=(
             "Weights drawn anew also turn every direction, so an overlap near chance with random weights is expected "
@@ -186,19 +187,20 @@ def alignment_section(tables: Tables, facts: Facts) -> Section | None:
 
 
 def _alignment_finding(pairs: pl.DataFrame) -> str:
-    shuffled = pairs.filter(pl.col("other_condition") == "shuffled")
-    told = shuffled if shuffled.height else pairs
-    row = told.sort("cka", maintain_order=True).row(0, named=True)
-    what = "Shuffling the text" if shuffled.height else "Taking the training away"
-    where = at(row["layer"], row["site"])
+    shuffled = pairs.filter((pl.col("other_condition") == "shuffled") & pl.col("overlap").is_not_null())
+    if shuffled.height:
+        row = shuffled.sort("overlap", maintain_order=True).row(0, named=True)
+        least = ", the least of all layers" if shuffled.height > 1 else ""
+        chance = f" (chance {row['overlap_null']:.2f})" if row["overlap_null"] is not None else ""
+        where = at(row["layer"], row["site"])
+        return f"The first {row['k']} components of real and shuffled text overlap by {row['overlap']:.2f} {where}{least}{chance}"
+    row = pairs.sort("cka", maintain_order=True).row(0, named=True)
+    what = "Taking the training away" if row["other_condition"] == "random weights" else "Shuffling the text"
     # Rounding to two digits hides what is above this.
     if row["cka"] >= 0.995:
         return f"{what} hardly changes the states at any layer: CKA {row['cka']:.2f} or more"
-    changed = f"{what} changes the states most {where}: CKA {row['cka']:.2f}".replace("-0.00", "0.00")
-    if row["overlap"] is None:
-        return changed
-    chance = f" (chance {row['overlap_null']:.2f})" if row["overlap_null"] is not None else ""
-    return f"{changed}, and the first {row['k']} components overlap by {row['overlap']:.2f}{chance}"
+    where = at(row["layer"], row["site"])
+    return f"{what} changes the states most {where}: CKA {row['cka']:.2f}".replace("-0.00", "0.00")
 
 
 def _chance_finding(pairs: pl.DataFrame) -> tuple[str, ...]:
@@ -252,14 +254,14 @@ def _sizes(rows: pl.DataFrame) -> str:
 
 
 def _texts_finding(groups: dict[str, pl.DataFrame], metric: str, found: Asked) -> str:
-    first = next(iter(groups.values()))
-    layer = shown_layer(first, found.layer)
+    studied = next(iter(groups.values()))
+    layer = shown_layer(studied, found.layer)
     at_layer = {text: points.filter(pl.col("layer") == layer) for text, points in groups.items()}
-    counts = [f"{text} {number(points['value'][0])}" for text, points in at_layer.items() if points.height]
-    where = sentence(at(layer, sites(first)[layer]))
+    counts = [(text, number(points["value"][0])) for text, points in at_layer.items() if points.height]
+    where = sentence(at(layer, sites(studied)[layer]))
     goal = f"components for {percent(metric):g}% of the variance"
-    verb = counts[0].replace(" ", " needs ", 1) if " " not in next(iter(groups)) else counts[0]
-    return f"{where}, {verb} {goal}, {listed(counts[1:])}"
+    (first, needed), *others = counts
+    return f"{where}, {first} needs {needed} {goal}, {listed([f'{text} {needs}' for text, needs in others])}"
 
 
 def _texts_order(groups: dict[str, pl.DataFrame], names: dict[int, str]) -> tuple[str, ...]:

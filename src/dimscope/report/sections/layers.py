@@ -70,7 +70,8 @@ def _sample_finding(real: pl.DataFrame, layers: pl.DataFrame, found: Asked) -> s
     first = real.filter(pl.col("text") == found.text).row(0, named=True)
     windows = f"{count(first['n_windows'], 'window')} of {first['window_length']:,}"
     others = {"shuffled": _draws(layers, "shuffled"), "shuffled across": _draws(layers, "shuffled across")}
-    held = [count(n, "shuffle") if name == "shuffled" else f"{n} across windows" for name, n in others.items() if n]
+    named = {"shuffled": "", "shuffled across": " across windows"}
+    held = [count(n, "shuffle") + named[name] for name, n in others.items() if n]
     held += ["random weights"] if "random weights" in conditions(layers) else []
     against = f", beside {listed(held)}" if held else ""
     n_layers = count(layers["layer"].n_unique(), "layer")

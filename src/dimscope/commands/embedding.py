@@ -1,81 +1,19 @@
-"""One function per command: options in, one call into the library, frames out to the terminal."""
+"""The commands about the embedding table: options in, one call into the library, frames out to the terminal."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import polars as pl
 from cyclopts import Parameter
 
 from dimscope.checkpoints import BUILTIN
+from dimscope.commands.options import COMMON, TABLE, Common, TableOptions, check_seed
 from dimscope.errors import InvalidArgument
-from dimscope.results import check_folder
-from dimscope.terminal import Output, print_json, print_tables, write
-
-if TYPE_CHECKING:
-    from dimscope.checkpoints.checkpoint import Checkpoint
-    from dimscope.representations.embedding import EmbeddingTable
-
-Side = Literal["input", "output"]
+from dimscope.terminal import Output
 
 
-@Parameter(name="*")
-@dataclass(frozen=True)
-class Common:
-    """Options of every command."""
-
-    revision: str | None = None
-    "Branch, tag or commit of a model on the hub."
-    side: Side = "input"
-    "Which table: the input embeddings, or the output embeddings of an untied model."
-    json: Annotated[bool, Parameter(negative=())] = False
-    "Print JSON, and nothing else, on standard output."
-    out: Annotated[Path | None, Parameter(alias="-o")] = None
-    "Folder to write the tables to, as Parquet."
-    limit: int = 40
-    "Rows of each table to print."
-    skip_nonfinite: Annotated[bool, Parameter(negative=())] = False
-    "Leave out rows with NaN or Inf instead of refusing the table."
-    allow_pickle: Annotated[bool, Parameter(negative=())] = False
-    "Read pickle weights. They can run code on this machine when loaded."
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False
-    "Run the Python code that comes with the model. It can do anything that you can."
-
-    def open(self, model: str) -> Checkpoint:
-        from huggingface_hub.utils import logging as hub_logging
-        from transformers.utils import logging
-
-        from dimscope.checkpoints.checkpoint import open_checkpoint
-
-        if self.out is not None:
-            check_folder(self.out)
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        hub_logging.set_verbosity_error()
-        return open_checkpoint(
-            model, revision=self.revision, allow_pickle=self.allow_pickle, trust_remote_code=self.trust_remote_code
-        )
-
-    def table(self, checkpoint: Checkpoint) -> EmbeddingTable:
-        from dimscope.representations.embedding import open_table
-
-        return open_table(checkpoint, self.side, skip_nonfinite=self.skip_nonfinite)
-
-    def show(self, output: Output) -> None:
-        if self.out is not None:
-            write(output, self.out)
-        if self.json:
-            print_json(output)
-        else:
-            print_tables(output, self.limit)
-
-
-DEFAULT = Common()
-
-
-def inspect(model: str = BUILTIN, /, *, common: Common = DEFAULT) -> None:
+def inspect(model: str = BUILTIN, /, *, common: Common = COMMON) -> None:
     """What the model is made of: every tensor with shape, dtype, bytes, block and role. Reads no weights.
 
     Example: `dimscope inspect Qwen/Qwen2.5-0.5B`
@@ -108,7 +46,8 @@ def tokens(
     untrained: Annotated[bool, Parameter(negative=())] = False,
     duplicates: Annotated[bool, Parameter(negative=())] = False,
     vectors: Annotated[bool, Parameter(negative=())] = False,
-    common: Common = DEFAULT,
+    which: TableOptions = TABLE,
+    common: Common = COMMON,
 ) -> None:
     """Every row of the table: id, label, bytes, category, norm, under-trained score, duplicate group.
 
@@ -128,7 +67,7 @@ def tokens(
     if vectors and common.out is None:
         raise InvalidArgument("--vectors goes with --out: vectors are written to Parquet, not printed")
     checkpoint = common.open(model)
-    table = common.table(checkpoint)
+    table = which.open(checkpoint)
     frame, groups = token_table(checkpoint, table, duplicates=duplicates)
     counts = {"rows": table.n_rows, **dict(frame.group_by("category").len().sort("len", descending=True).iter_rows())}
     if untrained:
@@ -142,9 +81,7 @@ def tokens(
     hidden = ["piece", "bytes", "vector", *(c for c in frame.columns if c.startswith("pc"))]
     hidden += ["untrained", "reason"] if untrained else ["untrained_reason"]
     common.show(
-        Output(
-            {"model": checkpoint.name, "side": common.side, **counts, "shown": len(frame)}, {"tokens": frame}, hidden
-        )
+        Output({"model": checkpoint.name, "side": which.side, **counts, "shown": len(frame)}, {"tokens": frame}, hidden)
     )
 
 
@@ -154,7 +91,8 @@ def neighbors(
     metric: Literal["cosine", "centred cosine", "euclidean"] = "cosine",
     components: int | None = None,
     combine: Literal["mean", "sum"] = "mean",
-    common: Common = DEFAULT,
+    which: TableOptions = TABLE,
+    common: Common = COMMON,
 ) -> None:
     """The nearest tokens of each query, in all dimensions and in the first components beside them.
 
@@ -185,13 +123,15 @@ def neighbors(
         raise InvalidArgument(f"-k counts neighbours: at least 1, not {k}")
     checkpoint = common.open(model)
     frames = neighbor_tables(
-        checkpoint, common.table(checkpoint), texts, k=k, metric=metric, components=components, combine=combine
+        checkpoint, which.open(checkpoint), texts, k=k, metric=metric, components=components, combine=combine
     )
-    facts = {"model": checkpoint.name, "side": common.side, "metric": metric, "combine": combine}
+    facts = {"model": checkpoint.name, "side": which.side, "metric": metric, "combine": combine}
     common.show(Output(facts, {"neighbors": pl.concat(frames.values())}))
 
 
-def pairs(model: str = BUILTIN, /, *, radius: float | None = None, common: Common = DEFAULT) -> None:
+def pairs(
+    model: str = BUILTIN, /, *, radius: float | None = None, which: TableOptions = TABLE, common: Common = COMMON
+) -> None:
     """All pairs of rows within a distance, exact in all dimensions, and the groups that they form.
 
     Example: `dimscope pairs builtin --radius 0.001`
@@ -204,10 +144,10 @@ def pairs(model: str = BUILTIN, /, *, radius: float | None = None, common: Commo
     from dimscope.studies.embedding import pair_tables
 
     checkpoint = common.open(model)
-    found, groups, used = pair_tables(checkpoint, common.table(checkpoint), radius)
+    found, groups, used = pair_tables(checkpoint, which.open(checkpoint), radius)
     facts = {
         "model": checkpoint.name,
-        "side": common.side,
+        "side": which.side,
         "radius": used,
         "n_pairs": len(found),
         "n_groups": groups["group"].n_unique(),
@@ -215,7 +155,15 @@ def pairs(model: str = BUILTIN, /, *, radius: float | None = None, common: Commo
     common.show(Output(facts, {"groups": groups, "pairs": found}, hidden=["radius"]))
 
 
-def correlate(model: str = BUILTIN, /, *, ids: str = "0:500", at_least: float = 0.99, common: Common = DEFAULT) -> None:
+def correlate(
+    model: str = BUILTIN,
+    /,
+    *,
+    ids: str = "0:500",
+    at_least: float = 0.99,
+    which: TableOptions = TABLE,
+    common: Common = COMMON,
+) -> None:
     """Pearson correlation of the tokens of an id range as a matrix, and the blocks of near-perfectly correlated ones.
 
     Example: `dimscope correlate builtin --ids 0:500 --out correlation`
@@ -232,11 +180,11 @@ def correlate(model: str = BUILTIN, /, *, ids: str = "0:500", at_least: float = 
     if not 0 < at_least < 1:
         raise InvalidArgument(f"--at-least is a correlation between 0 and 1, not {at_least}")
     checkpoint = common.open(model)
-    table = common.table(checkpoint)
+    table = which.open(checkpoint)
     matrix, blocks = correlation_tables(checkpoint, table, parse_range(ids, table.n_rows), at_least)
     facts = {
         "model": checkpoint.name,
-        "side": common.side,
+        "side": which.side,
         "ids": ids,
         "n_tokens": len(matrix),
         "n_blocks": blocks["block"].n_unique(),
@@ -244,7 +192,15 @@ def correlate(model: str = BUILTIN, /, *, ids: str = "0:500", at_least: float = 
     common.show(Output(facts, {"blocks": blocks}, files_only={"correlation": matrix}))
 
 
-def spectrum(model: str = BUILTIN, /, *, permutations: int = 3, seed: int = 0, common: Common = DEFAULT) -> None:
+def spectrum(
+    model: str = BUILTIN,
+    /,
+    *,
+    permutations: int = 3,
+    seed: int = 0,
+    which: TableOptions = TABLE,
+    common: Common = COMMON,
+) -> None:
     """Singular values and every linear dimension, centred and not, beside noise of the same shape.
 
     Example: `dimscope spectrum builtin --json`
@@ -263,12 +219,12 @@ def spectrum(model: str = BUILTIN, /, *, permutations: int = 3, seed: int = 0, c
     if permutations < 1:
         raise InvalidArgument(f"--permutations is at least 1, not {permutations}")
     checkpoint = common.open(model)
-    table = common.table(checkpoint)
-    values = spectrum_frame(common.side, table, moments_of(table), permutations, seed)
-    family = dimensions_frame(common.side, values, table.n_used, table.dim)
+    table = which.open(checkpoint)
+    values = spectrum_frame(which.side, table, moments_of(table), permutations, seed)
+    family = dimensions_frame(which.side, values, table.n_used, table.dim)
     facts = {
         "model": checkpoint.name,
-        "side": common.side,
+        "side": which.side,
         "rows": table.n_used,
         "hidden_size": table.dim,
         "seed": seed,
@@ -276,60 +232,6 @@ def spectrum(model: str = BUILTIN, /, *, permutations: int = 3, seed: int = 0, c
     common.show(
         Output(facts, {"dimensions": family, "spectrum": values}, hidden=["table", "n_tokens", "dim", "permuted_sd"])
     )
-
-
-def report(
-    model: str = BUILTIN,
-    /,
-    *,
-    with_: Annotated[tuple[Literal["embedding"], ...], Parameter(name="--with", negative=())] = ("embedding",),
-    full_knn: Annotated[bool, Parameter(negative=())] = False,
-    sample: int = 5000,
-    seed: int = 0,
-    common: Common = DEFAULT,
-) -> None:
-    """One self-contained page with every figure, its reading and its caveats, and the tables behind it.
-
-    The page is DIR/index.html, the tables DIR/tables/*.parquet. Finished tables in DIR are used again, so that an interrupted
-    report goes on where it stopped.
-
-    Example: `dimscope report builtin -o report`
-
-    Parameters
-    ----------
-    with_
-        Studies to run.
-    full_knn
-        Precompute the neighbours of every token for the map, not of a sample. V x V x d work: minutes for 150,000 tokens.
-    sample
-        Tokens whose neighbours are precomputed.
-    seed
-        Seed of the sample and of the nulls.
-    """
-    from dimscope.report.run import run_report
-    from dimscope.studies.embedding import EmbeddingSettings
-
-    if common.out is None:
-        raise InvalidArgument("give the folder of the report: dimscope report MODEL -o DIR")
-    check_seed(seed)
-    if sample < 1:
-        raise InvalidArgument(f"--sample is at least 1, not {sample}")
-    checkpoint = common.open(model)
-    settings = EmbeddingSettings(
-        side=common.side, sample=sample, full_knn=full_knn, seed=seed, skip_nonfinite=common.skip_nonfinite
-    )
-    page, facts = run_report(checkpoint, common.out, settings)
-    output = Output({"page": page, "model": facts["model"], "seconds": facts["seconds"]})
-    if common.json:
-        print_json(output)
-    else:
-        print_tables(output, common.limit)
-
-
-def check_seed(seed: int) -> None:
-    """Raises InvalidArgument for what torch's generators do not take."""
-    if not 0 <= seed < 2**63:
-        raise InvalidArgument(f"--seed goes from 0 to 2^63 - 1, not {seed}")
 
 
 def parse_range(text: str, n_rows: int) -> tuple[int, int]:

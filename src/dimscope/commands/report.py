@@ -1,0 +1,69 @@
+"""The command that runs studies and writes the page."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from dimscope.checkpoints import BUILTIN
+from dimscope.commands.layers import LAYERS, LayersOptions, announce
+from dimscope.commands.options import COMMON, TABLE, Common, TableOptions, check_seed
+from dimscope.errors import InvalidArgument
+from dimscope.terminal import Output
+
+Studies = Annotated[
+    tuple[Literal["embedding", "layers"], ...], Parameter(name="--with", consume_multiple=True, negative=())
+]
+
+
+def report(
+    model: str = BUILTIN,
+    /,
+    *,
+    with_: Studies = ("embedding",),
+    full_knn: Annotated[bool, Parameter(negative=())] = False,
+    sample: int = 5000,
+    seed: int = 0,
+    which: TableOptions = TABLE,
+    options: LayersOptions = LAYERS,
+    common: Common = COMMON,
+) -> None:
+    """One self-contained page with every figure, its reading and its caveats, and the tables behind it.
+
+    The page is DIR/index.html, the tables DIR/tables/*.parquet. Finished tables in DIR are used again, so that an interrupted
+    report goes on where it stopped, and a second one with another study adds to the page.
+
+    Example: `dimscope report builtin --with embedding layers -o report`
+
+    Parameters
+    ----------
+    with_
+        Studies to run: embedding reads the embedding tables only, layers runs the model on texts.
+    full_knn
+        Precompute the neighbours of every token for the map, not of a sample. V x V x d work: minutes for 150,000 tokens.
+    sample
+        Tokens whose neighbours are precomputed.
+    seed
+        Seed of samples, shuffles and nulls.
+    """
+    from dimscope.report.run import run_layers, run_report
+    from dimscope.studies.embedding import EmbeddingSettings
+
+    if common.out is None:
+        raise InvalidArgument("give the folder of the report: dimscope report MODEL -o DIR")
+    check_seed(seed)
+    if sample < 1:
+        raise InvalidArgument(f"--sample is at least 1, not {sample}")
+    settings = options.settings(common, seed)
+    checkpoint = common.open(model)
+    facts = {}
+    if "embedding" in with_:
+        facts = run_report(
+            checkpoint, common.out, EmbeddingSettings(
+                side=which.side, sample=sample, full_knn=full_knn, seed=seed, skip_nonfinite=which.skip_nonfinite
+            ),
+        )[1]  # fmt: skip
+    if "layers" in with_:
+        facts, _ = run_layers(checkpoint, common.out, settings, (), announce)
+    common.print(Output({"page": common.out / "index.html", "model": facts["model"], "seconds": facts["seconds"]}))

@@ -1,0 +1,193 @@
+"""The residual stream of a running model, caught by hooks and handed on batch by batch: nothing is kept here.
+
+A site is a place in the stream: the input of the first block, the output of every block, and the output of the final
+norm. The list `hidden_states` of transformers has no name for the output of the last block before the final norm.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dimscope.errors import InvalidArgument, NonFiniteActivations, UnsupportedCheckpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FINAL_NORM = "after final norm"
+LOGITS = 64 << 20  # bytes of logits that stand in memory at once
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place in the residual stream. Layer 0 is the input of the first block, i the output of block i, L + 1 the final norm's."""
+
+    layer: int
+    name: str
+    module: nn.Module
+    takes_input: bool = False
+
+
+def find_sites(model: "PreTrainedModel") -> list[Site]:
+    """All sites of a causal language model, in the order of the stream.
+
+    Raises UnsupportedCheckpoint where the model has no plain list of blocks.
+    """
+    decoder = model.get_decoder()
+    n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if len(lists) != 1 or not n_layers:
+        raise UnsupportedCheckpoint(
+            f"{type(model).__name__}: its blocks are not one list, so layers cannot be told apart"
+        )
+    blocks = list(lists[0])
+    norm = _final_norm(decoder)
+    last = f"block {n_layers}" + (", before final norm" if norm is not None else "")
+    sites = [Site(0, "embeddings", blocks[0], takes_input=True)]
+    sites += [Site(i, f"block {i}" if i < n_layers else last, block) for i, block in enumerate(blocks, 1)]
+    return sites if norm is None else [*sites, Site(n_layers + 1, FINAL_NORM, norm)]
+
+
+def select_sites(sites: Sequence[Site], layers: str | None) -> list[Site]:
+    """The sites that a list such as "0,4:8,norm" names: layers, ranges (the end left out), emb and norm. All for None.
+
+    Raises InvalidArgument for what is no such list, and for a layer that does not exist.
+    """
+    if layers is None:
+        return list(sites)
+    known = {site.layer: site for site in sites}
+    words = {"emb": 0, "norm": next((s.layer for s in sites if s.name == FINAL_NORM), max(known) + 1)}
+    chosen: set[int] = set()
+    for part in layers.split(","):
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", part.strip())
+        if match is None and part.strip() not in words:
+            raise InvalidArgument(f"--layers is a list such as 0,4:8,norm; {part!r} is no layer")
+        first = words[part.strip()] if match is None else int(match[1])
+        chosen |= set(range(first, int(match[2]) if match and match[2] else first + 1))
+    if missing := sorted(chosen - set(known)):
+        raise InvalidArgument(
+            f"there is no layer {missing[0]}: this model has 0 (embeddings) to {max(known)} ({sites[-1].name})"
+        )
+    if not chosen:
+        raise InvalidArgument(f"--layers {layers}: no layer is in it; the end of a range is left out")
+    return [known[layer] for layer in sorted(chosen)]
+
+
+def _final_norm(decoder: nn.Module) -> nn.Module | None:
+    """The norm beside the blocks; a norm of the embeddings (BLOOM) is not it."""
+    named = [(n.lower(), m) for n, m in decoder.named_children() if m is not None]
+    norms = [m for n, m in named if ("norm" in n or n.startswith("ln")) and "embed" not in n]
+    return norms[-1] if norms else None
+
+
+Consumer = Callable[[Site, Float[Tensor, "b t d"]], None]
+
+
+@contextmanager
+def watched(sites: Sequence[Site], consume: Consumer) -> Generator[None]:
+    """While open, every forward pass hands the hidden states of each site to `consume`; the hooks are gone afterwards."""
+
+    def before(site: Site) -> Callable[..., None]:
+        return lambda module, args, kwargs: consume(site, (args[0] if args else kwargs["hidden_states"]).detach())
+
+    def after(site: Site) -> Callable[..., None]:
+        return lambda module, args, result: consume(site, _tensor(result))
+
+    handles = []
+    try:
+        for site in sites:
+            if site.takes_input:
+                handles.append(site.module.register_forward_pre_hook(before(site), with_kwargs=True))
+            else:
+                handles.append(site.module.register_forward_hook(after(site)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+LogitRows = Callable[[Int[Tensor, " r"], Float[Tensor, "r v"]], None]
+
+
+@torch.inference_mode()
+def run_batch(
+    model: "PreTrainedModel",
+    ids: Int[Tensor, "b t"],
+    *,
+    mask: Bool[Tensor, "b t"] | None = None,
+    sites: Sequence[Site] = (),
+    consume: Consumer = lambda site, hidden: None,
+    logits: LogitRows | None = None,
+) -> None:
+    """One forward pass. `consume` gets the hidden states of each site as the pass reaches it; `logits` gets blocks of
+    positions (indices into the flattened b x t) with their float32 logits, so that b x t x V never stands in memory.
+
+    `mask` is False at padding. Raises NonFiniteActivations where logits are NaN or Inf, UnsupportedCheckpoint where the
+    model's own logits are not its output embedding applied to its last hidden state.
+    """
+    device = input_device(model)
+    last: list[Tensor] = []
+    options: dict[str, Any] = {"use_cache": False}
+    if mask is not None:
+        options["attention_mask"] = mask.to(device).long()
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    handle = model.get_decoder().register_forward_hook(lambda module, args, result: last.append(_tensor(result)))
+    try:
+        with watched(sites, consume):
+            result = model(input_ids=ids.to(device), **options)
+    finally:
+        handle.remove()
+    if logits is not None:
+        _logits_by_blocks(model, last[0], result.logits[:, -1], logits)
+
+
+def input_device(model: "PreTrainedModel") -> torch.device:
+    """Where the model wants its token ids; accelerate may have its weights elsewhere, or not in memory at all."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    placed = getattr(hook, "execution_device", None)
+    return torch.device(placed) if placed is not None else next(embedding.parameters()).device
+
+
+def _tensor(result: Any) -> Tensor:
+    """The hidden states of what a module returns: alone, or first of a tuple or a ModelOutput."""
+    return (result if torch.is_tensor(result) else result[0]).detach()
+
+
+def _logits_by_blocks(
+    model: "PreTrainedModel", last: Float[Tensor, "b t d"], own: Float[Tensor, "b v"], consume: LogitRows
+) -> None:
+    b, t, d = last.shape
+    transform = _logit_transform(model)
+    head = model.get_output_embeddings()
+    flat = last.reshape(b * t, d)
+    ours = transform(head(last[:, -1]).float())
+    # bfloat16 rounds products of other shapes otherwise; a forgotten scale or bias is off by far more.
+    if bool(torch.isfinite(own).all()) and not torch.allclose(
+        ours, own.float(), rtol=2e-2, atol=2e-2 * float(own.abs().max())
+    ):
+        raise UnsupportedCheckpoint(
+            f"{type(model).__name__}: its logits are not its output embedding applied to the last hidden state; pass --no-logits"
+        )
+    for rows in torch.arange(b * t).split(max(1, LOGITS // (4 * own.shape[-1]))):
+        block = transform(head(flat[rows.to(flat.device)]).float())
+        if not bool(torch.isfinite(block.sum())):
+            raise NonFiniteActivations(
+                "NaN or Inf in the logits: the weights are damaged, or --dtype is too narrow; try --dtype float32"
+            )
+        consume(rows, block)
+
+
+def _logit_transform(model: "PreTrainedModel") -> Callable[[Tensor], Tensor]:
+    """What some families do to logits after the output embedding: Cohere and Granite scale, Gemma 2 caps them smoothly."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return lambda logits: torch.tanh(logits * scale / cap) * cap if cap else logits * scale

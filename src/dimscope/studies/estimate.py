@@ -1,0 +1,55 @@
+"""What running a model is going to cost, said before it starts."""
+
+import time
+
+import torch
+
+from dimscope.checkpoints.checkpoint import Checkpoint
+from dimscope.checkpoints.model import DTYPES, Placement
+
+SIDE = 1024  # of the matrices whose product is timed
+ROUNDS = 3
+
+
+def estimate_passes(
+    checkpoint: Checkpoint, placement: Placement, n_passes: int, n_tokens: int | None, reservoir: int
+) -> str:
+    """How many passes and tokens, roughly how long, and how much memory, in one line.
+
+    The time is that of two operations per weight and token at the speed of a plain product of matrices, so a lower bound.
+    """
+    numbers = sum(info.n_elements for info in checkpoint.tensors.values())
+    # A token looks its row up in the input table; only where that is the output table too is it multiplied.
+    used = numbers - (0 if checkpoint.tied else checkpoint.input_table.n_elements)
+    width = DTYPES[placement.dtype].itemsize
+    dim = checkpoint.input_table.shape[1]
+    layers = 2 + int(getattr(checkpoint.config, "num_hidden_layers", 0) or 0)
+    kept = layers * dim * (8 * dim + 4 * reservoir)
+    memory = f"weights {_size(width * numbers)}, sums and samples {_size(kept)} at most"
+    passes = f"{n_passes} pass{'es' if n_passes > 1 else ''}"
+    if n_tokens is None:
+        return f"{passes} over whole texts on {placement.device} ({placement.dtype}); {memory}"
+    seconds = 2 * used * n_tokens / _speed(placement)
+    return f"{passes}, {n_tokens:,} tokens on {placement.device} ({placement.dtype}): {_duration(seconds)} or more; {memory}"
+
+
+def _speed(placement: Placement) -> float:
+    """Operations per second of a product of two square matrices."""
+    device = "cpu" if placement.device == "map" else placement.device
+    left = torch.ones(SIDE, SIDE, dtype=DTYPES[placement.dtype], device=device)
+    float((left @ left)[0, 0])  # the first product sets the library up
+    began = time.perf_counter()
+    for _ in range(ROUNDS):
+        product = left @ left
+    float(product[0, 0])  # waits for a GPU
+    return ROUNDS * 2 * SIDE**3 / (time.perf_counter() - began)
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{max(1, round(n_bytes / 1e6))} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,349 @@
+"""Intrinsic dimension: known clouds, the laws that the estimators rest on, the definitions by brute force, copies."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matrices import DTYPES, PROPERTY, gaussian, orthogonal
+from scipy.optimize import minimize_scalar
+from scipy.spatial.distance import cdist
+from scipy.special import betaln
+
+from dimscope.errors import InvalidArgument
+from dimscope.geometry import intrinsic
+from dimscope.geometry.intrinsic import distinct_rows, intrinsic_dimensions, white_noise_dimension
+
+LIKELY, SQUARES, LEVINA = "TwoNN, maximum likelihood", "TwoNN, least squares", "Levina-Bickel MLE"
+
+
+def estimates(rows, **options):
+    return {(e.metric, e.scale): e for e in intrinsic_dimensions(rows, **options)}
+
+
+def values(rows, **options):
+    return {key: e.value for key, e in estimates(rows, **options).items()}
+
+
+def cube(n, d, seed=0):
+    return torch.rand(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def ball(n, d, seed=0):
+    x = gaussian(n, d, seed, torch.float64)
+    return x / x.norm(dim=1, keepdim=True) * cube(n, 1, seed + 1) ** (1 / d)
+
+
+def cloud(n, d, seed=0):
+    return gaussian(n, d, seed, torch.float64)
+
+
+# ---- known clouds --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [cloud, cube, ball])
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_a_flat_sheet_has_its_dimension(make, d):
+    """Four standard errors are 2.5 times the true spread. Larger scales feel the edge: 12% less in a 5-d cube."""
+    found = estimates(make(1500, d, 3) @ orthogonal(20)[:d])
+    likely = found[LIKELY, None]
+    assert likely.stderr == pytest.approx(likely.value / math.sqrt(likely.n_used), rel=1e-12)
+    assert abs(likely.value - d) < 4 * likely.stderr
+    assert abs(found[SQUARES, None].value - d) < 4 * likely.stderr
+    for key in (("GRIDE", 2), ("GRIDE", 8), (LEVINA, 20)):
+        assert found[key].value == pytest.approx(d, rel=0.15)
+
+
+def test_a_thick_sheet_is_flat_from_afar():
+    """A square with noise a tenth of its grain in 8 dimensions: high dimension near by, 2 at larger scales."""
+    x = torch.cat([cube(2000, 2), torch.zeros(2000, 6)], dim=1) + 0.01 * cloud(2000, 8, 1)
+    curve = [value for (metric, _), value in values(x).items() if metric == "GRIDE"]
+    assert curve[0] > 4
+    assert all(later < earlier for earlier, later in itertools.pairwise(curve))
+    assert curve[-1] == pytest.approx(2, rel=0.15)
+
+
+def test_the_known_low_bias_is_left_in_and_the_null_shows_it():
+    for dim, low, high in ((10, 9, 10.5), (50, 28, 36)):
+        null = white_noise_dimension(1000, dim)
+        assert low < null[LIKELY, None] < high
+        assert all(value < 1.05 * dim for value in null.values())
+        assert null["GRIDE", 64] < null["GRIDE", 8] < null["GRIDE", 1]
+
+
+def test_the_null_is_a_gaussian_of_the_same_shape_whatever_the_global_seed():
+    shape = (300, 7)
+    state = torch.manual_seed(5).get_state()
+    null = white_noise_dimension(*shape)
+    white_noise_dimension.cache_clear()
+    torch.manual_seed(6)
+    assert white_noise_dimension(*shape) == null
+    assert torch.equal(state, torch.manual_seed(5).get_state())
+    assert null.keys() == values(cloud(*shape, 99)).keys()
+    spread = [values(cloud(*shape, s))[LIKELY, None] for s in range(20)]
+    assert abs(null[LIKELY, None] - np.mean(spread)) < 4 * np.std(spread)
+
+
+# ---- invariances ---------------------------------------------------------------------------------------------------
+
+
+def test_only_ratios_of_distances_count():
+    x = cube(400, 4)
+    expected = values(x)
+    for other in (1e-6 * x, 1e6 * x, x @ orthogonal(4), x @ orthogonal(30)[:4], x + 1e6, x.flip(0)):
+        assert values(other) == pytest.approx(expected, rel=1e-6)  # the shift leaves 9 digits of 16
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_any_type_are_measured_in_float64_and_left_as_they_were(dtype):
+    x = (cloud(300, 6) + 5).to(dtype)
+    before = x.clone()
+    assert values(x) == values(x.double())
+    assert torch.equal(x, before)
+
+
+# ---- the definitions -----------------------------------------------------------------------------------------------
+
+
+def gride_log_likelihood(d, mu, n1):
+    """Return the sum of ln f(mu | d) of Denti et al. 2022, equation by equation."""
+    n2 = 2 * n1
+    terms = math.log(d) + (n2 - n1 - 1) * np.log(mu**d - 1) - (d * (n2 - 1) + 1) * np.log(mu) - betaln(n2 - n1, n1)
+    return terms.sum()
+
+
+def by_definition(x, k, scales):
+    """Return value and standard error of every estimate, from the whole matrix of distances."""
+    r = np.sort(cdist(x, x), axis=1)  # column j: the j-th neighbour, 0 the point itself
+    n = len(r)
+    log_mu = np.sort(np.log(r[:, 2] / r[:, 1]))
+    low = log_mu[: int(0.9 * n)]
+    heights = -np.log(1 - np.arange(1, len(low) + 1) / n)
+    local = [(k - 1) / sum(math.log(row[k] / row[j]) for j in range(1, k)) for row in r]
+    together = n / sum(1 / m for m in local)
+    found = {
+        (LIKELY, None): ((n - 1) / log_mu.sum(), (n - 1) / log_mu.sum() / math.sqrt(n)),
+        (SQUARES, None): (np.linalg.lstsq(low[:, None], heights, rcond=None)[0][0], None),
+        (LEVINA, k): (together, together / math.sqrt(n * (k - 1))),
+    }
+    for n1 in scales:
+        mu = r[:, 2 * n1] / r[:, n1]
+        best = minimize_scalar(
+            lambda d, mu=mu, n1=n1: -gride_log_likelihood(d, mu, n1), bounds=(0.1, 50), options={"xatol": 1e-9}
+        ).x
+        step = 1e-3 * best
+        below, here, above = (gride_log_likelihood(best + s, mu, n1) for s in (-step, 0, step))
+        found["GRIDE", n1] = (best, 1 / math.sqrt((2 * here - below - above) / step**2))
+    return found
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(64, 1, 5), (200, 3, 20), (333, 12, 2)])
+def test_every_estimate_is_the_definition_by_brute_force(n, d, k, monkeypatch):
+    monkeypatch.setattr(intrinsic, "BLOCK", 50)
+    x = cloud(n, d, n) * torch.linspace(0.5, 2, d) + 3
+    found = estimates(x, k=k)
+    scales = [scale for metric, scale in found if metric == "GRIDE"]
+    expected = by_definition(x.numpy(), k, scales)
+    assert found.keys() == expected.keys()
+    for key, (value, stderr) in expected.items():
+        assert found[key].value == pytest.approx(value, rel=1e-6), key  # the search of the oracle stops there
+        assert found[key].stderr == (stderr if stderr is None else pytest.approx(stderr, rel=1e-4)), key
+
+
+@PROPERTY
+@given(n=st.integers(8, 90), seed=st.integers(0, 99))
+def test_gride_at_the_nearest_neighbours_is_two_nn_and_the_scales_double(n, seed):
+    found = values(cloud(n, 3, seed))
+    assert found["GRIDE", 1] == pytest.approx(found[LIKELY, None] * n / (n - 1), rel=1e-9)
+    scales = [scale for metric, scale in found if metric == "GRIDE"]
+    assert scales == [2**i for i in range(len(scales))]
+    assert 2 * scales[-1] <= n / 4 < 4 * scales[-1]
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 3), (300, 40)])
+def test_scikit_dimension_agrees(n, d):
+    from skdim.id import MLE, TwoNN
+
+    x = cloud(n, d)
+    found = values(x, k=12)
+    assert found[SQUARES, None] == pytest.approx(TwoNN().fit(x.numpy()).dimension_, rel=1e-6)
+    with np.errstate(divide="ignore"):  # it takes ln(1 - F) of the last point, and does not use it here
+        whole = TwoNN(method="mle", discard_fraction=0).fit(x.numpy())
+    assert found[LIKELY, None] == pytest.approx(whole.dimension_, rel=1e-6)
+    local = MLE().fit(x.numpy(), n_neighbors=12, comb="mle")  # "mle": the mean of the inverses
+    assert found[LEVINA, 12] == pytest.approx(local.dimension_, rel=1e-6)
+
+
+# ---- the laws ------------------------------------------------------------------------------------------------------
+
+
+def drawn(n, d, n1, seed):
+    """Return ln of distances whose ratios follow the law: (r_n1 / r_n2)^d is Beta(n1, n2 - n1), a share of volume."""
+    share = np.random.default_rng(seed).beta(n1, n1, size=n)
+    logs = np.zeros((n, 2 * n1))
+    logs[:, -1] = -np.log(share) / d
+    return logs
+
+
+@pytest.mark.parametrize("d", [0.01, 1.0, 7.0, 3000.0])
+@pytest.mark.parametrize("n1", [1, 2, 16, 512])
+def test_the_law_of_the_ratios_gives_its_dimension_back(d, n1):
+    metric, scale, value, stderr = intrinsic._gride(drawn(4000, d, n1, 1), n1)
+    assert (metric, scale) == ("GRIDE", n1)
+    assert abs(value - d) < 3 * stderr
+    assert stderr < 0.017 * d  # 1 / sqrt(4000), and less at larger scales
+
+
+@pytest.mark.parametrize("d", [0.01, 7.0])
+def test_two_nn_recovers_the_exponent_of_a_pareto_law(d):
+    mu = np.random.default_rng(2).pareto(100 * d, size=4000) + 1  # the power, so that d = 0.01 does not overflow
+    logs = np.stack([np.zeros(4000), 100 * np.log(mu)], axis=1)
+    for _, _, value, _ in intrinsic._two_nn(logs):
+        assert value == pytest.approx(d, rel=4 / math.sqrt(4000))
+
+
+@pytest.mark.parametrize("n1", [1, 4, 32])
+def test_for_independent_ratios_the_standard_error_is_the_spread(n1):
+    found = [intrinsic._gride(drawn(150, 5.0, n1, s), n1) for s in range(200)]
+    spread = np.std([value for _, _, value, _ in found])
+    assert spread == pytest.approx(np.mean([stderr for *_, stderr in found]), rel=0.15)  # 5% from 200 draws, times 3
+
+
+def test_in_clouds_the_spread_is_as_many_standard_errors_as_stated():
+    runs = [estimates(cube(300, 2, s)) for s in range(60)]
+    for key, least, most in ((LIKELY, None), 1.0, 1.7), ((LEVINA, 20), 1.0, 1.7), (("GRIDE", 32), 1.7, 3.8):
+        spread = np.std([run[key].value for run in runs])
+        assert least < spread / np.mean([run[key].stderr for run in runs]) < most, key
+
+
+# ---- copies --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distance", [0, 1e-7, 1e-5, 1e-4])
+def test_near_copies_change_nothing_and_are_counted(distance):
+    x = cloud(500, 10)
+    picks = torch.cat([torch.arange(100), torch.full((150,), 3)])  # 100 rows twice, one of them 152 times
+    crowd = torch.cat([x, x[picks] + distance * cloud(250, 10, 1)])
+    alone, found = estimates(x), estimates(crowd)
+    assert found.keys() == alone.keys()
+    for key, e in found.items():
+        assert e.value == pytest.approx(alone[key].value, rel=1e-9)
+        assert e.stderr == (None if alone[key].stderr is None else pytest.approx(alone[key].stderr, rel=1e-9))
+        assert (e.n_used, e.n_dropped) == (500, 250)
+    shuffled = values(crowd[torch.randperm(750, generator=torch.Generator().manual_seed(0))])
+    assert shuffled == pytest.approx({key: e.value for key, e in alone.items()}, rel=1e-3)
+
+
+def test_near_copies_that_stay_would_wreck_two_nn(monkeypatch):
+    x = cloud(500, 10)
+    crowd = torch.cat([x, x[:250] + 1e-5 * cloud(250, 10, 1)])
+    expected = values(crowd)[LIKELY, None]
+    monkeypatch.setattr(intrinsic, "distinct_rows", lambda rows: torch.arange(len(rows)))
+    assert values(crowd)[LIKELY, None] < 0.05 * expected
+
+
+def net_by_hand(x, radius):
+    kept = []
+    for i, row in enumerate(x):
+        if all(np.linalg.norm(row - x[j]) > radius for j in kept):
+            kept.append(i)
+    return kept
+
+
+@PROPERTY
+@given(n=st.integers(1, 60), d=st.integers(1, 3), seed=st.integers(0, 99), radius=st.floats(0, 1.5))
+def test_a_row_is_kept_unless_an_earlier_kept_one_is_within_the_radius(n, d, seed, radius):
+    x = cloud(n, d, seed).round(decimals=1) if seed % 2 else cloud(n, d, seed)
+    assert distinct_rows(x, radius).tolist() == net_by_hand(x.numpy(), radius)
+
+
+def test_a_chain_is_thinned_and_not_swallowed():
+    x = torch.arange(100.0)[:, None]
+    assert distinct_rows(x, 1.5).tolist() == list(range(0, 100, 2))
+    assert distinct_rows(x, 0.5).tolist() == list(range(100))
+
+
+def test_radius_zero_takes_exact_copies_only():
+    x = cloud(50, 5)
+    assert distinct_rows(torch.cat([x, x.flip(0), x + 1e-14]), 0.0).tolist() == [*range(50), *range(100, 150)]
+
+
+def test_points_that_are_close_by_nature_stay():
+    line, square = cube(2000, 1, 5), cube(2000, 2)
+    assert 2000 - len(distinct_rows(line)) <= 10  # one in 500
+    assert 2000 - len(distinct_rows(square)) <= 1
+    spread = [values(cube(2000, 1, s))[LIKELY, None] for s in range(6)]
+    assert np.mean(spread) == pytest.approx(1, rel=0.05)  # 1% from the radius, 1.2% standard error of the mean
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e8])
+def test_a_massive_row_makes_no_copies_of_the_others(factor):
+    x = cloud(1000, 10)
+    expected = values(x)[LIKELY, None]
+    x[7] *= factor
+    x = torch.cat([x, x[50:60]])
+    found = estimates(x)[LIKELY, None]
+    assert found.value == pytest.approx(expected, rel=0.01)  # one row of 1,000 has other neighbours
+    assert (found.n_used, found.n_dropped) == (1000, 10)
+
+
+@pytest.mark.parametrize("distance", [0, 1e-6])
+def test_nine_rows_in_ten_may_be_copies_of_one(distance):
+    x = cloud(800, 6)
+    x[80:] = x[3] + distance * cloud(720, 6, 1)
+    assert distinct_rows(x).tolist() == list(range(80))
+
+
+def test_points_whose_neighbours_are_lost_in_rounding_are_dropped_and_counted():
+    x = cloud(500, 4)
+    far = torch.tensor([[1e7, 0, 0, 0], [1e7, 1, 0, 0]], dtype=torch.float64)
+    found = estimates(torch.cat([x, far]))[LIKELY, None]
+    assert found.value == pytest.approx(values(x)[LIKELY, None], rel=1e-3)
+    assert (found.n_used, found.n_dropped) == (500, 2)
+    x[:4] *= 1e12  # the mean goes so far with them that only they are left
+    assert len(distinct_rows(x)) > 100
+    assert intrinsic_dimensions(x) == []
+
+
+# ---- the smallest and the flattest ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", range(8))
+def test_fewer_than_eight_distinct_rows_have_no_estimate(n):
+    assert intrinsic_dimensions(cloud(n, 3)) == []
+    assert intrinsic_dimensions(cloud(n, 3).repeat(3, 1)) == []
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_eight_rows_have_estimates_and_at_most_seven_neighbours(d):
+    found = estimates(cloud(8, d))
+    assert list(found) == [(LIKELY, None), (SQUARES, None), ("GRIDE", 1), (LEVINA, 7)]
+    assert all(math.isfinite(e.value) and e.value > 0 and (e.n_used, e.n_dropped) == (8, 0) for e in found.values())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.1, 1e30])
+def test_equal_rows_have_no_estimate_and_one_of_them_is_kept(value):
+    x = torch.full((50, 3), value)
+    assert intrinsic_dimensions(x) == []
+    assert distinct_rows(x).tolist() == [0]
+
+
+def test_a_lattice_has_no_estimate():
+    assert intrinsic_dimensions(torch.cartesian_prod(torch.arange(20.0), torch.arange(20.0))) == []
+
+
+def test_single_ties_do_no_harm():
+    """Numbers of few digits: every tenth pair of nearest distances is equal, at every scale some are."""
+    x = cube(600, 2)
+    expected, found = values(x), values(x.mul(200).round())
+    assert all(found[key] == pytest.approx(expected[key], rel=0.1) for key in expected)
+
+
+def test_arguments_that_mean_nothing_are_refused():
+    with pytest.raises(InvalidArgument, match="2 neighbours or more, not 1"):
+        intrinsic_dimensions(cloud(30, 2), k=1)
+    with pytest.raises(InvalidArgument, match="radius"):
+        distinct_rows(cloud(30, 2), -1.0)
