@@ -6,7 +6,8 @@ import subprocess
 import sys
 from importlib.metadata import version
 
-COMMANDS = ("inspect", "tokens", "neighbors", "pairs", "correlate", "spectrum", "report")
+TABLE_COMMANDS = ("tokens", "neighbors", "pairs", "correlate", "spectrum", "report")
+COMMANDS = ("inspect", *TABLE_COMMANDS, "layers")
 PROBE = """
 import sys
 from dimscope.cli import main
@@ -37,8 +38,10 @@ def test_the_help_of_each_command_has_an_example_and_needs_no_torch(run_python):
     for command, text in zip(COMMANDS, texts, strict=True):
         assert "Example" in text
         assert f"dimscope {command} " in text
-        for option in ("--json", "--out", "--revision", "--allow-pickle", "--skip-nonfinite", "--side", "MODEL"):
+        for option in ("--json", "--out", "--revision", "--allow-pickle", "MODEL"):
             assert option in text, (command, option)
+        for option in ("--skip-nonfinite", "--side"):
+            assert (option in text) == (command in TABLE_COMMANDS), (command, option)
     assert not {"torch", "transformers", "plotly"} & set(loaded.split())
 
 
@@ -52,8 +55,7 @@ def test_the_helps_examples_are_commands_that_parse(run_python):
 import re, shlex, sys
 from dimscope.cli import app
 for command in sys.argv[1:]:
-    import dimscope.commands as commands
-    examples = re.findall(r"Example: `dimscope (.*)`", getattr(commands, command).__doc__)
+    examples = re.findall(r"Example: `dimscope (.*)`", app[command].default_command.__doc__)
     assert examples, command
     for example in examples:
         app.parse_args(shlex.split(example), exit_on_error=False, print_error=False)

@@ -46,8 +46,10 @@ def place(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") 
     return Placement(STORED.get(checkpoint.input_table.dtype, "float32"), found)
 
 
-def load_model(checkpoint: Checkpoint, placement: Placement, *, trust_remote_code: bool = False) -> "PreTrainedModel":
-    """The causal language model of a checkpoint, in evaluation mode, ready to run.
+def load_model(
+    checkpoint: Checkpoint, placement: Placement | None = None, *, trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """The causal language model of a checkpoint, in evaluation mode, ready to run; placed as `place` decides if not told.
 
     Raises UnsupportedCheckpoint for what is no causal language model, CorruptCheckpoint for weights that do not fit it,
     InvalidArgument where they do not fit into memory.
@@ -55,6 +57,7 @@ def load_model(checkpoint: Checkpoint, placement: Placement, *, trust_remote_cod
     from transformers import AutoModelForCausalLM
 
     require_causal(checkpoint)
+    placement = placement or place(checkpoint)
     _require_memory(checkpoint, placement)
     source = checkpoint.source
     try:

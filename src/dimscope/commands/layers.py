@@ -18,7 +18,7 @@ from dimscope.errors import InvalidArgument
 from dimscope.terminal import Output
 
 if TYPE_CHECKING:
-    from dimscope.studies.layers import LayersSettings
+    from dimscope.studies.layer_plan import LayersSettings
 
 Given = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())]
 
@@ -67,7 +67,7 @@ class LayersOptions:
 
     def settings(self, common: Common, seed: int) -> LayersSettings:
         """What the study is asked. Raises InvalidArgument for what does not make sense whatever the model."""
-        from dimscope.studies.layers import LayersSettings, notebook_settings
+        from dimscope.studies.layer_plan import LayersSettings, notebook_settings
 
         check_seed(seed)
         base = notebook_settings() if self.preset == "notebook" else LayersSettings()
@@ -122,8 +122,8 @@ def layers(
     with _folder(common.out) as directory:
         facts, tables = run_layers(checkpoint, directory, settings, others, announce)
     told = {"model": facts["model"], "seconds": facts["seconds"]}
-    if facts["waiting"]:
-        common.print(Output({**told, "waiting_for_shards": ", ".join(facts["waiting"])}))
+    if waiting := facts.get("waiting"):
+        common.print(Output({**told, "waiting_for_shards": ", ".join(waiting)}))
         return
     told |= {} if common.out is None else {"page": common.out / "index.html"}
     summary = summary_frame(tables["layers"])
@@ -136,8 +136,9 @@ def layers(
 
 
 def announce(line: str) -> None:
-    """What is about to run, for whoever waits for it."""
-    print(line, file=sys.stderr)
+    """Says what is about to run where progress is shown too: on a terminal."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dimscope.representations.moments import Moments, moments
+from dimscope.representations.moments import Moments, moments, upper_gram
 
 SMALL = 10**11  # N x d x d up to which float64 products cost next to nothing
 CONDITION = 30.0  # largest singular value over the smallest, up to which float32 products keep 7 digits
@@ -58,14 +58,16 @@ def spectrum_of(held: Float[Tensor, "n d"] | Moments, *, centred: bool = True, s
         scales = _inverse(scatter.diagonal().clamp_min(0).sqrt(), held.gram.diagonal().sqrt()) if standardised else None
         side = scatter if scales is None else scatter * scales * scales[:, None]
     else:
-        rows = held.double() - held.double().mean(dim=0) if centred else held.double()
+        rows = held.double()
         n, d = rows.shape
-        if standardised:
-            rows = rows * _inverse(rows.norm(dim=0), held.double().norm(dim=0))
-        side = rows @ rows.T if n < d else rows.T @ rows
+        sizes = rows.norm(dim=0) if standardised else None
+        rows = rows - rows.mean(dim=0) if centred else rows
+        if sizes is not None:
+            rows = rows * _inverse(rows.norm(dim=0), sizes)
+        side = upper_gram(rows.T if n < d else rows)
     if standardised:
         side = side * max(n - centred, 1)
-    eigenvalues = torch.linalg.eigvalsh(side).clamp_min(0).flip(0)[: min(n - centred, d)]
+    eigenvalues = torch.linalg.eigvalsh(side, UPLO="U").clamp_min(0).flip(0)[: min(n - centred, d)]
     return Spectrum(eigenvalues.sqrt(), n, d, centred)
 
 

@@ -11,7 +11,8 @@ from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.report.page import write_page
 from dimscope.results import ResultFolder, write_json
 from dimscope.studies.embedding import EmbeddingSettings, study_embedding
-from dimscope.studies.layers import LayersSettings, study_layers
+from dimscope.studies.layer_plan import LayersSettings
+from dimscope.studies.layers import study_layers
 from dimscope.studies.provenance import fingerprint
 
 
@@ -37,7 +38,7 @@ def run_layers(
     """
     folder = ResultFolder(directory, fingerprint(checkpoint))
     facts, tables = study_layers(checkpoint, folder, settings, others, announce)
-    if not facts["waiting"]:
+    if tables:
         _told(directory, facts, checkpoint)
     return facts, tables
 

@@ -62,6 +62,13 @@ def merge(left: Moments, right: Moments) -> Moments:
     return Moments(left.count + right.count, left.total + right.total, left.gram + right.gram)
 
 
+def upper_gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+    """X^T X on and above its diagonal, for about half of the products; what is below is not filled."""
+    gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+    _add_upper_panels(gram, rows)
+    return gram
+
+
 def _add_upper_panels(gram: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> None:
     for start in range(0, rows.shape[1], PANEL):
         gram[start : start + PANEL, start:] += rows[:, start : start + PANEL].T @ rows[:, start:]

@@ -35,7 +35,7 @@ def run_pass(
     model: "PreTrainedModel",
     sites: Sequence[Site],
     windows: Iterable[Window],
-    settings: PassSettings,
+    settings: PassSettings = PassSettings(),
     state: Path | None = None,
     progress: Callable[[Sequence[Window]], object] = lambda windows: None,
 ) -> Collection:

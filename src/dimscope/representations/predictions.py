@@ -30,11 +30,13 @@ class Predictions:
 
     def add(self, logits: Float[Tensor, "r v"], targets: Int[Tensor, " r"], kept: Bool[Tensor, " r"]) -> None:
         """A block of positions; `targets` is -1 where no token follows, `kept` False at padding."""
-        total = logits.logsumexp(dim=1)
-        best = (logits.amax(dim=1) - total).double()
-        # One buffer of the size of the logits, and no product beside it.
-        entropy = (total - torch.einsum("rv,rv->r", (logits - total[:, None]).exp_(), logits)).double()
-        loss = (total - logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)).double()
+        # log p = shifted - log z, so that one subtraction and one exponential serve all three.
+        shifted = logits - logits.amax(dim=1, keepdim=True)
+        weights = shifted.exp()
+        z = weights.sum(dim=1)
+        best = -z.log().double()
+        entropy = (z.log() - torch.einsum("rv,rv->r", weights, shifted) / z).double()
+        loss = (z.log() - shifted.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)).double()
         for row, values in enumerate((loss[kept & (targets >= 0)], entropy[kept], best[kept])):
             self.sums[row] += torch.stack([torch.ones_like(values), values, values.square()]).sum(dim=1).cpu()
         width = math.log(self.vocab_size) / BINS

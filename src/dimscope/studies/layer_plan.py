@@ -1,0 +1,214 @@
+"""What a study of hidden layers is asked, and the passes that it takes: one model on one text under one condition each."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from dimscope.checkpoints.checkpoint import Checkpoint
+from dimscope.checkpoints.model import Placement, place, require_causal
+from dimscope.checkpoints.vocabulary import require_tokenizer
+from dimscope.errors import InvalidArgument
+from dimscope.geometry.dimension import THRESHOLDS
+from dimscope.representations.texts import Text, open_text
+from dimscope.representations.windows import (
+    Window,
+    middle_windows,
+    shuffle_across,
+    shuffle_within,
+    special_prefix,
+    stream_windows,
+)
+from dimscope.studies.layer_measures import Pass
+from dimscope.studies.provenance import fingerprint
+
+LENGTH = 1024  # tokens of a window where the model's context is longer and none is asked for
+NOTEBOOK_LENGTH = 2048  # the same for the notebook, whose models read 1,024 and 2,048
+ACROSS = 1024  # windows of a stream whose tokens are shuffled together
+CPU_BATCH, GPU_BATCH = 2048, 16384  # tokens at once
+
+
+@dataclass(frozen=True, slots=True)
+class LayersSettings:
+    """What is asked of the study."""
+
+    texts: tuple[str, ...] = ("builtin:prose", "builtin:html")
+    windows: int | Literal["all"] | None = None  # of each text, spread evenly; None is 8, or as many as every text has
+    length: int | None = None  # tokens of a window; None is the context of the model, LENGTH at most
+    shuffles: int = 5  # draws of the shuffle within each window
+    across: int = 1  # draws of the shuffle across all windows
+    twin: bool = True  # the same architecture with random weights
+    logits: bool = True
+    curve: bool = False  # every dimension over growing numbers of tokens
+    thresholds: tuple[float, ...] = THRESHOLDS
+    layers: str | None = None  # such as "0,4:8,norm"
+    chosen_layer: int | None = None  # to show where there is room for one; None is the middle
+    reservoir: int = 2048
+    batch: int | None = None  # windows at once; None is what fits the device
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    trust_remote_code: bool = False
+    preset: str | None = None
+    checkpoint_every: float = 60.0  # seconds
+    shard: tuple[int, int] = (0, 1)  # (i, n): only every n-th batch, from the i-th on
+
+
+def notebook_settings() -> LayersSettings:
+    """The setting of the notebook that the study grew from: one window from the middle, one shuffle, 95%, layer 10."""
+    return LayersSettings(
+        windows=1, shuffles=1, across=0, twin=False, thresholds=(0.95,), chosen_layer=10, preset="notebook"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A text as the windows that one model is given."""
+
+    text: str
+    length: int
+    windows: Callable[[], Iterable[Window]]
+    bos: str | None
+    n_windows: int | None  # where that is known beforehand
+
+    @property
+    def n_tokens(self) -> int | None:
+        return None if self.n_windows is None else self.n_windows * self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One pass: what it is, which windows it reads, and all that its result depends on."""
+
+    of: Pass
+    model: int  # the number of the model; 0 is the one studied
+    weights: Literal["trained", "random"]
+    reading: Reading
+    arguments: Mapping[str, Any]
+
+    @property
+    def slug(self) -> str:
+        collected = {key: value for key, value in self.arguments.items() if key != "thresholds"}
+        digest = hashlib.sha256(json.dumps(collected, sort_keys=True).encode()).hexdigest()[:16]
+        return f"{self.of.condition.replace(' ', '-')}-{self.of.draw}-{digest}"
+
+    def windows(self, seed: int) -> Iterator[Window]:
+        given = self.reading.windows()
+        if self.of.condition == "shuffled":
+            return (shuffle_within(w, seed, self.of.draw) for w in given)
+        if self.of.condition == "shuffled across":
+            return (w for group in _grouped(given, ACROSS) for w in shuffle_across(group, seed, self.of.draw))
+        return iter(given)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The models of a study, where they run, its texts, and its passes in the order in which they run."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    titles: tuple[str, ...]
+    placements: tuple[Placement, ...]
+    texts: Mapping[str, Text]  # by the name that is shown
+    units: tuple[Unit, ...]
+
+    def real(self, text: str) -> Unit:
+        """The pass of the studied model over the real text, against which others are held."""
+        return next(u for u in self.units if (u.model, u.of.text, u.of.condition) == (0, text, "real"))
+
+
+def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> Plan:
+    """Opens the texts, cuts them into windows, and lists the passes; no model is loaded.
+
+    Raises InvalidArgument for texts and windows that do not fit, TokenizerMissing, UnsupportedCheckpoint.
+    """
+    titles = _distinct([c.title for c in checkpoints], [c.name for c in checkpoints])
+    placements = [place(c, dtype=settings.dtype, device=settings.device) for c in checkpoints]
+    texts = _named_texts(settings.texts)
+    read = {(m, name): _reading(c, name, text, settings, settings.windows)
+            for m, c in enumerate(checkpoints) for name, text in texts.items()}  # fmt: skip
+    if settings.windows is None:  # as many of each text as of the shortest: dimensions grow with the tokens
+        least = min(reading.n_windows or 0 for reading in read.values())
+        read = {(m, name): r if r.n_windows == least else _reading(checkpoints[m], name, texts[name], settings, least)
+                for (m, name), r in read.items()}  # fmt: skip
+    units = []
+    # Model by model, so that each is loaded once; random weights are a model of their own.
+    for m, weights, conditions in _runs(len(checkpoints), settings):
+        for name, text in texts.items():
+            for condition, draw in conditions:
+                reading = read[m, name]
+                if condition == "shuffled across" and reading.n_windows == 1:
+                    continue
+                arguments = {
+                    "model": fingerprint(checkpoints[m]), "title": titles[m], "text": text.fingerprint, "text_name": name,
+                    "condition": condition, "draw": draw, "windows": reading.n_windows, "length": reading.length,
+                    "batch": settings.batch or max(1, _tokens_at_once(placements[m]) // reading.length),
+                    "placement": asdict(placements[m]),
+                    **{key: getattr(settings, key) for key in ("layers", "logits", "thresholds", "reservoir", "seed")},
+                }  # fmt: skip
+                units.append(Unit(Pass(titles[m], name, condition, draw), m, weights, reading, arguments))
+    return Plan(tuple(checkpoints), tuple(titles), tuple(placements), texts, tuple(units))
+
+
+Conditions = list[tuple[str, int]]
+
+
+def _runs(n_models: int, settings: LayersSettings) -> Iterator[tuple[int, Literal["trained", "random"], Conditions]]:
+    """Which conditions each model runs under: all for the studied one, real text for those beside it."""
+    shuffles = [("shuffled", draw) for draw in range(settings.shuffles)]
+    shuffles += [("shuffled across", draw) for draw in range(settings.across)]
+    yield 0, "trained", [("real", 0), *shuffles]
+    if settings.twin:
+        yield 0, "random", [("random weights", 0)]
+    for other in range(1, n_models):
+        yield other, "trained", [("real", 0)]
+
+
+def _tokens_at_once(placement: Placement) -> int:
+    return CPU_BATCH if placement.device == "cpu" else GPU_BATCH
+
+
+def _reading(
+    checkpoint: Checkpoint, name: str, text: Text, settings: LayersSettings, windows: int | Literal["all"] | None
+) -> Reading:
+    length = _window_length(checkpoint, settings)
+    tokenizer = require_tokenizer(checkpoint.source)
+    bos = " ".join(tokenizer.convert_ids_to_tokens(special_prefix(tokenizer))) or None
+    if windows == "all":
+        # The first window now: a text that is too short is said before a model is loaded.
+        next(iter(stream_windows(text, tokenizer, length=length)))
+        return Reading(name, length, lambda: stream_windows(text, tokenizer, length=length), bos, None)
+    listed = middle_windows(text, tokenizer, length=length, count=windows)
+    return Reading(name, length, lambda: listed, bos, len(listed))
+
+
+def _grouped(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
+    iterator = iter(windows)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _distinct(names: Sequence[str], longer: Sequence[str]) -> list[str]:
+    """The names, or the longer ones where two are the same; numbered where those are too."""
+    chosen = list(names if len(set(names)) == len(names) else longer)
+    return [
+        name if chosen.index(name) == i else f"{name} ({chosen[:i].count(name) + 1})" for i, name in enumerate(chosen)
+    ]
+
+
+def _named_texts(sources: Sequence[str]) -> dict[str, Text]:
+    if not sources:
+        raise InvalidArgument("give a text: --text FILE, or builtin:prose")
+    texts = [open_text(source) for source in sources]
+    return dict(zip(_distinct([t.name for t in texts], sources), texts, strict=True))
+
+
+def _window_length(checkpoint: Checkpoint, settings: LayersSettings) -> int:
+    """Tokens of a window. Raises InvalidArgument where the model has no positions for as many as are asked for."""
+    config, asked = require_causal(checkpoint).get_text_config(), settings.length
+    context = getattr(config, "max_position_embeddings", None)
+    if asked is not None and context is not None and asked > context:
+        raise InvalidArgument(f"--length {asked}: {checkpoint.title} reads at most {context} tokens at once")
+    longest = LENGTH if settings.preset is None else NOTEBOOK_LENGTH
+    return asked or min(context or longest, longest)
