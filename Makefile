@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: report test check bench clean
 
 report: .venv/ready
-	$(BIN)/dimscope report builtin --out report
+	$(BIN)/dimscope report builtin --with embedding layers --out report
 	@echo "open report/index.html"
 
 test: .venv/dev
@@ -19,6 +19,7 @@ check: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.embedding
+	$(BIN)/python -m benchmarks.layers
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -20,12 +20,12 @@ def test_the_five_lines_run_and_print_dimensions(run_python):
 def test_every_command_of_the_table_exists(run_cli):
     named = set(re.findall(r"\| `dimscope (\w+)", README))
     listed = run_cli("--help").stdout
-    assert named == {"inspect", "tokens", "neighbors", "pairs", "correlate", "spectrum", "report"}
+    assert named == {"inspect", "tokens", "neighbors", "pairs", "correlate", "spectrum", "layers", "report"}
     assert all(name in listed for name in named)
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/index.md", "training/README.md", "training/MODEL_CARD.md", "benchmarks/README.md"]
+    "page", ["README.md", "docs/index.md", "docs/hidden-layers.md", "training/README.md", "training/MODEL_CARD.md", "benchmarks/README.md"]
 )
 def test_links_lead_to_files(page):
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -34,7 +34,10 @@ def test_links_lead_to_files(page):
     assert missing == []
 
 
-def test_the_example_runs(run_python):
-    done = run_python(str(ROOT / "examples/embeddings.py"))
+@pytest.mark.parametrize(
+    ("name", "told"), [("embeddings", "parameters are token embeddings"), ("hidden_layers", "after final norm")]
+)
+def test_the_example_runs(run_python, name, told):
+    done = run_python(str(ROOT / f"examples/{name}.py"))
     assert done.returncode == 0, done.stderr
-    assert "of all parameters" in done.stdout or "parameters are token embeddings" in done.stdout
+    assert told in done.stdout

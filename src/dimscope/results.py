@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from dimscope.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGES = ("dimscope", "torch", "transformers", "numpy", "scipy", "polars")
 
@@ -29,6 +32,18 @@ def write_whole(path: Path, data: bytes) -> None:
     """Writes a file such that it is there with all its bytes, or not at all, whatever interrupts."""
     with whole_file(path) as temporary:
         temporary.write_bytes(data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Tensors as a safetensors file, whole or not at all."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with whole_file(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary)
+        except SafetensorError as e:  # its word for a full disk
+            raise OSError(None, str(e)) from e
 
 
 @contextmanager

@@ -1,6 +1,10 @@
 """A checkpoint as a model that runs: loaded with its weights, or its twin with fresh random ones."""
 
 import os
+import shutil
+import tempfile
+import weakref
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,17 +64,22 @@ def load_model(
     placement = placement or place(checkpoint)
     _require_memory(checkpoint, placement)
     source = checkpoint.source
+    # accelerate may keep weights on disk; safetensors files it reads where they are, others it writes there
+    offload = tempfile.mkdtemp(prefix="dimscope-") if placement.device == "map" else None
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name if isinstance(source, HubRepository) else str(source.fetch("config.json").parent),
             revision=source.revision if isinstance(source, HubRepository) else None,
             dtype=DTYPES[placement.dtype],
             device_map="auto" if placement.device == "map" else None,
+            offload_folder=offload,
             trust_remote_code=trust_remote_code,
             use_safetensors=not isinstance(checkpoint.reader, StateDictReader),
             output_loading_info=True,
         )
         model, loading = loaded
+        if offload is not None:
+            weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
         model = model if placement.device == "map" else model.to(placement.device)
     except (OSError, RuntimeError, ValueError, MemoryError) as e:
         if is_out_of_memory(e):
@@ -91,10 +100,10 @@ def random_twin(
     """
     from transformers import AutoModelForCausalLM
 
-    config = require_causal(checkpoint)
+    config = deepcopy(require_causal(checkpoint))  # transformers writes the dtype into it
     _require_memory(checkpoint, placement)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
         try:
             twin = AutoModelForCausalLM.from_config(
                 config, dtype=DTYPES[placement.dtype], trust_remote_code=trust_remote_code
@@ -113,13 +122,13 @@ def pick_device(device: str) -> str:
         try:
             import accelerate  # noqa: F401
         except ImportError as e:
-            raise MissingExtra("accelerate", "accelerate") from e
+            raise MissingExtra("accelerate", "map") from e
         return device
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
         raise InvalidArgument(f"--device {device}: there is no such device here; take cpu, cuda, mps or map") from e
     return device
 

@@ -9,6 +9,8 @@ from dimscope.report.theme import CONDITION_MARKS
 COUNT = "variance count "
 RANK = "numerical rank"
 NORM = "after final norm"
+MOST_RUNS = 4
+"""Stretches of blocks that a sentence names; more are counted."""
 TOLD = 95.0
 """The threshold in percent that the page speaks of where it was asked for."""
 
@@ -74,22 +76,25 @@ def places(layers: Sequence[int], names: dict[int, str]) -> str:
     if len(layers) == len(names) > 1:
         return "at every layer"
     blocks = [layer for layer in layers if site_words(layer, names[layer]) == f"block {layer}"]
-    told = [f"in {_runs(blocks)}"] if blocks else []
+    runs = _runs(blocks)
+    if len(runs) > MOST_RUNS:
+        return f"at {len(layers)} of {len(names)} layers"
+    named = [word for run in runs for word in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
+    told = [f"in block{'s' if len(blocks) > 1 else ''} {listed(named)}"] if blocks else []
     others = [site_words(layer, names[layer]) for layer in layers if layer not in blocks]
     before = ["at the embeddings"] if "the embeddings" in others else []
     after = ["after the final norm"] if "the final norm" in others else []
     return listed([*before, *told, *after])
 
 
-def _runs(blocks: Sequence[int]) -> str:
+def _runs(blocks: Sequence[int]) -> list[list[int]]:
     runs: list[list[int]] = []
     for block in blocks:
         if runs and block == runs[-1][-1] + 1:
             runs[-1].append(block)
         else:
             runs.append([block])
-    named = [word for run in runs for word in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
-    return f"block{'s' if len(blocks) > 1 else ''} {listed(named)}"
+    return runs
 
 
 def listed(words: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from dimscope.representations.moments import Accumulator
 from dimscope.representations.predictions import Predictions
 from dimscope.representations.reservoir import Reservoir
 from dimscope.representations.windows import Window
-from dimscope.results import whole_file
+from dimscope.results import write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +75,7 @@ class SiteSums:
     def _massive(self, hidden: Float[Tensor, "b t d"], kept: Bool[Tensor, "b t"] | None) -> Bool[Tensor, "b t"]:
         """Which tokens hold a massive activation; a median is taken only of windows that have one."""
         sizes = hidden.abs()
-        sizes = sizes if kept is None else sizes * kept[:, :, None]
+        sizes = sizes if kept is None else sizes.masked_fill(~kept[:, :, None], 0)
         peaks = sizes.amax(dim=2)
         self.largest = max(self.largest, float(peaks.max()))
         massive = torch.zeros_like(peaks, dtype=torch.bool)
@@ -95,7 +95,8 @@ class SiteSums:
         for kind, accumulator in other.parts.items():
             self.part(kind).merge(accumulator)
         if other.unit_total is not None:
-            self.unit_total = other.unit_total if self.unit_total is None else self.unit_total + other.unit_total
+            own = self.unit_total
+            self.unit_total = other.unit_total if own is None else own + other.unit_total.to(own.device)
         self.unit_count += other.unit_count
         self.n_massive += other.n_massive
         self.largest = max(self.largest, other.largest)
@@ -198,10 +199,7 @@ def _targets(windows: Sequence[Window], ids: Tensor) -> Tensor:
 
 def save_collection(of: Collection, path: Path) -> None:
     """A collection as one safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
-    with whole_file(path) as temporary:
-        save_file(dict(_tensors(of)), temporary)
+    write_tensors(path, dict(_tensors(of)))
 
 
 def _tensors(of: Collection) -> Iterator[tuple[str, Tensor]]:
@@ -214,7 +212,7 @@ def _tensors(of: Collection) -> Iterator[tuple[str, Tensor]]:
         for kind, part in sums.parts.items():
             name = f"site.{layer}.part.{KINDS.index(kind)}"
             if part.upper is None or part.total is None:
-                yield f"{name}.rows", torch.cat(part.kept).cpu()
+                yield f"{name}.rows", torch.cat([rows.cpu() for rows in part.kept])
             else:
                 yield f"{name}.upper", part.upper.cpu()
                 yield f"{name}.total", part.total.cpu()

@@ -70,7 +70,8 @@ def select_sites(sites: Sequence[Site], layers: str | None) -> list[Site]:
         if match is None and part.strip() not in words:
             raise InvalidArgument(f"--layers is a list such as 0,4:8,norm; {part!r} is no layer")
         first = words[part.strip()] if match is None else int(match[1])
-        chosen |= set(range(first, int(match[2]) if match and match[2] else first + 1))
+        end = int(match[2]) if match and match[2] else first + 1
+        chosen |= set(range(first, min(end, max(first, max(known) + 1) + 1)))  # one too many tells as much as a million
     if missing := sorted(chosen - set(known)):
         raise InvalidArgument(
             f"there is no layer {missing[0]}: this model has 0 (embeddings) to {max(known)} ({sites[-1].name})"
@@ -116,7 +117,7 @@ def watched(sites: Sequence[Site], consume: Consumer) -> Generator[None]:
 LogitRows = Callable[[Int[Tensor, " r"], Float[Tensor, "r v"]], None]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what is collected must stay usable outside
 def run_batch(
     model: "PreTrainedModel",
     ids: Int[Tensor, "b t"],
@@ -146,7 +147,7 @@ def run_batch(
     finally:
         handle.remove()
     if logits is not None:
-        _logits_by_blocks(model, last[0], result.logits[:, -1], logits)
+        _logits_by_blocks(model, last[0], result.logits[:, -1], mask, logits)
 
 
 def input_device(model: "PreTrainedModel") -> torch.device:
@@ -163,13 +164,18 @@ def _tensor(result: Any) -> Tensor:
 
 
 def _logits_by_blocks(
-    model: "PreTrainedModel", last: Float[Tensor, "b t d"], own: Float[Tensor, "b v"], consume: LogitRows
+    model: "PreTrainedModel",
+    last: Float[Tensor, "b t d"],
+    own: Float[Tensor, "b v"],
+    mask: Bool[Tensor, "b t"] | None,
+    consume: LogitRows,
 ) -> None:
     b, t, d = last.shape
     transform = _logit_transform(model)
     head = model.get_output_embeddings()
     flat = last.reshape(b * t, d)
     ours = transform(head(last[:, -1]).float())
+    own = own.to(ours.device)
     # bfloat16 rounds products of other shapes otherwise; a forgotten scale or bias is off by far more.
     if bool(torch.isfinite(own).all()) and not torch.allclose(
         ours, own.float(), rtol=2e-2, atol=2e-2 * float(own.abs().max())
@@ -177,7 +183,8 @@ def _logits_by_blocks(
         raise UnsupportedCheckpoint(
             f"{type(model).__name__}: its logits are not its output embedding applied to the last hidden state; pass --no-logits"
         )
-    for rows in torch.arange(b * t).split(min(ROWS, max(1, LOGITS // (4 * own.shape[-1])))):
+    kept = torch.arange(b * t) if mask is None else torch.nonzero(mask.cpu().flatten()).squeeze(1)
+    for rows in kept.split(min(ROWS, max(1, LOGITS // (4 * own.shape[-1])))):
         block = transform(head(flat[rows.to(flat.device)]).float())
         if not bool(torch.isfinite(block.sum())):
             raise NonFiniteActivations(

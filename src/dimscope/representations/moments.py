@@ -113,8 +113,8 @@ class Accumulator:
             other = Accumulator(self.dim, held, sum(map(len, held)))
         elif self.total is not None and self.upper is not None and other.total is not None and other.upper is not None:
             self.count += other.count
-            self.total = self.total + other.total
-            self.upper += other.upper
+            self.total = self.total + other.total.to(self.total.device)
+            self.upper = self.upper + other.upper.to(self.upper.device)
             return
         for rows in other.kept:
             self.add(rows)
@@ -122,8 +122,8 @@ class Accumulator:
     def held(self) -> Float[Tensor, "n d"] | Moments:
         """The rows themselves, while there are d of them at most; else their moments."""
         if self.total is None or self.upper is None:
-            return torch.cat(self.kept) if self.kept else torch.empty(0, self.dim)
-        return Moments(self.count, self.total, _symmetric(self.upper))
+            return torch.cat([r.to(self.kept[-1].device) for r in self.kept]) if self.kept else torch.empty(0, self.dim)
+        return Moments(self.count, self.total.clone(), _symmetric(self.upper))
 
 
 def combined(parts: Iterable[Accumulator]) -> Float[Tensor, "n d"] | Moments:

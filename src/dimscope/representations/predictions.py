@@ -35,7 +35,7 @@ class Predictions:
         weights = shifted.exp()
         z = weights.sum(dim=1)
         best = -z.log().double()
-        entropy = (z.log() - torch.einsum("rv,rv->r", weights, shifted) / z).double()
+        entropy = (z.log() - weights.mul_(shifted).sum(dim=1) / z).double()
         loss = (z.log() - shifted.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)).double()
         for row, values in enumerate((loss[kept & (targets >= 0)], entropy[kept], best[kept])):
             self.sums[row] += torch.stack([torch.ones_like(values), values, values.square()]).sum(dim=1).cpu()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt
 from torch import Tensor
 
 
@@ -20,7 +20,7 @@ class Reservoir:
 
     size: int
     seed: int
-    keys: Int[np.ndarray, " n"] = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    keys: UInt[np.ndarray, " n"] = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
     ends: Int[np.ndarray, " n"] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     rows: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> float32 rows, in the order of `keys`
 
@@ -99,7 +99,7 @@ def common(left: Sample, right: Sample) -> tuple[Sample, Sample]:
     return left.at(in_left), right.at(in_right)
 
 
-def _hash(values: Int[np.ndarray, "*n"], seed: int) -> Int[np.ndarray, "*n"]:
+def _hash(values: Int[np.ndarray, "*n"], seed: int) -> UInt[np.ndarray, "*n"]:
     """splitmix64 (Steele et al. 2014) of integers: as good as random, and the same everywhere."""
     z = values.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from dimscope.checkpoints.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from dimscope.representations.collection import Collection, load_collection
 from dimscope.representations.hidden_states import FINAL_NORM, find_sites, select_sites
 from dimscope.representations.passes import PassSettings, run_pass
 from dimscope.representations.reservoir import Reservoir
-from dimscope.results import ResultFolder, whole_file
+from dimscope.results import ResultFolder, write_tensors
 from dimscope.studies import layer_measures as measures
 from dimscope.studies.estimate import estimate_passes
 from dimscope.studies.layer_plan import LayersSettings, Unit, plan_layers
@@ -230,8 +230,7 @@ class LayersWork:
 
 def save_reservoir(of: Reservoir, path: Path) -> None:
     """A reservoir as a safetensors file, whole or not at all."""
-    with whole_file(path) as temporary:
-        save_file(dict(of.tensors()), temporary)
+    write_tensors(path, dict(of.tensors()))
 
 
 def load_reservoir(path: Path) -> Reservoir:
