@@ -6,6 +6,7 @@ import sys
 from cyclopts import App, CycloptsError
 
 from dimscope.commands import embedding, layers, report
+from dimscope.commands.options import STANDARD_INPUT
 from dimscope.errors import DimscopeError
 
 app = App(
@@ -32,8 +33,11 @@ def main(tokens: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # labels hold any Unicode; a terminal or pipe may not
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    given = sys.argv[1:] if tokens is None else tokens
+    # A lone hyphen, standard input, would be taken for an option without a name.
+    given = [STANDARD_INPUT if token == "-" else token for token in given]
     try:
-        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        app(given, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as e:
         return _fail(str(e))
     except DimscopeError as e:

@@ -112,6 +112,21 @@ class ResultFolder:
             (self.path / "tables" / f"{name}{suffix}").unlink(missing_ok=True)
 
 
+@contextmanager
+def alone(path: Path) -> Generator[None]:
+    """One process at a time in a folder of results; the others wait. A process that ends lets go, however it ends."""
+    from filelock import FileLock
+
+    lock = FileLock(path / "lock")
+    with _written(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def check_folder(path: Path) -> None:
     """Makes sure, without writing anything, that results can go to a folder. Raises InvalidArgument where they cannot."""
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())

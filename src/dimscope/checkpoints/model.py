@@ -82,6 +82,8 @@ def load_model(
             weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
         model = model if placement.device == "map" else model.to(placement.device)
     except (OSError, RuntimeError, ValueError, MemoryError) as e:
+        if offload is not None:
+            shutil.rmtree(offload, ignore_errors=True)
         if is_out_of_memory(e):
             raise out_of_memory(checkpoint.name) from e
         reason = " ".join(str(e).split())[:200]

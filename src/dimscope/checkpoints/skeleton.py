@@ -54,8 +54,6 @@ class Skeleton:
 
 def build_skeleton(config: "PretrainedConfig", name: str, *, trust_remote_code: bool) -> Skeleton:
     """Builds the model of a config on the meta device, and reads names, shapes, ties and roles off it."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     model = _meta_model(config, name, trust_remote_code)
     named = dict(model.named_parameters())
     names = {id(p): n for n, p in named.items()}
@@ -79,7 +77,7 @@ def build_skeleton(config: "PretrainedConfig", name: str, *, trust_remote_code: 
         input_name=input_name,
         output_name=output_name,
         tied=output_name == input_name,
-        causal=type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        causal=_is_causal(model),
         rename=_renamer(model),
         ignored=(
             *(model._keys_to_ignore_on_load_unexpected or ()),
@@ -88,6 +86,15 @@ def build_skeleton(config: "PretrainedConfig", name: str, *, trust_remote_code: 
             r"\.masked_bias$",
         ),
     )
+
+
+def _is_causal(model: Any) -> bool:
+    """Whether the model predicts the next token: one of transformers' own, derived from one, or remote code that says so."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    own = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    derived = any(base.__name__ in own for base in type(model).__mro__)
+    return derived or "AutoModelForCausalLM" in (getattr(model.config, "auto_map", None) or {})
 
 
 def _renamer(model: Any) -> Callable[[str], str]:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from dimscope.checkpoints import BUILTIN
-from dimscope.commands.options import COMMON, Common, check_seed
+from dimscope.commands.options import COMMON, STANDARD_INPUT, Common, check_given, check_seed
 from dimscope.errors import InvalidArgument
 from dimscope.terminal import Output
 
 if TYPE_CHECKING:
     from dimscope.studies.layer_plan import LayersSettings
 
-Given = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())]
+Given = Annotated[tuple[str, ...] | None, Parameter(consume_multiple=True, negative=())]
 
 
 @Parameter(name="*")
@@ -28,7 +28,7 @@ Given = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())
 class LayersOptions:
     """Options of the study of hidden layers."""
 
-    text: Given = ()
+    text: Given = None
     "Texts: files, folders, FILE.parquet:COLUMN, URLs, - or builtin:prose, builtin:html (both, by default)."
     windows: str | None = None
     "Windows of each text, spread evenly over it (8, or as many as every text has); all streams whole texts."
@@ -70,9 +70,11 @@ class LayersOptions:
         from dimscope.studies.layer_plan import LayersSettings, notebook_settings
 
         check_seed(seed)
+        check_given("--text", self.text, "texts")
         base = notebook_settings() if self.preset == "notebook" else LayersSettings()
         given = {
-            "texts": self.text or None, "windows": _windows(self.windows), "length": self.length, "shuffles": self.shuffles,
+            "texts": self.text and tuple("-" if source == STANDARD_INPUT else source for source in self.text),
+            "windows": _windows(self.windows), "length": self.length, "shuffles": self.shuffles,
             "across": self.across, "twin": self.random_weights, "logits": self.logits, "curve": self.curve,
             "thresholds": _thresholds(self.thresholds), "layers": self.layers, "chosen_layer": self.layer,
             "reservoir": self.reservoir, "batch": self.batch, "dtype": self.dtype, "device": self.device,
@@ -95,7 +97,7 @@ def layers(
     model: str = BUILTIN,
     /,
     *,
-    compare: Given = (),
+    compare: Given = None,
     seed: int = 0,
     options: LayersOptions = LAYERS,
     common: Common = COMMON,
@@ -118,7 +120,8 @@ def layers(
     from dimscope.studies.layers import summary_frame
 
     settings = options.settings(common, seed)
-    checkpoint, others = common.open(model), [common.open(other, "main") for other in compare]
+    check_given("--compare", compare, "models")
+    checkpoint, others = common.open(model), [common.open(other, "main") for other in compare or ()]
     with _folder(common.out) as directory:
         facts, tables = run_layers(checkpoint, directory, settings, others, announce)
     told = {"model": facts["model"], "seconds": facts["seconds"]}

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from dimscope.representations.embedding import EmbeddingTable
 
 
+STANDARD_INPUT = "\0-"  # how the command line hands "-" on; no shell can pass it
+
+
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Common:
@@ -84,6 +87,12 @@ class TableOptions:
 
 
 COMMON, TABLE = Common(), TableOptions()
+
+
+def check_given(option: str, values: tuple[str, ...] | None, kind: str) -> None:
+    """Raises InvalidArgument for an option that stands there alone, as where a variable is not set."""
+    if values == ():
+        raise InvalidArgument(f"{option} takes {kind}, and none is given")
 
 
 def check_seed(seed: int) -> None:

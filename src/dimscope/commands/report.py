@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from dimscope.checkpoints import BUILTIN
 from dimscope.commands.layers import LAYERS, LayersOptions, announce
-from dimscope.commands.options import COMMON, TABLE, Common, TableOptions, check_seed
+from dimscope.commands.options import COMMON, TABLE, Common, TableOptions, check_given, check_seed
 from dimscope.errors import InvalidArgument
 from dimscope.terminal import Output
 
@@ -53,6 +53,7 @@ def report(
     if common.out is None:
         raise InvalidArgument("give the folder of the report: dimscope report MODEL -o DIR")
     check_seed(seed)
+    check_given("--with", with_, "studies (embedding, layers)")
     if sample < 1:
         raise InvalidArgument(f"--sample is at least 1, not {sample}")
     settings = options.settings(common, seed)
@@ -66,4 +67,8 @@ def report(
         )[1]  # fmt: skip
     if "layers" in with_:
         facts, _ = run_layers(checkpoint, common.out, settings, (), announce)
-    common.print(Output({"page": common.out / "index.html", "model": facts["model"], "seconds": facts["seconds"]}))
+    told = {"model": facts["model"], "seconds": facts["seconds"]}
+    if waiting := facts.get("waiting"):
+        common.print(Output({**told, "waiting_for_shards": ", ".join(waiting)}))
+    else:
+        common.print(Output({"page": common.out / "index.html", **told}))

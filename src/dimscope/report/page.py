@@ -38,13 +38,15 @@ class Download:
 
 
 def write_page(directory: Path) -> Path:
-    """Write DIR/index.html from DIR/report.json and DIR/tables/*.parquet, whole or not at all.
+    """Write DIR/index.html from DIR/report.json and the tables in DIR/tables that it names, whole or not at all.
 
-    Raises FileNotFoundError without a report.json. Sections whose tables are missing are left out.
+    Where it names none, all are taken. Raises FileNotFoundError without a report.json. Sections whose tables are missing
+    are left out.
     """
     directory = Path(directory)
     facts = Facts.from_json(json.loads((directory / "report.json").read_text(encoding="utf-8")))
-    files = sorted((directory / "tables").glob("*.parquet"))
+    named = {name for names in facts.raw.get("tables", {}).values() for name in names}
+    files = [p for p in sorted((directory / "tables").glob("*.parquet")) if not named or p.stem in named]
     tables = {path.stem: pl.read_parquet(path) for path in files}
     html = render(tables, facts, [_download(path) for path in files])
     page = directory / "index.html"

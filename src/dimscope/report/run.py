@@ -12,7 +12,7 @@ from dimscope.report.page import write_page
 from dimscope.results import ResultFolder, write_json
 from dimscope.studies.embedding import EmbeddingSettings, study_embedding
 from dimscope.studies.layer_plan import LayersSettings
-from dimscope.studies.layers import study_layers
+from dimscope.studies.layers import sharing, study_layers
 from dimscope.studies.provenance import fingerprint
 
 
@@ -30,7 +30,7 @@ def run_layers(
     directory: Path,
     settings: LayersSettings,
     others: Sequence[Checkpoint] = (),
-    announce: Callable[[str], object] = lambda line: None,
+    announce: Callable[[str], object] | None = None,
 ) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
     """Studies the hidden layers, as `run_report` does the embedding table: the facts, and the tables by name.
 
@@ -39,7 +39,8 @@ def run_layers(
     folder = ResultFolder(directory, fingerprint(checkpoint))
     facts, tables = study_layers(checkpoint, folder, settings, others, announce)
     if tables:
-        _told(directory, facts, checkpoint)
+        with sharing(directory, settings):
+            _told(directory, facts, checkpoint)
     return facts, tables
 
 
@@ -49,7 +50,7 @@ def _told(directory: Path, facts: Mapping[str, Any], checkpoint: Checkpoint) -> 
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if before.get("fingerprint") != mark:
         before = {}
-    studies = {**before.get("study", {}), **facts["study"]}
+    both = {key: {**before.get(key, {}), **facts[key]} for key in ("study", "tables")}
     warnings = list(dict.fromkeys([*before.get("warnings", []), *facts["warnings"]]))
-    write_json(path, {**before, **facts, "study": studies, "warnings": warnings, "fingerprint": mark})
+    write_json(path, {**before, **facts, **both, "warnings": warnings, "fingerprint": mark})
     return write_page(directory)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dimscope.errors import NonFiniteActivations
+from dimscope.errors import InvalidArgument, NonFiniteActivations
 from dimscope.representations.hidden_states import Site, run_batch
 from dimscope.representations.moments import Accumulator
 from dimscope.representations.predictions import Predictions
@@ -150,10 +150,14 @@ def collect(
     """Runs windows through the model as one batch, and adds what they show to the collection.
 
     Windows may differ in length: they are padded on the right, and nothing is collected at padding.
-    Raises NonFiniteActivations, naming the site.
+    Raises NonFiniteActivations, naming the site; InvalidArgument for ids that the model has no rows for.
     """
     lengths = torch.tensor([len(w.ids) for w in windows])
     ids, ends = (pad_sequence([getattr(w, name) for w in windows], batch_first=True) for name in ("ids", "ends"))
+    if int(ids.max()) >= len(into.seen):
+        raise InvalidArgument(
+            f"the tokenizer gives the id {int(ids.max())}, and the table of the model has {len(into.seen)} rows: they do not belong together"
+        )
     mask = torch.arange(ids.shape[1]) < lengths[:, None] if bool((lengths != ids.shape[1]).any()) else None
     places = into.reservoir.candidates(ends, mask)
 

@@ -215,7 +215,10 @@ def study_embedding(checkpoint: Checkpoint, folder: ResultFolder, settings: Embe
     for name, (depends_on, compute) in progress:
         progress.set_postfix_str(name)
         done[name] = folder.table(name, {key: given[key] for key in depends_on}, compute)
-    return _facts(work, done, given) | {"seconds": round(time.monotonic() - began, 1)}
+    return _facts(work, done, given) | {
+        "tables": {"embedding": list(done)},
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
 def token_table(

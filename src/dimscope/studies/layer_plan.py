@@ -211,4 +211,4 @@ def _window_length(checkpoint: Checkpoint, settings: LayersSettings) -> int:
     if asked is not None and context is not None and asked > context:
         raise InvalidArgument(f"--length {asked}: {checkpoint.title} reads at most {context} tokens at once")
     longest = LENGTH if settings.preset is None else NOTEBOOK_LENGTH
-    return asked or min(context or longest, longest)
+    return min(context or longest, longest) if asked is None else asked

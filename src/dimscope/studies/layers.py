@@ -7,6 +7,7 @@ study are those of its passes, one below the other.
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from dimscope.representations.collection import Collection, load_collection
 from dimscope.representations.hidden_states import FINAL_NORM, find_sites, select_sites
 from dimscope.representations.passes import PassSettings, run_pass
 from dimscope.representations.reservoir import Reservoir
-from dimscope.results import ResultFolder, write_tensors
+from dimscope.results import ResultFolder, alone, write_tensors
 from dimscope.studies import layer_measures as measures
 from dimscope.studies.estimate import estimate_passes
 from dimscope.studies.layer_plan import LayersSettings, Unit, plan_layers
@@ -36,12 +37,20 @@ if TYPE_CHECKING:
 TABLES = ("layers", "scree", "texts", "confidence", "predictions", "similarity", "curve")
 
 
+STATE = ".dimscope-state"  # of a run that is not finished, in its folder
+
+
+def sharing(directory: Path, settings: LayersSettings) -> AbstractContextManager[None]:
+    """One shard at a time, where there are several: the last two may finish together."""
+    return alone(directory / STATE) if settings.shard[1] > 1 else nullcontext()
+
+
 def study_layers(
     checkpoint: Checkpoint,
     folder: ResultFolder,
     settings: LayersSettings,
     others: Sequence[Checkpoint] = (),
-    announce: Callable[[str], object] = lambda line: None,
+    announce: Callable[[str], object] | None = None,
 ) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
     """Runs the study into a folder, pass by pass; returns the facts for report.json and the tables by name.
 
@@ -51,19 +60,22 @@ def study_layers(
     """
     began = time.monotonic()
     work = LayersWork(checkpoint, folder, settings, others)
-    announce(work.estimate())
+    if announce is not None:
+        announce(work.estimate())
     facts = checkpoint_facts(checkpoint)
     if settings.shard[1] > 1 and (waiting := work.run_shard()):
         return facts | {"waiting": waiting, "seconds": round(time.monotonic() - began, 1)}, {}
-    for unit in work.plan.units:
-        for name in work.wanted(unit):
-            work.table(unit, name)
-        work.forget(unit)
-    done = {name: table for name in TABLES if (table := work.finish(name)) is not None}
+    with sharing(folder.path, settings):
+        for unit in work.plan.units:
+            for name in work.wanted(unit):
+                work.table(unit, name)
+            work.forget(unit)
+        done = {name: table for name in TABLES if (table := work.finish(name)) is not None}
     if settings.shard[1] == 1:  # other shards may still be reading theirs
         shutil.rmtree(work.state, ignore_errors=True)
     study = work.facts(done["texts"], done["layers"])
-    return facts | {"study": {"layers": study}, "warnings": [], "seconds": round(time.monotonic() - began, 1)}, done
+    facts |= {"study": {"layers": study}, "tables": {"layers": list(done)}, "warnings": []}
+    return facts | {"seconds": round(time.monotonic() - began, 1)}, done
 
 
 class LayersWork:
@@ -73,7 +85,7 @@ class LayersWork:
         self, checkpoint: Checkpoint, folder: ResultFolder, settings: LayersSettings, others: Sequence[Checkpoint]
     ) -> None:
         self.folder, self.settings = folder, settings
-        self.state = folder.path / "state"
+        self.state = folder.path / STATE
         self.plan = plan_layers([checkpoint, *others], settings)
         self._model: tuple[tuple[int, str], PreTrainedModel] | None = None
         self._collected: tuple[Unit, Collection] | None = None

@@ -1,0 +1,771 @@
+"""`dimscope layers` end to end: what it measures, from which texts, what it uses again, and what a violent end does to it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import transformers
+from polars.testing import assert_frame_equal
+from safetensors.torch import load_file, save_file
+
+CAUSAL = [family for family, spec in models.FAMILIES.items() if spec.output]
+POSITIONS = ["gpt2", "gpt_neo", "opt"]  # they add a vector per position to the embeddings; the others rotate
+ROTARY = [family for family in CAUSAL if family not in POSITIONS]
+TABLES = {"layers", "scree", "texts", "confidence", "predictions", "similarity"}
+SITES = {0: "embeddings", 1: "block 1", 2: "block 2, before final norm", 3: "after final norm"}
+SMALL = ("--length", "16", "--windows", "3", "--shuffles", "2", "--seed", "7")  # the seed of the checkpoints is 0
+BARE = ("--shuffles", "0", "--across", "0", "--no-random-weights")
+LAYERS = ["model", "text", "condition", "draw", "site", "layer", "preprocess", "centred", "metric", "scale", "value",
+          "stderr", "null", "of_dim", "of_rank", "of_null", "n_tokens", "n_dropped", "dim"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A file with the text on which the tests' tokenizers were trained."""
+    path = tmp_path_factory.mktemp("texts") / "keeper.txt"
+    path.write_text(models.TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def studied(checkpoint, cli, digest, text, tmp_path_factory) -> Callable[[str], Path]:
+    """Return `studied(family)`: the folder of a small study of the family, each made once. Read only."""
+    made: dict[str, Path] = {}
+
+    def study(family: str) -> Path:
+        if family not in made:
+            before = digest(checkpoint(family))
+            made[family] = tmp_path_factory.mktemp(f"layers-{family}")
+            succeed(cli("layers", checkpoint(family), "--text", text, *SMALL, "-o", made[family]))
+            assert digest(checkpoint(family)) == before
+        return made[family]
+
+    return study
+
+
+def succeed(result: subprocess.CompletedProcess[str]) -> str:
+    """Check that a command succeeded without a word on standard error, and return what it printed."""
+    assert (result.returncode, result.stderr[-600:]) == (0, "")
+    return result.stdout
+
+
+def read_tables(folder: Path) -> dict[str, pl.DataFrame]:
+    return {path.stem: pl.read_parquet(path) for path in (folder / "tables").glob("*.parquet")}
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    return models.read_json(folder / "report.json")
+
+
+def rows(frame: pl.DataFrame, **where: Any) -> pl.DataFrame:
+    """The rows with these values, e.g. condition="real"."""
+    return frame.filter(*(pl.col(name) == value for name, value in where.items()))
+
+
+def spectral(frame: pl.DataFrame, metric: str, **where: Any) -> list[float]:
+    """The raw, centred values of a metric."""
+    return rows(frame, metric=metric, preprocess="raw", centred=True, **where)["value"].to_list()
+
+
+def conditions(frame: pl.DataFrame) -> dict[str, list[int]]:
+    """The conditions of a table and their draws."""
+    return {name[0]: sorted(set(part["draw"])) for name, part in frame.group_by("condition")}
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """When each file below the tables was written."""
+    paths = (path for path in (folder / "tables").rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in paths}
+
+
+def sections(folder: Path) -> list[str]:
+    """The anchors of the sections on the page."""
+    return re.findall(r'<section id="([^"]+)"', (folder / "index.html").read_text(encoding="utf-8"))
+
+
+def check_same(left: Path, right: Path, rel_tol: float, abs_tol: float) -> None:
+    """Check that two studies say the same: names, counts and nulls exactly, numbers to a tolerance."""
+    one, other = read_tables(left), read_tables(right)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert_frame_equal(one[name], other[name], rel_tol=rel_tol, abs_tol=abs_tol)
+
+
+# ---- what is measured ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_every_causal_family_is_studied_and_left_as_it_was(studied, text, family):
+    out = studied(family)
+    assert {path.name for path in out.iterdir()} == {"tables", "index.html", "report.json"}
+    assert not [path for path in out.rglob("*") if path.suffix in (".tmp", ".safetensors")]
+    tables = read_tables(out)
+    assert tables.keys() == TABLES
+    layers = tables["layers"]
+    assert layers.columns == LAYERS
+    assert dict(layers.select("layer", "site").unique().iter_rows()) == SITES
+    expected = {"real": [0], "shuffled": [0, 1], "shuffled across": [0], "random weights": [0]}
+    for name in ("layers", "texts", "confidence", "predictions"):
+        assert conditions(tables[name]) == expected, name
+    assert conditions(tables["scree"]) == {name: [0] for name in expected}
+    assert set(tables["similarity"]["comparison"]) == {"between layers", "real and shuffled", "real and random weights"}
+    assert set(layers["preprocess"]) == {"raw", "without first token", "without massive tokens", "z-scored"}
+    for percent in (80, 90, 95, 99):
+        assert len(spectral(layers, f"variance count {percent}%")) == 5 * len(SITES)
+    assert set(rows(layers, metric="stable rank", preprocess="raw")["n_tokens"]) == {48}
+    assert set(rows(layers, metric="stable rank", preprocess="without first token")["n_tokens"]) == {45}
+    told = read_facts(out)
+    assert told["study"]["layers"]["texts"] == [text.name]
+    assert told["study"]["layers"]["window_length"] == 16
+    assert (out / "index.html").stat().st_size > 1_000_000
+    page = {"layers-sample", "layers", "scree", "preprocessing", "intrinsic", "confidence", "similarity"}
+    assert page <= set(sections(out))
+
+
+def middle_windows(folder: Path, length: int, count: int) -> tuple[list[list[int]], list[int]]:
+    """Windows of TEXT as the definition has them: each from the middle of one of `count` equal parts, BOS first.
+
+    Also the bytes of the tokens that are predicted in each, for tokenizers whose pieces are bytes.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(models.TEXT, add_special_tokens=False, verbose=False)["input_ids"]
+    prefix = tokenizer("a")["input_ids"][: -len(tokenizer("a", add_special_tokens=False)["input_ids"])]
+    room = length - len(prefix)
+    starts = [(2 * part + 1) * len(ids) // (2 * count) - room // 2 for part in range(count)]
+    found = [[*prefix, *ids[start : start + room]] for start in starts]
+    return found, [len(tokenizer.decode(window[1:]).encode()) for window in found]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "llama"])
+def test_the_numbers_are_those_of_stock_transformers(checkpoint, studied, family):
+    folder, tables = checkpoint(family), read_tables(studied(family))
+    windows, n_bytes = middle_windows(folder, 16, 3)
+    ids = torch.tensor(windows)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    before_norm: list[torch.Tensor] = []  # the library's list of hidden states does not have it
+    norm = model.transformer.ln_f if family == "gpt2" else model.model.norm
+    norm.register_forward_pre_hook(lambda module, arguments: before_norm.append(arguments[0]))
+    with torch.inference_mode():
+        said = model(ids, output_hidden_states=True)
+    for layer, states in enumerate([*said.hidden_states[:2], *before_norm, said.hidden_states[-1]]):
+        cloud = states.flatten(0, 1).double().numpy()
+        variances = np.linalg.svd(cloud - cloud.mean(axis=0), compute_uv=False) ** 2
+        shares = variances / variances.sum()
+        where = {"condition": "real", "layer": layer}
+        # float32 states of another batch: 1e-5 of a state, and less in sums over 48 of them
+        [ratio] = spectral(tables["layers"], "participation ratio", **where)
+        assert ratio == pytest.approx(1 / (shares**2).sum(), rel=1e-5)
+        [count] = spectral(tables["layers"], "variance count 95%", **where)
+        assert count == np.searchsorted(shares.cumsum(), 0.95) + 1
+        scree = rows(tables["scree"], **where).sort("index")["share"].to_numpy()
+        assert scree[:20] == pytest.approx(shares[:20], rel=1e-4)
+    losses = torch.nn.functional.cross_entropy(
+        said.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    told = dict(rows(tables["predictions"], condition="real").select("metric", "value").iter_rows())
+    assert told["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    best = said.logits.log_softmax(dim=2).amax(dim=2)
+    assert told["max log-softmax"] == pytest.approx(float(best.mean()), rel=1e-5)
+    if family != "llama":  # its pieces are no bytes
+        assert told["bits per byte"] == pytest.approx(float(losses.sum()) / math.log(2) / sum(n_bytes), rel=1e-5)
+    texts = rows(tables["texts"], condition="real").row(0, named=True)
+    assert texts["unique_tokens"] == pytest.approx(np.mean([len(set(window)) for window in windows]))
+    assert texts["unique_in_all"] == len(set(ids.flatten().tolist()))
+
+
+def spectrum(tables: dict[str, pl.DataFrame], condition: str, layer: int) -> np.ndarray:
+    return rows(tables["scree"], condition=condition, layer=layer).sort("index")["share"].to_numpy()
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_order_leaves_the_spectrum_of_rotary_embeddings_alone(studied, family):
+    tables = read_tables(studied(family))
+    for condition in ("shuffled", "shuffled across"):
+        change = np.abs(spectrum(tables, "real", 0) - spectrum(tables, condition, 0)).max()
+        assert change < 1e-9 if family in ROTARY else change > 1e-5
+        assert np.abs(spectrum(tables, "real", 3) - spectrum(tables, condition, 3)).max() > 1e-5
+    assert np.abs(spectrum(tables, "real", 0) - spectrum(tables, "random weights", 0)).max() > 1e-5
+
+
+@pytest.mark.parametrize(("family", "length"), [*((f, 24) for f in CAUSAL), ("qwen2", 64), ("llama", 64)])
+def test_the_rank_of_one_window_of_rotary_embeddings_counts_its_tokens(checkpoint, cli, text, tmp_path, family, length):
+    options = ("--length", length, "--windows", "1", "--layers", "0", "--no-logits", *BARE)
+    succeed(cli("layers", checkpoint(family), "--text", text, *options, "-o", tmp_path))
+    tables = read_tables(tmp_path)
+    [unique] = tables["texts"]["unique_tokens"]
+    [rank] = spectral(tables["layers"], "numerical rank")
+    if family in ROTARY:
+        assert rank == min(unique - 1, 32)
+        assert unique < length
+    else:
+        assert rank == length - 1 > unique - 1
+
+
+def test_the_wider_types_and_the_devices_give_the_same_within_their_precision(checkpoint, cli, text, studied, tmp_path):
+    exact = read_tables(studied("qwen2"))["layers"]
+    for name, rel in (("float32", 1e-6), ("bfloat16", 0.05), ("map", 1e-6)):
+        options = ("--device", "map") if name == "map" else ("--dtype", name, "--device", "cpu")
+        succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL, *options, "-o", tmp_path / name))
+        found = spectral(read_tables(tmp_path / name)["layers"], "participation ratio", condition="real")
+        assert found == pytest.approx(spectral(exact, "participation ratio", condition="real"), rel=rel)
+
+
+# ---- texts ---------------------------------------------------------------------------------------------------------
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder without a log."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def site(text) -> Iterator[str]:
+    """Return the address of a server of the folder in which the text lies."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(text.parent))) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_files_folders_parquet_and_urls_give_the_same_text(checkpoint, cli, text, site, tmp_path):
+    (tmp_path / "corpus" / "below").mkdir(parents=True)
+    cut = models.TEXT.index("\n") + 1
+    (tmp_path / "corpus" / "a.md").write_text(models.TEXT[:cut])
+    (tmp_path / "corpus" / "below" / "b.txt").write_text(models.TEXT[cut:])
+    (tmp_path / "corpus" / "image.png").write_bytes(bytes(range(256)))
+    lines = models.TEXT.splitlines(keepends=True)
+    pl.DataFrame({"body": [*lines, None], "title": ["no"] * (len(lines) + 1)}).write_parquet(tmp_path / "data.parquet")
+    sources = {
+        text.name: text,
+        "corpus/": tmp_path / "corpus",
+        "data.parquet:body": f"{tmp_path / 'data.parquet'}:body",
+        f"{site}/keeper.txt": f"{site}/keeper.txt?token=secret",
+    }
+    options = ("--length", "16", "--windows", "3", "--shuffles", "1", "--no-random-weights")
+    out = tmp_path / "out"
+    succeed(cli("layers", checkpoint("qwen2"), "--text", *sources.values(), *options, "-o", out))
+    assert read_facts(out)["study"]["layers"]["texts"] == list(sources)
+    for name, frame in read_tables(out).items():
+        first, *others = (rows(frame, text=source).drop("text", "other_text", strict=False) for source in sources)
+        assert len(first) > 0, name
+        for other in others:
+            assert_frame_equal(first, other)
+    assert "texts" in sections(out)
+    assert b"secret" not in b"".join(path.read_bytes() for path in out.rglob("*.json"))
+
+
+@pytest.fixture
+def piped(checkpoint, clean_environment, tmp_path) -> Callable[..., str]:
+    """Return `piped(*options)`: what a study of the text on standard input prints, in an empty folder of its own."""
+
+    def run(*options: object) -> str:
+        for name in ("here", "temporary"):
+            (tmp_path / name).mkdir()
+        variables = {**clean_environment, "TMPDIR": str(tmp_path / "temporary"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "dimscope", "layers", checkpoint("qwen2"), *options]
+        result = subprocess.run(
+            [*map(str, command)],
+            cwd=tmp_path / "here",
+            env=variables,
+            input=models.TEXT,
+            capture_output=True,
+            text=True,
+        )
+        return succeed(result)
+
+    return run
+
+
+def test_standard_input_to_json_leaves_nothing_on_disk(checkpoint, piped, studied, tmp_path):
+    told = json.loads(piped("--text=-", *SMALL, "--json"))
+    assert told["model"] == str(checkpoint("qwen2"))
+    tables = read_tables(studied("qwen2"))
+    for name in ("layers", "texts", "predictions", "similarity"):
+        frame = pl.DataFrame(told[name], schema=tables[name].schema)
+        assert set(frame["text"]) == {"standard input"}
+        assert_frame_equal(*(f.drop("text", "other_text", strict=False) for f in (frame, tables[name])))
+    assert [row["layer"] for row in told["dimensions"]] == [*SITES]
+    counts = spectral(tables["layers"], "variance count 95%", condition="real")
+    assert [row["95%"] for row in told["dimensions"]] == counts
+    assert not list((tmp_path / "here").iterdir())
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_standard_input_as_the_help_has_it(piped, tmp_path):
+    said = piped("--text", "-", "--length", "16", "--windows", "3", *BARE, "-o", tmp_path / "out")
+    assert "standard input" in said
+    assert read_facts(tmp_path / "out")["study"]["layers"]["texts"] == ["standard input"]
+
+
+def test_without_a_model_and_a_text_the_built_in_ones_are_studied(cli, tmp_path):
+    told = json.loads(succeed(cli("layers", "--length", "32", "--windows", "2", *BARE, "--json", "-o", tmp_path)))
+    assert told["model"] == "builtin"
+    assert read_facts(tmp_path)["study"]["layers"]["texts"] == ["builtin prose", "builtin html"]
+    assert set(read_tables(tmp_path)["layers"]["text"]) == {"builtin prose", "builtin html"}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_all_windows_of_a_text_are_streamed(checkpoint, cli, tmp_path, family):
+    (tmp_path / "long.txt").write_text(models.TEXT * 8)
+    options = ("--length", "16", "--windows", "all", "--shuffles", "1", "--no-random-weights")
+    out = tmp_path / "out"
+    succeed(cli("layers", checkpoint(family), "--text", tmp_path / "long.txt", *options, "-o", out))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint(family))
+    n = len(tokenizer(models.TEXT * 8, add_special_tokens=False, verbose=False)["input_ids"])
+    n_windows = n // (16 - (family == "llama"))  # Llama's tokenizer puts <s> before each window
+    texts = read_tables(out)["texts"]
+    assert n_windows > 400
+    assert set(texts["n_windows"]) == {n_windows}
+    assert set(texts["n_tokens"]) == {16 * n_windows}
+    assert set(texts["bos"]) == ({"<s>"} if family == "llama" else {None})
+    assert conditions(texts) == {"real": [0], "shuffled": [0], "shuffled across": [0]}
+
+
+def test_as_many_windows_as_the_shortest_text_has(checkpoint, cli, text, tmp_path):
+    (tmp_path / "short.txt").write_text(models.TEXT[:300])
+    sources = ("--text", text, tmp_path / "short.txt")
+    succeed(cli("layers", checkpoint("qwen2"), *sources, "--length", "32", *BARE, "-o", tmp_path / "out"))
+    counts = read_tables(tmp_path / "out")["texts"].select("text", "n_windows")
+    assert dict(counts.iter_rows()).keys() == {text.name, "short.txt"}
+    assert len(set(counts["n_windows"])) == 1
+    assert 1 < counts["n_windows"][0] < 8
+
+
+def test_texts_of_one_file_name_are_told_apart(checkpoint, cli, tmp_path):
+    for folder, content in (("old", models.TEXT), ("new", models.TEXT.replace("keeper", "sailor"))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(content)
+    paths = [str(tmp_path / "old" / "a.txt"), str(tmp_path / "new" / "a.txt")]
+    options = ("--length", "16", "--windows", "3", *BARE)
+    succeed(cli("layers", checkpoint("qwen2"), "--text", *paths, paths[0], *options, "-o", tmp_path / "out"))
+    tables = read_tables(tmp_path / "out")
+    names = [*paths, f"{paths[0]} (2)"]
+    assert read_facts(tmp_path / "out")["study"]["layers"]["texts"] == names
+    old, new, again = (spectral(tables["layers"], "participation ratio", text=name) for name in names)
+    assert old == again != new
+
+
+# ---- options -------------------------------------------------------------------------------------------------------
+
+
+def test_options_choose_what_is_measured(checkpoint, cli, text, tmp_path):
+    options = (
+        "--length", "16", "--windows", "4", "--thresholds", "95,80", "--layers", "0,2,norm", "--no-logits", "--curve",
+        "--reservoir", "64", "--layer", "0",
+    )  # fmt: skip
+    succeed(cli("layers", checkpoint("qwen2"), "--text", text, *options, *BARE, "-o", tmp_path))
+    tables = read_tables(tmp_path)
+    assert tables.keys() == TABLES - {"confidence", "predictions"} | {"curve"}
+    for name in ("layers", "scree", "curve"):
+        assert dict(tables[name].select("layer", "site").unique().iter_rows()) == {i: SITES[i] for i in (0, 2, 3)}
+        assert conditions(tables[name]) == {"real": [0]}
+    for name in ("layers", "curve"):
+        counts = {metric for metric in tables[name]["metric"] if metric.startswith("variance count")}
+        assert counts == {"variance count 80%", "variance count 95%"}
+    assert set(tables["curve"]["n_tokens"]) == {60}  # of 64, without the first of every window
+    assert set(tables["similarity"]["comparison"]) == {"between layers"}
+    study = read_facts(tmp_path)["study"]["layers"]
+    assert (study["thresholds"], study["layers"], study["chosen_layer"]) == ([0.8, 0.95], "0,2,norm", 0)
+    succeed(cli("layers", checkpoint("qwen2"), "--text", text, "--length", "16", "--windows", "4", "-o", tmp_path))
+    assert read_tables(tmp_path).keys() == TABLES  # the curve of before is not taken for one of this run
+
+
+def test_the_smallest_study_has_a_page(checkpoint, cli, tmp_path):
+    (tmp_path / "same.txt").write_text("a" * 200)
+    for length, windows in ((2, 1), (3, 2), (16, 1)):
+        options = ("--length", length, "--windows", windows, "--shuffles", "1")
+        out = tmp_path / f"{length}-{windows}"
+        command = ("layers", checkpoint("qwen2"), "--text", tmp_path / "same.txt", *options, "-o", out, "--json")
+        told = json.loads(succeed(cli(*command)))
+        assert told["page"] == str(out / "index.html")
+        assert "layers" in sections(out)
+        frame = pl.DataFrame(told["layers"], infer_schema_length=None)
+        assert set(spectral(frame, "numerical rank", layer=0)) == {0.0}
+
+
+def test_a_terminal_is_told_the_dimensions_and_where_the_page_is(checkpoint, cli, text, tmp_path):
+    said = succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL, "-o", tmp_path / "out"))
+    assert "index.html" in said
+    assert "keeper.txt" in said
+    for site in ("emb", "block 1", "block 2", "norm"):
+        assert re.search(rf"^ +\d +{site} +48 ", said, re.MULTILINE)
+
+
+def test_another_model_is_held_against_the_first_whatever_its_tokenizer_and_width(checkpoint, cli, text, tmp_path):
+    first, wide = checkpoint("qwen2"), checkpoint("llama", hidden_size=64, vocab_size=600)
+    options = ("--length", "32", "--windows", "4", *BARE)
+    succeed(cli("layers", first, "--text", text, "--compare", wide, first, *options, "-o", tmp_path))
+    study = read_facts(tmp_path)["study"]["layers"]
+    assert len(set(study["models"])) == 3
+    tables = read_tables(tmp_path)
+    assert set(tables["layers"]["dim"]) == {32, 64}
+    between = rows(tables["similarity"], comparison="between models", model=study["models"][0])
+    against = rows(between, other_model=study["models"][1])
+    assert set(against.select("layer", "other_layer").iter_rows()) == {(i, j) for i in SITES for j in SITES}
+    assert against["overlap"].null_count() == len(against)  # no common space to span
+    assert min(against["n_tokens"]) >= 4
+    assert max(against["cka"].abs()) <= 1
+    itself = rows(between, other_model=study["models"][2]).filter(pl.col("layer") == pl.col("other_layer"))
+    assert itself["cka"].to_list() == pytest.approx([1.0] * 4, abs=1e-9)
+    assert itself["overlap"].to_list() == pytest.approx([1.0] * 4, abs=1e-9)
+    assert {"alignment", "models"} & set(sections(tmp_path))
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert study["models"][1] in page
+
+
+def test_the_preset_of_the_notebook_and_options_on_top_of_it(checkpoint, cli, text, tmp_path):
+    def study(folder: Path, *options: str) -> tuple[dict[str, Any], pl.DataFrame]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        succeed(cli("layers", folder, "--text", text, "--length", "32", "--preset", "notebook", *options, "-o", out))
+        return read_facts(out)["study"]["layers"], read_tables(out)["layers"]
+
+    told, layers = study(checkpoint("gpt2", layers=12))
+    assert (told["preset"], told["chosen_layer"], told["windows"], told["thresholds"]) == ("notebook", 10, 1, [0.95])
+    assert conditions(layers) == {"real": [0], "shuffled": [0]}
+    assert {metric for metric in layers["metric"] if "count" in metric} == {"variance count 95%"}
+    assert set(rows(layers, metric="stable rank", preprocess="raw")["n_tokens"]) == {32}
+    told, layers = study(checkpoint("qwen2"))
+    assert told["chosen_layer"] == 3  # the nearest to 10 that a model of two blocks has
+    on_top = ("--windows", "2", "--shuffles", "3", "--across", "1", "--random-weights", "--thresholds", "80,99")
+    told, layers = study(checkpoint("qwen2"), *on_top, "--layer", "1")
+    assert (told["preset"], told["chosen_layer"], told["windows"]) == ("notebook", 1, 2)
+    assert conditions(layers) == {"real": [0], "shuffled": [0, 1, 2], "shuffled across": [0], "random weights": [0]}
+    assert {metric for metric in layers["metric"] if "count" in metric} == {"variance count 80%", "variance count 99%"}
+
+
+def test_a_model_on_the_hub_is_fetched_once_and_gives_the_numbers_of_its_folder(
+    checkpoint, hub_cli, text, studied, tmp_path
+):
+    hub, run = hub_cli
+    commit = hub.add("owner/layered", checkpoint("qwen2"))
+    succeed(run("layers", "owner/layered", "--text", text, *SMALL, "-o", tmp_path / "out"))
+    told, here = read_facts(tmp_path / "out"), read_tables(studied("qwen2"))
+    assert (told["model"], told["revision"]) == ("owner/layered", commit.sha)
+    for name, frame in read_tables(tmp_path / "out").items():
+        assert_frame_equal(*(f.drop("model", "other_model", strict=False) for f in (frame, here[name])))
+    size = (checkpoint("qwen2") / "model.safetensors").stat().st_size
+    assert size <= hub.bytes_sent("model.safetensors") < 2 * size
+    before = hub.bytes_sent("model.safetensors")
+    succeed(run("layers", "owner/layered", "--text", text, *SMALL))
+    assert hub.bytes_sent("model.safetensors") == before
+
+
+# ---- what is used again --------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_again_computes_nothing(checkpoint, cli, text, studied, tmp_path):
+    out = shutil.copytree(studied("qwen2"), tmp_path / "out")
+    first, page = stamps(out), sections(out)
+    succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL, "-o", out))
+    assert stamps(out) == first
+    assert sections(out) == page
+    victim = next(out.glob("tables/passes/shuffled-1-*.layers.parquet"))
+    victim.write_bytes(victim.read_bytes()[:100])
+    (out / "tables" / "layers.json").unlink()  # a table without provenance is not finished
+    succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL, "-o", out))
+    changed = {name.rpartition(".")[0] for name, stamp in stamps(out).items() if stamp != first.get(name)}
+    assert changed == {"tables/layers", victim.relative_to(out).as_posix().removesuffix(".parquet")}
+    check_same(out, studied("qwen2"), 0, 0)
+
+
+def test_another_threshold_changes_what_depends_on_it(checkpoint, cli, text, studied, tmp_path):
+    out = shutil.copytree(studied("qwen2"), tmp_path / "out")
+    before = {path.stem: path.read_bytes() for path in out.glob("tables/*.parquet")}
+    for folder in (out, tmp_path / "alone"):
+        succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL, "--thresholds", "50,95", "-o", folder))
+    after = {path.stem: path.read_bytes() for path in out.glob("tables/*.parquet")}
+    assert {name for name in after if after[name] != before[name]} == {"layers"}
+    check_same(out, tmp_path / "alone", 0, 0)
+    old, new = (read_tables(folder)["layers"] for folder in (studied("qwen2"), out))
+    other = ~pl.col("metric").str.starts_with("variance count") | (pl.col("metric") == "variance count 95%")
+    assert_frame_equal(old.filter(other), new.filter(other))
+
+
+def test_more_texts_draws_and_models_are_added_to_what_is_finished(checkpoint, cli, text, studied, tmp_path):
+    out = shutil.copytree(studied("qwen2"), tmp_path / "out")
+    passes = {name: stamp for name, stamp in stamps(out).items() if "/passes/" in name}
+    (tmp_path / "other.txt").write_text(models.TEXT.replace("keeper", "sailor"))
+    more = (
+        "--text",
+        text,
+        tmp_path / "other.txt",
+        "--length",
+        "16",
+        "--windows",
+        "3",
+        "--shuffles",
+        "3",
+        "--seed",
+        "7",
+    )
+    beside = ("--compare", checkpoint("gpt2"))
+    for folder in (out, tmp_path / "alone"):
+        succeed(cli("layers", checkpoint("qwen2"), *more, *beside, "-o", folder))
+    now = stamps(out)
+    assert {name: now[name] for name in passes} == passes
+    check_same(out, tmp_path / "alone", 0, 0)
+    assert {path.name for path in out.iterdir()} == {"tables", "index.html", "report.json"}
+
+
+def test_a_text_that_changed_is_read_again(checkpoint, cli, tmp_path):
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    found = []
+    for content in (models.TEXT, models.TEXT.replace("the", "one")):
+        path.write_text(content)
+        succeed(cli("layers", checkpoint("qwen2"), "--text", path, *SMALL[:4], *BARE, "-o", out))
+        found.append(spectral(read_tables(out)["layers"], "participation ratio"))
+    assert len(found[0]) == len(found[1]) == 4
+    assert found[0] != found[1]
+
+
+def test_both_studies_are_on_one_page_in_whatever_order_they_came(checkpoint, cli, text, tmp_path):
+    folder = checkpoint("qwen2")
+    small = ("--text", text, "--length", "16", "--windows", "3", *BARE)
+    together, turns = tmp_path / "together", {name: tmp_path / name for name in ("table first", "layers first")}
+    said = succeed(cli("report", folder, "--with", "embedding", "layers", *small, "-o", together))
+    assert "index.html" in said
+    commands = [("report", folder), ("layers", folder, *small)]
+    for out, order in zip(turns.values(), (commands, commands[::-1]), strict=True):
+        for command in order:
+            succeed(cli(*command, "-o", out))
+    for out in (together, *turns.values()):
+        assert set(read_facts(out)["study"]) == {"embedding", "layers"}
+        assert sections(out) == sections(together)
+    assert {"map", "spectrum", "hubness", "layers", "scree", "confidence"} <= set(sections(together))
+    for out in turns.values():
+        check_same(out, together, 0, 0)
+    first = stamps(together)
+    succeed(cli("report", folder, "--with", "layers", "embedding", *small, "-o", together))
+    assert stamps(together) == first
+
+
+def page_of(folder: Path) -> tuple[str, list[str]]:
+    """What the page says of the model and the run before its provenance, and the tables that it offers."""
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    return page.split('<section id="provenance"')[0], re.findall(r'id="table-([^"]+)"', page)
+
+
+@pytest.mark.parametrize("order", [("layers", "layers"), ("report", "layers"), ("layers", "report")])
+def test_another_model_in_the_same_folder_takes_nothing_from_the_first(checkpoint, cli, text, tmp_path, order):
+    options = {"layers": ("--text", text, "--length", "16", "--windows", "3", *BARE), "report": ()}
+    for family, command in zip(("qwen2", "gpt2"), order, strict=True):
+        succeed(cli(command, checkpoint(family), *options[command], "-o", tmp_path / "shared"))
+    succeed(cli(order[1], checkpoint("gpt2"), *options[order[1]], "-o", tmp_path / "alone"))
+    told, alone = read_facts(tmp_path / "shared"), read_facts(tmp_path / "alone")
+    assert told["study"].keys() == alone["study"].keys()
+    assert {**told, "seconds": 0} == {**alone, "seconds": 0}
+    for name, frame in read_tables(tmp_path / "alone").items():
+        assert_frame_equal(read_tables(tmp_path / "shared")[name], frame)
+    assert page_of(tmp_path / "shared") == page_of(tmp_path / "alone")
+
+
+def test_what_the_user_keeps_beside_the_tables_is_not_touched(checkpoint, cli, digest, text, tmp_path):
+    for name in ("state", "passes", "tables", "tables/passes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    before = digest(tmp_path)
+    succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL[:4], *BARE, "-o", tmp_path))
+    after = digest(tmp_path)
+    assert {name: after.get(name) for name in before} == before
+
+
+# ---- violent ends --------------------------------------------------------------------------------------------------
+
+LONG = ("--length", "16", "--windows", "all", "--shuffles", "1", "--across", "0", "--no-random-weights")
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory) -> Path:
+    """A text that takes a tiny model seconds, so that there is a middle."""
+    path = tmp_path_factory.mktemp("texts") / "long.txt"
+    path.write_text(models.TEXT * 100, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(checkpoint, cli, long_text, tmp_path_factory) -> Path:
+    """The folder of a study that nothing interrupted."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    succeed(cli("layers", checkpoint("qwen2"), "--text", long_text, *LONG, "-o", out))
+    return out
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(checkpoint, clean_environment) -> Iterator[Start]:
+    """Return `start(*options)`: `dimscope layers` begun in a process of its own."""
+    begun = []
+
+    def run(*options: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "dimscope", "layers", checkpoint("qwen2"), *options]
+        environment = {**clean_environment, "OMP_NUM_THREADS": "1"}
+        begun.append(
+            subprocess.Popen(
+                [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+        return begun[-1]
+
+    yield run
+    for process in begun:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def sums(out: Path, condition: str = "") -> list[Path]:
+    """The files with the sums of unfinished passes, e.g. of those of a condition."""
+    return sorted(out.rglob(f"{condition}*-of-*.safetensors"))
+
+
+def wait_for_sums(process: subprocess.Popen[str], out: Path, condition: str) -> Path:
+    """Return as soon as a pass has put its sums on disk for the first time."""
+    deadline = time.monotonic() + 120
+    while not (found := sums(out, condition)):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.003)
+    return found[0]
+
+
+def is_complete(path: Path) -> bool:
+    return bool(load_file(path)["numbers"][-1])
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_of_each_pass_and_the_same_command_again(
+    checkpoint, cli, digest, start, long_text, uninterrupted, tmp_path
+):
+    folder, out = checkpoint("qwen2"), tmp_path / "killed"
+    command = ("--text", long_text, *LONG, "--checkpoint-every", "0", "-o", out)
+    before = digest(folder)
+    for condition in ("real", "shuffled"):
+        process = start(*command)
+        path = wait_for_sums(process, out, condition)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not is_complete(path)
+        assert not list(out.glob(f"tables/passes/{condition}-*"))
+        assert not (out / "report.json").exists()
+        assert not (out / "index.html").exists()
+    finished = stamps(out)
+    assert {"layers", "predictions"} <= {name.split(".")[-2] for name in finished}
+    # That the sums are gone on with, and not thrown away, shows where they are spoiled.
+    spoiled = shutil.copytree(out, tmp_path / "spoiled")
+    [path] = sums(spoiled, "shuffled")
+    held = load_file(path)
+    held["numbers"][0] += 1_000_000
+    save_file(held, path)
+    succeed(cli("layers", folder, *command[:-1], spoiled))
+    succeed(cli("layers", folder, *command))
+    counts = [rows(read_tables(o)["texts"], condition="shuffled")["n_tokens"][0] for o in (out, spoiled)]
+    assert counts[1] - counts[0] == 1_000_000
+    now = stamps(out)
+    assert {name: now[name] for name in finished} == finished
+    check_same(out, uninterrupted, 1e-12, 1e-12)
+    assert {path.name for path in out.iterdir()} == {"tables", "index.html", "report.json"}
+    assert not list(out.rglob("*.tmp"))
+    told = [{**read_facts(o), "seconds": 0} for o in (out, uninterrupted)]
+    assert told[0] == told[1]
+    assert digest(folder) == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_middle_and_the_same_command_again(checkpoint, cli, start, long_text, uninterrupted, tmp_path):
+    out = tmp_path / "interrupted"
+    command = ("--text", long_text, *LONG, "--checkpoint-every", "0", "-o", out)
+    process = start(*command)
+    path = wait_for_sums(process, out, "real")
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, "")
+    assert len(stderr.splitlines()) == 1, stderr
+    assert not is_complete(path)
+    succeed(cli("layers", checkpoint("qwen2"), *command))
+    check_same(out, uninterrupted, 1e-12, 1e-12)
+
+
+def test_the_first_of_two_shards_says_which_is_missing(checkpoint, cli, text, studied, tmp_path):
+    def shard(number: int, *options: str) -> str:
+        command = ("--text", text, *SMALL, "--batch", "1", "--shard", f"{number}/2", "-o", tmp_path / "out")
+        return succeed(cli("layers", checkpoint("qwen2"), *command, *options))
+
+    for _ in range(2):
+        said = json.loads(shard(1, "--json"))
+        assert said.pop("seconds") >= 0
+        assert said == {"model": str(checkpoint("qwen2")), "waiting_for_shards": "2/2"}
+    assert "2/2" in shard(1)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".parquet", ".html")]
+    assert "index.html" in shard(2)
+    check_same(tmp_path / "out", studied("qwen2"), 1e-9, 1e-9)
+    first = stamps(tmp_path / "out")
+    assert "index.html" in shard(1)
+    succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL, "--batch", "1", "-o", tmp_path / "out"))
+    assert stamps(tmp_path / "out") == first
+
+
+def test_a_shard_without_a_batch_has_nothing_to_add(checkpoint, cli, text, studied, tmp_path):
+    for number in (2, 1, 3):
+        command = ("--text", text, *SMALL, "--shard", f"{number}/3", "-o", tmp_path)
+        succeed(cli("layers", checkpoint("qwen2"), *command))
+    check_same(tmp_path, studied("qwen2"), 1e-9, 1e-9)
+
+
+def test_a_report_of_one_shard_does_not_name_a_page_that_is_not_there(checkpoint, cli, text, tmp_path):
+    command = ("--with", "layers", "--text", text, *SMALL, "--shard", "1/2", "-o", tmp_path / "out", "--json")
+    said = json.loads(succeed(cli("report", checkpoint("qwen2"), *command)))
+    assert not (tmp_path / "out" / "index.html").exists()
+    assert "page" not in said
+    assert said["waiting_for_shards"] == "2/2"
+
+
+def at_once(*commands: Callable[[], subprocess.CompletedProcess[str]]) -> list[str]:
+    """What commands print that run at the same time."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        running = [pool.submit(command) for command in commands]
+    return [succeed(command.result()) for command in running]
+
+
+@pytest.mark.slow
+def test_two_shards_at_the_same_time_give_what_one_process_gives(
+    checkpoint, cli, hub_cli, long_text, uninterrupted, tmp_path
+):
+    command = ("layers", checkpoint("qwen2"), "--text", long_text, *LONG, "-o", tmp_path / "out", "--shard")
+    said = at_once(lambda: cli(*command, "1/2"), lambda: hub_cli[1](*command, "2/2"))
+    assert any("index.html" in text for text in said)
+    check_same(tmp_path / "out", uninterrupted, 1e-9, 1e-9)
+
+
+def test_two_shards_that_finish_together_do_not_trip_each_other(checkpoint, cli, hub_cli, text, tmp_path):
+    options = ("--length", "16", "--windows", "3", "--shuffles", "8", "--batch", "1")
+    command = ("layers", checkpoint("qwen2"), "--text", text, *options, "-o", tmp_path, "--shard")
+    for number in (1, 2):
+        succeed(cli(*command, f"{number}/2"))
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "tables")  # all sums are there: both begin with the tables
+        for said in at_once(lambda: cli(*command, "1/2"), lambda: hub_cli[1](*command, "2/2")):
+            assert "index.html" in said
+    assert not list(tmp_path.rglob("*.tmp"))
