@@ -25,7 +25,15 @@ def test_every_command_of_the_table_exists(run_cli):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/index.md", "docs/hidden-layers.md", "training/README.md", "training/MODEL_CARD.md", "benchmarks/README.md"]
+    "page",
+    [
+        "README.md",
+        "docs/index.md",
+        "docs/hidden-layers.md",
+        "training/README.md",
+        "training/MODEL_CARD.md",
+        "benchmarks/README.md",
+    ],
 )
 def test_links_lead_to_files(page):
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 PACKAGES = ("dimscope", "torch", "transformers", "numpy", "scipy", "polars")
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """The versions that a result depends on."""
     return {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}
 

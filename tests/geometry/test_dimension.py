@@ -156,6 +156,38 @@ def test_the_default_tolerance_is_d_times_the_eps_of_float32_whatever_n():
     assert numerical_rank(made_spectrum(values, n_rows=10)) == numerical_rank(made_spectrum(values, n_rows=10**9)) == 3
 
 
+@pytest.mark.parametrize("tolerance", [0.5, 0.05, 1e-9])
+def test_the_tolerance_of_the_family_is_that_of_its_rank_and_changes_nothing_else(tolerance):
+    of = made_spectrum([10.0, 1.0, 0.1, 4e-6])
+    plain, found = ({d.metric: d.value for d in linear_dimensions(of, **k)} for k in ({}, {"tolerance": tolerance}))
+    assert (
+        found["numerical rank"] == numerical_rank(of, tolerance) == sum(v > tolerance * 10 for v in (10, 1, 0.1, 4e-6))
+    )
+    assert plain["numerical rank"] == numerical_rank(of) == 3  # 4e-7 of the largest is below 4 eps
+    for name in set(plain) - {"numerical rank"}:
+        assert found[name] == plain[name]
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 6), (6, 300), (40, 40)])
+def test_with_the_larger_side_it_is_the_rank_of_numpy(n, d):
+    """numpy's matrix_rank of float32: max(N, d) eps of the largest."""
+    values = np.geomspace(1, 1e-9, min(n, d))
+    x = (with_singular_values(max(n, d), values.tolist()) + 0).float()
+    x = x if n > d else x.T.contiguous()
+    found = numerical_rank(spectrum_of(x, centred=False), max(n, d) * 2.0**-23)
+    assert found == np.linalg.matrix_rank(x.double().numpy(), tol=max(n, d) * 2.0**-23 * np.linalg.norm(x.numpy(), 2))
+    assert 0 < found < min(n, d)
+
+
+@PROPERTY
+@given(p=SPECTRA, one=st.floats(0, 1), other=st.floats(0, 1))
+def test_a_larger_tolerance_never_raises_the_rank(p, one, other):
+    of = made_spectrum(sorted(p, reverse=True))
+    low, high = sorted((one, other))
+    assert numerical_rank(of, high) <= numerical_rank(of, low) <= len(p)
+    assert numerical_rank(of, 1.0) == 0  # nothing is above the largest
+
+
 @pytest.mark.parametrize("shape", [(5, 20), (20, 5), (6, 6)])
 def test_centring_takes_one_row_from_the_rank(shape):
     x = gaussian(*shape)
@@ -259,6 +291,14 @@ def test_the_correction_is_nan_where_the_estimate_is_not_positive():
     assert math.isnan(participation_ratio_corrected(made_spectrum([1.0, 1.0, 1.0], n_rows=4)))
 
 
+@pytest.mark.parametrize("n", [3, 8, 20, 64])
+def test_rows_at_right_angles_have_no_corrected_ratio_whatever_the_rounding(n):
+    """Their spectrum is flat, so that the estimate of tr(Sigma^2) is 0: not 1e-17, which would make 1e17 dimensions."""
+    for x in (torch.eye(n, dtype=torch.float64), orthogonal(n), 1e6 * orthogonal(n, seed=n)):
+        for centred in (True, False):
+            assert math.isnan(participation_ratio_corrected(spectrum_of(x, centred=centred)))
+
+
 # ---- the family ----------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +375,33 @@ def test_every_name_says_what_it_was_computed_from():
         assert found["stable rank"].value == stable_rank(of)
         assert found["numerical rank"].value == numerical_rank(of)
         assert found["variance count 95%"].value == variance_count(of, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "name"),
+    [
+        (0.8, "80%"),
+        (0.995, "99.5%"),
+        (0.29, "29%"),
+        (0.57, "57%"),
+        (0.9999, "99.99%"),
+        (1 / 3, "33.3333%"),
+        (0.005, "0.5%"),
+    ],
+)
+def test_a_count_is_named_after_its_percent(threshold, name):
+    """100 x 0.29 is 28.999999999999996 in floating point; the name is not."""
+    of = made_spectrum([3.0, 2.0, 1.0])
+    first, second = linear_dimensions(of, (threshold, 0.9))[:2]
+    assert (first.metric, second.metric) == (f"variance count {name}", "variance count 90%")
+    assert first.value == variance_count(of, threshold)
+    assert (first.spectrum, first.order) == ("lambda", None)
+
+
+def test_without_thresholds_there_are_no_counts():
+    names = [d.metric for d in linear_dimensions(made_spectrum([3.0, 2.0, 1.0]), ())]
+    assert names[0] == "numerical rank"
+    assert len(names) == 6
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,103 @@ def test_planted_values_are_recovered():
     assert made_spectrum(values).max_rank == 5
 
 
+# ---- rows, or their moments ----------------------------------------------------------------------------------------
+
+
+def held(x, kind):
+    """Return rows as they are, or their moments."""
+    return x if kind == "rows" else moments([x], dtype=torch.float64)
+
+
+def scored(x, *, centred=True):
+    """Return the singular values of z-scores in numpy, columns that are constant 0; uncentred: over the root mean square."""
+    x = x.double().numpy()
+    x = x - x.mean(axis=0) if centred else x
+    spread = np.sqrt((x**2).sum(axis=0) / (len(x) - centred))
+    return np.linalg.svd(np.divide(x, spread, out=np.zeros_like(x), where=spread > 1e-9), compute_uv=False)
+
+
+@pytest.mark.parametrize("standardised", [False, True])
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("kind", ["rows", "moments"])
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 41), (41, 40)])
+def test_rows_and_moments_have_the_singular_values_of_the_svd(shape, kind, centred, standardised):
+    x = gaussian(*shape) * torch.linspace(1, 4, shape[1]) + 0.5
+    found = module.spectrum_of(held(x, kind), centred=centred, standardised=standardised)
+    expected = (scored if standardised else svd_values)(x, centred=centred)[: found.max_rank]
+    assert (found.n_rows, found.dim, found.centred) == (*shape, centred)
+    assert len(found.singular_values) == found.max_rank == min(shape[0] - centred, shape[1])
+    np.testing.assert_allclose(found.singular_values.numpy(), expected, atol=1e-7 * expected[0])  # the Gram route
+    assert found.singular_values.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["rows", "moments"])
+def test_centred_is_what_rows_are_unless_told_otherwise(kind):
+    x = gaussian(50, 6) + 3
+    found = module.spectrum_of(held(x, kind))
+    assert found.centred
+    np.testing.assert_allclose(found.singular_values.numpy(), svd_values(x), rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(60, 8), (8, 60)])
+def test_rows_of_every_dtype_are_measured_in_float64_and_left_alone(dtype, shape):
+    x = gaussian(*shape, dtype=dtype) + 2
+    before = x.clone()
+    for standardised in (False, True):
+        found = module.spectrum_of(x, standardised=standardised).singular_values.numpy()
+        expected = (scored if standardised else svd_values)(x)[: len(found)]
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("kind", ["rows", "moments"])
+@pytest.mark.parametrize("shape", [(60, 8), (7, 8)])
+def test_z_scores_have_unit_variance_whatever_the_scale_of_a_column(kind, shape):
+    x = gaussian(*shape, dtype=torch.float64)
+    expected = module.spectrum_of(x, standardised=True).singular_values.numpy()
+    assert (expected**2).sum() == pytest.approx(8 * (shape[0] - 1), rel=1e-9)
+    other = x * torch.logspace(-4, 4, 8, dtype=torch.float64) + 5 * torch.logspace(-4, 4, 8, dtype=torch.float64)
+    found = module.spectrum_of(held(other, kind), standardised=True).singular_values.numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rows", "moments"])
+@pytest.mark.parametrize("constant", [0.0, 1.1, 1e6])
+def test_a_constant_column_has_no_z_score(kind, constant):
+    x = gaussian(60, 8)
+    x[:, [2, 5]] = constant
+    found = module.spectrum_of(held(x, kind), standardised=True)
+    np.testing.assert_allclose(found.singular_values[:6].numpy(), scored(x[:, [0, 1, 3, 4, 6, 7]])[:6], rtol=1e-7)
+    assert numerical_rank(found) == 6
+    assert float(found.singular_values.square().sum()) == pytest.approx(6 * 59, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["rows", "moments"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_and_two_rows_have_a_spectrum_of_all_kinds(kind, n):
+    x = gaussian(n, 5) + 1
+    for centred in (True, False):
+        for standardised in (True, False):
+            found = module.spectrum_of(held(x, kind), centred=centred, standardised=standardised)
+            assert len(found.singular_values) == n - centred
+            assert found.singular_values.isfinite().all()
+
+
+@PROPERTY
+@given(
+    n=st.integers(2, 40), d=st.integers(1, 12), seed=st.integers(0, 99), shift=st.floats(-5, 5), centred=st.booleans()
+)
+def test_rows_and_their_moments_have_one_spectrum(n, d, seed, shift, centred):
+    x = gaussian(n, d, seed) + shift
+    for standardised in (False, True):
+        rows, sums = (
+            module.spectrum_of(held(x, kind), centred=centred, standardised=standardised).singular_values.square()
+            for kind in ("rows", "moments")
+        )
+        np.testing.assert_allclose(rows.numpy(), sums.numpy(), atol=1e-9 * float(sums.sum()) + 1e-12)
+
+
 # ---- precision of big tables ---------------------------------------------------------------------------------------
 
 

@@ -428,8 +428,14 @@ def test_a_batch_that_does_not_fit_is_one_line(model_of, windows_of, error):
 
 def test_any_other_error_is_shown_as_it_is(model_of, windows_of):
     windows = windows_of("llama")
-    bad = [replace(windows[0], ids=windows[0].ids + 10_000)]
+    bad = [replace(windows[0], ids=windows[0].ids - 10_000)]
     with pytest.raises(IndexError):
+        run(model_of("llama"), bad)
+
+
+def test_ids_that_the_model_has_no_rows_for(model_of, windows_of):
+    bad = [replace(windows_of("llama")[0], ids=windows_of("llama")[0].ids + 10_000)]
+    with pytest.raises(InvalidArgument, match=r"the id 10\d\d\d, and the table of the model has \d+ rows"):
         run(model_of("llama"), bad)
 
 

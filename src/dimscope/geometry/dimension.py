@@ -90,7 +90,8 @@ def participation_ratio_corrected(of: Spectrum) -> float:
     eigenvalues = of.singular_values.square() / n
     trace, square = float(eigenvalues.sum()), float(eigenvalues.square().sum())
     unbiased = (n**2 * square - n * trace**2) / ((n - 1) * (n + 2))
-    return (trace**2 - 2 * unbiased / n) / unbiased if unbiased > 0 else math.nan
+    # What rounding leaves of a difference of equal numbers is no estimate.
+    return (trace**2 - 2 * unbiased / n) / unbiased if unbiased > 1e-12 * square else math.nan
 
 
 def effective_rank(of: Spectrum, *, of_lambda: bool) -> float:

@@ -55,29 +55,42 @@ def find_sites(model: "PreTrainedModel") -> list[Site]:
     return sites if norm is None else [*sites, Site(n_layers + 1, FINAL_NORM, norm)]
 
 
-def select_sites(sites: Sequence[Site], layers: str | None) -> list[Site]:
-    """The sites that a list such as "0,4:8,norm" names: layers, ranges (the end left out), emb and norm. All for None.
+def parse_layers(layers: str | None, last: int) -> set[int] | None:
+    """The numbers that a list such as "0,4:8,norm" names: layers, ranges (the end left out), emb and norm. None for all.
 
-    Raises InvalidArgument for what is no such list, and for a layer that does not exist.
+    `last` is the number of the final norm. Raises InvalidArgument for what is no such list, and for numbers beyond it.
     """
     if layers is None:
-        return list(sites)
-    known = {site.layer: site for site in sites}
-    words = {"emb": 0, "norm": next((s.layer for s in sites if s.name == FINAL_NORM), max(known) + 1)}
-    chosen: set[int] = set()
+        return None
+    words, chosen = {"emb": 0, "norm": last}, set()
     for part in layers.split(","):
         match = re.fullmatch(r"(\d+)(?::(\d+))?", part.strip())
         if match is None and part.strip() not in words:
             raise InvalidArgument(f"--layers is a list such as 0,4:8,norm; {part!r} is no layer")
         first = words[part.strip()] if match is None else int(match[1])
         end = int(match[2]) if match and match[2] else first + 1
-        chosen |= set(range(first, min(end, max(first, max(known) + 1) + 1)))  # one too many tells as much as a million
-    if missing := sorted(chosen - set(known)):
+        chosen |= set(range(first, min(end, max(first, last + 1) + 1)))  # one too many tells as much as a million
+    if beyond := sorted(layer for layer in chosen if layer > last):
+        raise InvalidArgument(f"there is no layer {beyond[0]}: this model has 0 (embeddings) to {last} ({FINAL_NORM})")
+    if not chosen:
+        raise InvalidArgument(f"--layers {layers}: no layer is in it; the end of a range is left out")
+    return chosen
+
+
+def select_sites(sites: Sequence[Site], layers: str | None) -> list[Site]:
+    """The sites that a list of layers names, see `parse_layers`; all for None.
+
+    Raises InvalidArgument for what is no such list, and for a layer that does not exist.
+    """
+    known = {site.layer: site for site in sites}
+    n_blocks = max(layer for layer, site in known.items() if site.name != FINAL_NORM)
+    chosen = parse_layers(layers, n_blocks + 1)
+    if chosen is None:
+        return list(sites)
+    if missing := sorted(chosen - set(known)):  # a model without a final norm
         raise InvalidArgument(
             f"there is no layer {missing[0]}: this model has 0 (embeddings) to {max(known)} ({sites[-1].name})"
         )
-    if not chosen:
-        raise InvalidArgument(f"--layers {layers}: no layer is in it; the end of a range is left out")
     return [known[layer] for layer in sorted(chosen)]
 
 

@@ -24,7 +24,7 @@ def estimate_passes(
     width = DTYPES[placement.dtype].itemsize
     dim = checkpoint.input_table.shape[1]
     layers = 2 + int(getattr(checkpoint.config, "num_hidden_layers", 0) or 0)
-    kept = layers * dim * (8 * dim + 4 * reservoir)
+    kept = layers * dim * (16 * dim + 4 * reservoir)  # first tokens have a Gram matrix of their own
     memory = f"weights {_size(width * numbers)}, sums and samples {_size(kept)} at most"
     passes = f"{n_passes} pass{'es' if n_passes > 1 else ''}"
     if n_tokens is None:

@@ -67,7 +67,7 @@ def layers_frame(
 ) -> pl.DataFrame:
     """Every measure of every site; what does not exist is null. `spectra` are the `raw_spectra` of the collection.
 
-    Further draws of a shuffle are there for the spread of the raw, centred numbers, and have no others.
+    Further draws of a shuffle are there for the spread, and have the raw rows only.
     """
     found: list[dict[str, Any]] = []
     sample = collection.reservoir.sample().layers
@@ -163,9 +163,11 @@ def _sampled_rows(sample: Float[Tensor, "n d"]) -> Iterator[dict[str, Any]]:
         return
     n, dim = sample.shape
     yield _row("median norm", float(sample.double().norm(dim=1).median()), n, dim, centred=False, dimension=False)
-    unit = torch.nn.functional.normalize(sample.double(), dim=1)
+    # Centred first, then of length 1, and not centred again: the eRank of Wei et al. 2024 (arXiv 2401.17139).
+    unit = torch.nn.functional.normalize(sample.double() - sample.double().mean(dim=0), dim=1)
     null = effective_rank(white_noise_spectrum(n, dim, 1.0, centred=True), of_lambda=True)
-    yield _row("effective rank (unit rows)", effective_rank(spectrum_of(unit), of_lambda=True), n, dim, null)
+    value = effective_rank(spectrum_of(unit, centred=False), of_lambda=True)
+    yield _row("effective rank (unit rows)", value, n, dim, null)
     for e in intrinsic_dimensions(sample):
         noise = white_noise_dimension(e.n_used, dim).get((e.metric, e.scale))
         place: dict[str, Any] = {"n_dropped": e.n_dropped, "stderr": e.stderr, "scale": e.scale}
@@ -197,12 +199,12 @@ def curve_frame(of: Pass, collection: Collection, thresholds: tuple[float, ...])
     for layer, rows in sample.layers.items():
         for n in sizes:
             s = spectrum_of(rows[order[:n]])
-            tolerance = rank_tolerance(n, s.dim, one_window=True)
+            tolerance = rank_tolerance(n, s.dim, one_window=False)  # else the rank could fall while N grows
             null = _noise(n, s.dim, True, thresholds, tolerance)
             for d in linear_dimensions(s, thresholds, tolerance=tolerance):
                 place = {"site": collection.sites[layer].name, "layer": layer, "metric": d.metric, "n_tokens": n}
                 found.append(of.row(**place, value=d.value, null=null[d.metric]))
-    return pl.DataFrame(found)
+    return pl.DataFrame(found).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
 def confidence_frame(of: Pass, predictions: Predictions) -> pl.DataFrame:

@@ -12,6 +12,7 @@ from dimscope.checkpoints.model import Placement, place, require_causal
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
 from dimscope.geometry.dimension import THRESHOLDS
+from dimscope.representations.hidden_states import parse_layers
 from dimscope.representations.texts import Text, open_text
 from dimscope.representations.windows import (
     Window,
@@ -123,6 +124,8 @@ def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> 
 
     Raises InvalidArgument for texts and windows that do not fit, TokenizerMissing, UnsupportedCheckpoint.
     """
+    for checkpoint in checkpoints:  # now, not after the passes of the models before it
+        parse_layers(settings.layers, require_causal(checkpoint).get_text_config().num_hidden_layers + 1)
     titles = _distinct([c.title for c in checkpoints], [c.name for c in checkpoints])
     placements = [place(c, dtype=settings.dtype, device=settings.device) for c in checkpoints]
     texts = _named_texts(settings.texts)

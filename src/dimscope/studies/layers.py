@@ -92,11 +92,14 @@ class LayersWork:
         self._spectra: tuple[Unit, dict[int, Spectrum]] | None = None
 
     def estimate(self) -> str:
-        """What is about to run, in one line."""
-        tokens = [unit.reading.n_tokens for unit in self.plan.units]
-        known = None if None in tokens else sum(t for t in tokens if t is not None)
-        first = self.plan.checkpoints[0], self.plan.placements[0]
-        return estimate_passes(*first, len(tokens), known, self.settings.reservoir)
+        """What is about to run, in one line for each model."""
+        lines = []
+        for m, (checkpoint, placement) in enumerate(zip(self.plan.checkpoints, self.plan.placements, strict=True)):
+            tokens = [unit.reading.n_tokens for unit in self.plan.units if unit.model == m]
+            known = None if None in tokens else sum(t for t in tokens if t is not None)
+            cost = estimate_passes(checkpoint, placement, len(tokens), known, self.settings.reservoir)
+            lines.append(f"{self.plan.titles[m]}: {cost}")
+        return "\n".join(lines)
 
     # ---- running ---------------------------------------------------------------------------------------------------
 
@@ -257,6 +260,10 @@ def _is_complete(state: Path) -> bool:
         return bool(held.get_tensor("numbers")[-1])
 
 
+def _percent(count: str) -> float:
+    return float(count.rpartition(" ")[2].removesuffix("%"))
+
+
 def summary_frame(layers: pl.DataFrame) -> pl.DataFrame:
     """One row per model, text and layer from the table `layers`, narrow enough for a terminal; raw and centred numbers.
 
@@ -265,7 +272,7 @@ def summary_frame(layers: pl.DataFrame) -> pl.DataFrame:
     """
     rows = layers.filter((pl.col("preprocess") == "raw") & pl.col("centred") & pl.col("scale").is_null())
     counts = [m for m in rows["metric"].unique(maintain_order=True) if m.startswith("variance count")]
-    told = "variance count 95%" if "variance count 95%" in counts else counts[-1]
+    told = "variance count 95%" if "variance count 95%" in counts else max(counts, key=_percent)
     percent = told.rpartition(" ")[2]
     place = ["model", "text", "layer", "site"]
     real = rows.filter(pl.col("condition") == "real")
