@@ -156,7 +156,8 @@ def collect(
     ids, ends = (pad_sequence([getattr(w, name) for w in windows], batch_first=True) for name in ("ids", "ends"))
     if int(ids.max()) >= len(into.seen):
         raise InvalidArgument(
-            f"the tokenizer gives the id {int(ids.max())}, and the table of the model has {len(into.seen)} rows: they do not belong together"
+            f"the tokenizer gives the id {int(ids.max())}, and the table of the model has {len(into.seen)} rows: "
+            "they do not belong together"
         )
     mask = torch.arange(ids.shape[1]) < lengths[:, None] if bool((lengths != ids.shape[1]).any()) else None
     places = into.reservoir.candidates(ends, mask)
