@@ -58,6 +58,26 @@ facts = {}
 """
 
 
+STREAM = """
+import sys
+from itertools import islice
+from pathlib import Path
+import dimscope
+from dimscope.representations.windows import stream_windows
+
+def resident(windows):
+    status = Path("/proc/self/status").read_text()
+    memory.append(int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1e6)
+
+checkpoint, memory = dimscope.open("builtin"), []
+model, tokenizer = dimscope.load_model(checkpoint), dimscope.require_tokenizer(checkpoint.source)
+windows = islice(stream_windows(dimscope.open_text(sys.argv[1]), tokenizer, length=int(sys.argv[2])), int(sys.argv[3]))
+dimscope.run_pass(model, dimscope.find_sites(model), windows, dimscope.PassSettings(batch=4), progress=resident)
+later = memory[len(memory) // 10:]
+facts = {"resident_gb_at_10%": later[0], "resident_gb_least_and_most_since": [min(later), max(later)]}
+"""
+
+
 def power_law_states(seed: int) -> Tensor:
     """TOKENS x WIDTH float32 rows whose spectrum falls as a power of its rank, turned at random, with a mean."""
     generator = torch.Generator().manual_seed(seed)
@@ -112,24 +132,15 @@ def bench_stream(text: Text) -> dict[str, Any]:
     with_logits, without = (empty_collection(model, sites, 2048, 0) for _ in range(2))
     windows = islice(stream_windows(text, tokenizer, length=LENGTH), STREAMED // LENGTH)
     bare = full = states_only = 0.0
-    memory = []
     while batch := list(islice(windows, BATCH)):
         with torch.inference_mode():
             bare += timed(lambda b=batch: model(input_ids=torch.stack([w.ids for w in b]), use_cache=False).logits)[0]
         full += timed(lambda b=batch: collect(model, b, sites, with_logits))[0]
         states_only += timed(lambda b=batch: collect(model, b, sites, without, logits=False))[0]
-        memory.append(_resident())
-    early = memory[len(memory) // 10]
     return {
         "tokens": with_logits.n_tokens, "bare_seconds": bare, "collecting_seconds": full, "ratio": full / bare,
-        "ratio_without_logits": states_only / bare, "resident_gb_at_10%": early / 1e6, "resident_gb_at_end": memory[-1] / 1e6,
-        "largest_change_of_memory_since": max(abs(m - early) for m in memory[len(memory) // 10 :]) / early,
+        "ratio_without_logits": states_only / bare,
     }  # fmt: skip
-
-
-def _resident() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
 
 def bench_large(work: Path, tokenizer: Path | None, text: Path, name: str) -> dict[str, Any]:
@@ -177,6 +188,7 @@ def main() -> None:
             results["measures"] = bench_measures()
         if "stream" in args.only:
             results["stream"] = bench_stream(open_text(text))
+            results["stream_memory"] = in_child(STREAM + PEAK, text, str(LENGTH), str(STREAMED // LENGTH))
         for name, folder in (("gpt2-xl", "gpt2"), ("pythia-2.8b", "gpt_neox")):
             if "large" in args.only and args.tokenizers:
                 results[name] = bench_large(work, args.tokenizers / folder, repeated_page(work), name)

@@ -1,6 +1,6 @@
 """Draws the figures of the README and the docs from a finished report.
 
-dimscope report builtin -o report && python docs/make_figures.py report       (needs the `export` extra)
+dimscope report builtin --with embedding layers -o report && python docs/make_figures.py report       (needs the `export` extra)
 """
 
 import sys
@@ -13,6 +13,7 @@ from dimscope.report import figures, theme
 folder = Path(sys.argv[1])
 spectrum = pl.read_parquet(folder / "tables/spectrum.parquet").filter(preprocess="centred")
 dimensions = pl.read_parquet(folder / "tables/dimensions.parquet").filter(preprocess="centred")
+layers = pl.read_parquet(folder / "tables/layers.parquet").filter(preprocess="raw", centred=True, text="builtin prose")
 images = Path(__file__).parent / "images"
 images.mkdir(exist_ok=True)
 for name, figure, title in (
@@ -21,6 +22,11 @@ for name, figure, title in (
         "dimensions",
         figures.dimensions(dimensions, len(spectrum)),
         "Ten ways to count its dimensions, each beside two nulls",
+    ),
+    (
+        "layers",
+        figures.layer_profile(layers, "variance count 95%"),
+        "Dimensions by layer of the built-in model: real text, shuffled, random weights, noise",
     ),
 ):
     figure.update_layout(
@@ -31,4 +37,4 @@ for name, figure, title in (
         paper_bgcolor="white",
         plot_bgcolor="white",
     )
-    figure.write_image(images / f"{name}.png", width=900, height=440, scale=2)
+    figure.write_image(images / f"{name}.png", width=900, height=max(440, figure.layout.height), scale=2)

@@ -1,17 +1,16 @@
 """One pass of windows through a model: batched, checkpointed on disk, and split over processes where that is asked."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dimscope.checkpoints.model import is_out_of_memory, out_of_memory
 from dimscope.representations.collection import Collection, collect, empty_collection, load_collection, save_collection
 from dimscope.representations.hidden_states import Site
-from dimscope.representations.windows import Window
+from dimscope.representations.windows import Window, grouped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +51,7 @@ def run_pass(
     saved, cost = time.monotonic(), 0.0
     first, step = settings.shard
     with _evaluating(model):
-        for number, group in enumerate(_batches(windows, settings.batch)):
+        for number, group in enumerate(grouped(windows, settings.batch)):
             if number % step != first:
                 continue
             if number // step >= done.n_batches:
@@ -73,12 +72,6 @@ def run_pass(
     if state is not None:
         save_collection(done, state)
     return done
-
-
-def _batches(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
-    iterator = iter(windows)
-    while group := list(islice(iterator, size)):
-        yield group
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -213,6 +213,13 @@ def stream_windows(text: Text, tokenizer: "PreTrainedTokenizerBase", *, length: 
         left = ids[whole:].clone(), ends[whole:].clone()
     if index == 0:
         _require_window(text, prefix, len(left[0]), length)
+
+
+def grouped(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
+    """The windows in lists of `size`; the last may be shorter."""
+    iterator = iter(windows)
+    while group := list(islice(iterator, size)):
+        yield group
 
 
 def _room(prefix: list[int], length: int) -> int:

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any, Literal
 
 from dimscope.checkpoints.checkpoint import Checkpoint
@@ -16,6 +15,7 @@ from dimscope.representations.hidden_states import parse_layers
 from dimscope.representations.texts import Text, open_text
 from dimscope.representations.windows import (
     Window,
+    grouped,
     middle_windows,
     shuffle_across,
     shuffle_within,
@@ -100,7 +100,7 @@ class Unit:
         if self.of.condition == "shuffled":
             return (shuffle_within(w, seed, self.of.draw) for w in given)
         if self.of.condition == "shuffled across":
-            return (w for group in _grouped(given, ACROSS) for w in shuffle_across(group, seed, self.of.draw))
+            return (w for group in grouped(given, ACROSS) for w in shuffle_across(group, seed, self.of.draw))
         return iter(given)
 
 
@@ -184,12 +184,6 @@ def _reading(
         return Reading(name, length, lambda: stream_windows(text, tokenizer, length=length), bos, None)
     listed = middle_windows(text, tokenizer, length=length, count=windows)
     return Reading(name, length, lambda: listed, bos, len(listed))
-
-
-def _grouped(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
-    iterator = iter(windows)
-    while group := list(islice(iterator, size)):
-        yield group
 
 
 def _distinct(names: Sequence[str], longer: Sequence[str]) -> list[str]:
