@@ -26,13 +26,14 @@ for name, figure, title in (
     (
         "layers",
         figures.layer_profile(layers, "variance count 95%"),
-        "Dimensions by layer of the built-in model: real text, shuffled, random weights, noise",
+        "The built-in model fills half to three quarters of the dimensions that noise would",
     ),
 ):
     figure.update_layout(
         template=theme.template("light"),
         title=title,
         title_x=0.02,
+        title_xanchor="left",
         margin_t=90,
         paper_bgcolor="white",
         plot_bgcolor="white",
