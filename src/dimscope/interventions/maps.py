@@ -1,0 +1,116 @@
+"""What can be done to the rows of an embedding table, and the exact error that it makes, told by the table's moments alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dimscope.representations.moments import Moments
+
+SMALL = 1e-6  # share of the energy below which an error is not told by a difference of energies
+
+
+@runtime_checkable
+class RowMap(Protocol):
+    """A change of rows. It may depend on which token a row belongs to, and on nothing else."""
+
+    def __call__(self, rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """The changed rows, in the dtype of the rows; the rows given stay as they are."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinearMap:
+    """w -> w L R + s with L of d x k and R of k x d, so that a map of rank k costs 2 d k a row, not d x d.
+
+    All float64. R is None where L is d x d itself, s where nothing is added.
+    """
+
+    left: Float[Tensor, "d k"]
+    right: Float[Tensor, "k d"] | None = None
+    shift: Float[Tensor, " d"] | None = None
+
+    def __call__(self, rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """The mapped rows; products in float32 at least."""
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        changed = wide @ self.left.to(wide)
+        changed = changed if self.right is None else changed @ self.right.to(wide)
+        return (changed if self.shift is None else changed + self.shift.to(wide)).to(rows.dtype)
+
+    def transposed(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """M^T applied to what a table is multiplied with: h (W M)^T = (h M^T) W^T, without a changed table."""
+        wide = hidden if hidden.dtype == torch.float64 else hidden.float()
+        wide = wide if self.right is None else wide @ self.right.T.to(wide)
+        return (wide @ self.left.T.to(wide)).to(hidden.dtype)
+
+    @property
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """M = L R."""
+        return self.left if self.right is None else self.left @ self.right
+
+
+def exact_error(of: LinearMap, moments: Moments) -> float:
+    """||W - W'||_F of a table with these moments, in d x d work: no row is touched.
+
+    With D = I - M: tr(D^T G D) - 2 s . (D^T sum w) + N s . s, G = W^T W. Exact to about 1e-10 relative.
+    """
+    gram = moments.gram
+    product = gram @ of.left  # G L, of d x k
+    inner = of.left.T @ product  # L^T G L
+    if of.right is None:
+        squared = gram.trace() - 2 * product.trace() + inner.trace()
+    else:
+        squared = gram.trace() - 2 * (product * of.right.T).sum() + (inner * (of.right @ of.right.T)).sum()
+    if of.shift is not None:
+        residual = moments.total - (moments.total @ of.left if of.right is None else moments.total @ of.left @ of.right)
+        squared = squared - 2 * of.shift @ residual + moments.count * of.shift.square().sum()
+    if float(squared) < SMALL * float(gram.trace()):  # a difference of nearly equal numbers: by D itself
+        rest = torch.eye(len(gram), dtype=torch.float64) - of.matrix
+        squared = ((gram @ rest) * rest).sum()
+        if of.shift is not None:
+            squared = squared - 2 * of.shift @ (rest.T @ moments.total) + moments.count * of.shift.square().sum()
+    return math.sqrt(max(float(squared), 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class GaussianNoise:
+    """w -> w + sd * N(0, 1), the noise of a token being the same whenever and in whatever order it is looked up."""
+
+    sd: float
+    seed: int
+
+    def __call__(self, rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """A generator for every different token: 10 microseconds each."""
+        tokens, places = ids.cpu().unique(return_inverse=True)
+        dim = rows.shape[1]
+        noise = (
+            torch.stack([_noise_of(int(token), dim, self.seed) for token in tokens])
+            if len(tokens)
+            else rows[:0].float().cpu()
+        )
+        return (rows.float() + self.sd * noise[places].to(rows.device)).to(rows.dtype)
+
+
+def _noise_of(token: int, dim: int, seed: int) -> Float[Tensor, " d"]:
+    # Tokens far apart in one stream of seeds, so that neighbouring seeds share no noise.
+    generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + token * 0xBF58476D1CE4E5B9) % 2**63)
+    return torch.randn(dim, generator=generator)
+
+
+@dataclass(frozen=True, slots=True)
+class RowQuantisation:
+    """Every row on 2^(b - 1) - 1 steps to either side of zero, up to its largest entry (symmetric, round to nearest)."""
+
+    bits: int
+
+    def __call__(self, rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """The nearest representable rows."""
+        wide = rows.float()
+        steps = 2 ** (self.bits - 1) - 1
+        unit = wide.abs().amax(dim=1, keepdim=True) / steps
+        return torch.where(unit > 0, (wide / unit).round() * unit, wide).to(rows.dtype)
