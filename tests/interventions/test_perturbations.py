@@ -160,6 +160,22 @@ def test_full_strength_of_keeping_and_none_of_spoiling_change_nothing(name, stre
         assert exact_error(change, table_of(rows).moments) <= 1e-12 * float(rows.norm())
 
 
+def test_the_error_of_an_identity_is_not_what_rounding_leaves_of_energies():
+    """A difference of energies is off by 1e-16 of them, whose root is 1e-8 of the norm."""
+    for seed in range(30):
+        rows = rows_of(seed)
+        change = make_map("project", table_of(rows), D, seed)
+        assert exact_error(change, table_of(rows).moments) <= 1e-12 * float(rows.norm())
+
+
+@pytest.mark.parametrize("name", ["project", "project-sparse"])
+def test_no_direction_is_preferred_by_random_projections(name):
+    """The direction (1, ..., 1) keeps k / d of its energy on average: directions of one sign only would hold it always."""
+    ones = torch.ones(D, dtype=torch.float64) / math.sqrt(D)
+    kept = np.array([float(ones @ make_map(name, table_of(rows_of()), 8, seed).matrix @ ones) for seed in range(200)])
+    assert kept.mean() == pytest.approx(8 / D, abs=5 * kept.std() / math.sqrt(200))
+
+
 def test_a_strength_of_zero_dimensions_leaves_nothing_or_the_mean():
     rows, ids = rows_of(), torch.arange(V)
     for name in ("truncate", "coordinates", "project", "project-rescaled"):
