@@ -178,7 +178,7 @@ def collect(
         into.reservoir.take(site.layer, hidden, places)
 
     kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    targets, flat_kept = _targets(windows, ids).flatten(), kept.flatten()
+    targets, flat_kept = next_tokens(windows, ids).flatten(), kept.flatten()
 
     def predicted(rows: Tensor, block: Tensor) -> None:
         into.predictions.add(block, targets[rows].to(block.device), flat_kept[rows].to(block.device))
@@ -192,7 +192,7 @@ def collect(
     into.n_batches += 1
 
 
-def _targets(windows: Sequence[Window], ids: Tensor) -> Tensor:
+def next_tokens(windows: Sequence[Window], ids: Tensor) -> Tensor:
     """The token that follows each position, -1 where none does: at the end, and where a token of the prefix follows."""
     targets = torch.full_like(ids, -1)
     targets[:, :-1] = ids[:, 1:]

@@ -163,6 +163,17 @@ def run_batch(
         _logits_by_blocks(model, last[0], result.logits[:, -1], mask, logits)
 
 
+@torch.no_grad()
+def final_states(model: "PreTrainedModel", ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+    """What the output table is multiplied with: the states after the final norm, without a logit being computed."""
+    return _tensor(model.get_decoder()(input_ids=ids.to(input_device(model)), use_cache=False))
+
+
+def position_blocks(n_positions: int, vocab_size: int) -> Sequence[Int[Tensor, " r"]]:
+    """Positions whose float32 logits may stand in memory at once."""
+    return torch.arange(n_positions).split(min(ROWS, max(1, LOGITS // (4 * vocab_size))))
+
+
 def input_device(model: "PreTrainedModel") -> torch.device:
     """Where the model wants its token ids; accelerate may have its weights elsewhere, or not in memory at all."""
     embedding = model.get_input_embeddings()
@@ -184,7 +195,7 @@ def _logits_by_blocks(
     consume: LogitRows,
 ) -> None:
     b, t, d = last.shape
-    transform = _logit_transform(model)
+    transform = logit_transform(model)
     head = model.get_output_embeddings()
     flat = last.reshape(b * t, d)
     ours = transform(head(last[:, -1]).float())
@@ -206,7 +217,7 @@ def _logits_by_blocks(
         consume(rows, block)
 
 
-def _logit_transform(model: "PreTrainedModel") -> Callable[[Tensor], Tensor]:
+def logit_transform(model: "PreTrainedModel") -> Callable[[Tensor], Tensor]:
     """What some families do to logits after the output embedding: Cohere and Granite scale, Gemma 2 caps them smoothly."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)

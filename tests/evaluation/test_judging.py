@@ -1,0 +1,116 @@
+"""What a changed model loses, against stock logits in float64; nothing lost where nothing is changed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from models import FAMILIES, TEXT
+from scipy.special import log_softmax
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dimscope.evaluation.judging import baseline, judge
+from dimscope.interventions.insertion import perturbed
+from dimscope.interventions.perturbations import TableSummary, make_map
+from dimscope.representations import hidden_states
+from dimscope.representations.moments import moments
+from dimscope.representations.texts import open_text
+from dimscope.representations.windows import middle_windows
+
+CAUSAL = [name for name, family in FAMILIES.items() if family.output]
+
+
+@pytest.fixture(scope="module")
+def case(checkpoint, tmp_path_factory):
+    """Return `case(family)`: a fresh model and five windows of 24 tokens."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+
+    def make(family):
+        folder = checkpoint(family)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return model, middle_windows(open_text(str(path)), tokenizer, length=24, count=5)
+
+    return make
+
+
+def truncation(model, k=6):
+    rows = model.get_input_embeddings().weight.detach()
+    return make_map("truncate", TableSummary(moments([rows], dtype=torch.float64)), k)
+
+
+@torch.no_grad()
+def stock(model, windows):
+    """Return float64 log-probabilities of every window by the model's own forward pass."""
+    return [log_softmax(model(input_ids=w.ids[None]).logits[0].double().numpy(), axis=-1) for w in windows]
+
+
+def by_hand(before, after, windows):
+    loss, kl, first, five, n_bytes = [], [], [], [], 0
+    for p, q, w in zip(before, after, windows, strict=True):
+        start = max(w.n_prefix - 1, 0)
+        loss += [-q[i, int(w.ids[i + 1])] for i in range(start, len(w.ids) - 1)]
+        kl += (np.exp(p) * (p - q)).sum(axis=1).tolist()
+        orders = np.argsort(-p, axis=1)[:, :5], np.argsort(-q, axis=1)[:, :5]
+        first += (orders[0][:, 0] == orders[1][:, 0]).tolist()
+        five += [len(set(a) & set(b)) / 5 for a, b in zip(*orders, strict=True)]
+        n_bytes += int(w.n_bytes[max(w.n_prefix, 1) :].sum())
+    return loss, kl, first, five, n_bytes
+
+
+@pytest.mark.parametrize("side", ["input", "output", "both"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_judgement_is_that_of_stock_logits(case, family, side, monkeypatch):
+    """To 1e-4: logits in float32 by blocks of three positions, judged here in float64 by whole windows."""
+    monkeypatch.setattr(hidden_states, "ROWS", 3)
+    model, windows = case(family)
+    base, before = baseline(model, windows, batch=2), stock(model, windows)
+    with perturbed(model, truncation(model), side):
+        found, after = judge(model, base), stock(model, windows)
+    loss, kl, first, five, n_bytes = by_hand(before, after, windows)
+    assert found.loss == pytest.approx(np.mean(loss), rel=1e-4)
+    assert found.perplexity == pytest.approx(math.exp(np.mean(loss)), rel=1e-3)
+    assert found.bits_per_byte == pytest.approx(sum(loss) / math.log(2) / n_bytes, rel=1e-4)
+    assert found.kl == pytest.approx(np.mean(kl), rel=1e-3, abs=1e-6)
+    assert found.kl_stderr == pytest.approx(np.std(kl) / math.sqrt(len(kl)), rel=1e-2, abs=1e-6)
+    assert found.top_1 == pytest.approx(
+        np.mean(first), abs=1.01 / len(first)
+    )  # a tie of the first two may fall otherwise
+    assert found.top_5 == pytest.approx(np.mean(five), abs=2.01 / len(five))
+    assert (found.n_predicted, found.n_positions) == (len(loss), 5 * 24)
+    assert found.kl > 1e-5
+
+
+def test_an_unchanged_model_loses_nothing(case):
+    model, windows = case("llama")
+    found = judge(model, baseline(model, windows, batch=5))
+    assert found.kl == pytest.approx(0, abs=1e-7)
+    assert (found.top_1, found.top_5) == (1, 1)
+
+
+def test_the_baseline_outlives_a_table_put_in_its_place(case):
+    model, windows = case("qwen2")
+    base = baseline(model, windows)
+    with perturbed(model, truncation(model), "both"):
+        quick = judge(model, base)
+    with perturbed(model, truncation(model), "both", materialise=True):
+        slow = judge(model, base)
+    assert slow.kl == pytest.approx(quick.kl, rel=1e-3)
+    assert judge(model, base).kl == pytest.approx(0, abs=1e-7)
+
+
+def test_the_batch_does_not_matter(case):
+    model, windows = case("gpt2")
+    one, five = baseline(model, windows, batch=1), baseline(model, windows, batch=5)
+    with perturbed(model, truncation(model)):
+        first, second = judge(model, one), judge(model, five)
+    assert first.kl == pytest.approx(second.kl, rel=1e-4)
+    assert first.loss == pytest.approx(second.loss, rel=1e-5)
+
+
+def test_windows_of_several_lengths_are_refused(case):
+    model, windows = case("gpt2")
+    short = type(windows[0])(9, windows[0].ids[:5], windows[0].ends[:5], windows[0].n_bytes[:5], windows[0].n_prefix)
+    with pytest.raises(ValueError, match="one length"):
+        baseline(model, [*windows, short])
