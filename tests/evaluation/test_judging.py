@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import FAMILIES, TEXT
 from scipy.special import log_softmax
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GraniteConfig
 
 from dimscope.evaluation.judging import baseline, judge
 from dimscope.interventions.insertion import perturbed
@@ -65,6 +65,22 @@ def test_a_judgement_is_that_of_stock_logits(case, family, side, monkeypatch):
     """To 1e-4: logits in float32 by blocks of three positions, judged here in float64 by whole windows."""
     monkeypatch.setattr(hidden_states, "ROWS", 3)
     model, windows = case(family)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:  # Phi's, which starts at zero
+        torch.nn.init.normal_(bias, generator=torch.Generator().manual_seed(0))
+    check(model, windows, side)
+
+
+def test_logits_that_are_scaled_or_capped_are_so_on_both_sides(case):
+    _, windows = case("llama")
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    torch.manual_seed(0)
+    for config in (GraniteConfig(**sizes, logits_scaling=0.05), Gemma2Config(**sizes, final_logit_softcapping=0.05)):
+        check(AutoModelForCausalLM.from_config(config).eval(), windows, "both")
+
+
+def check(model, windows, side):
     base, before = baseline(model, windows, batch=2), stock(model, windows)
     with perturbed(model, truncation(model), side):
         found, after = judge(model, base), stock(model, windows)
