@@ -48,6 +48,8 @@ _HOMES = {
     "make_map": ("dimscope.interventions.perturbations", "make_map"),
     "exact_error": ("dimscope.interventions.maps", "exact_error"),
     "perturbed": ("dimscope.interventions.insertion", "perturbed"),
+    "baseline": ("dimscope.evaluation.judging", "baseline"),
+    "judge": ("dimscope.evaluation.judging", "judge"),
     "neighbor_tables": ("dimscope.studies.lookup", "neighbor_tables"),
     "EmbeddingSettings": ("dimscope.studies.embedding", "EmbeddingSettings"),
     "run_report": ("dimscope.report.run", "run_report"),
