@@ -82,13 +82,13 @@ def judge(model: PreTrainedModel, base: Baseline) -> Judgement:
         ids = _ids(group)
         targets = next_tokens(group, ids).flatten()
         now, then = final_states(model, ids).flatten(0, 1), before.flatten(0, 1)
-        for rows in position_blocks(len(then), len(base.weight)):
+        for rows in position_blocks(torch.arange(len(then)), len(base.weight)):
             changed = transform(head(now[rows.to(now.device)]).float())
             original = base.logits(model, then[rows]).to(changed.device)
             sums += _compared(original, changed, targets[rows].to(changed.device)).cpu()
         n_positions += len(then)
     loss, n, kl, squares, first, five = sums.tolist()
-    n_bytes = sum(int(w.n_bytes[max(w.n_prefix, 1) :].sum()) for w in base.windows)
+    n_bytes = sum(w.predicted_bytes for w in base.windows)
     spread = max(squares / n_positions - (kl / n_positions) ** 2, 0.0)
     return Judgement(
         loss=loss / n, bits_per_byte=loss / math.log(2) / n_bytes, kl=kl / n_positions,

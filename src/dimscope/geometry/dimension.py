@@ -7,6 +7,7 @@ preprocessing, spectrum and q, so every function here says which it is; docs/def
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from dimscope.geometry.spectrum import Spectrum
 
 THRESHOLDS = (0.80, 0.90, 0.95, 0.99)
+COUNT = "variance count "  # and the threshold in percent: the name of a count
+TOLD = 95.0  # the threshold in percent to speak of where it was asked for
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
@@ -110,12 +113,27 @@ def isoscore(of: Spectrum) -> float:
     return (participation_ratio(of) - 1) / (of.dim - 1) if of.dim > 1 else math.nan
 
 
+def percent(metric: str) -> float:
+    """The threshold of a variance count in percent.
+
+    >>> percent("variance count 95%")
+    95.0
+    """
+    return float(metric.removeprefix(COUNT).removesuffix("%"))
+
+
+def told_count(metrics: Iterable[str]) -> str | None:
+    """The variance count to speak of: that of 95% where it is among the metrics, else of the largest threshold."""
+    thresholds = {percent(metric): metric for metric in metrics if metric.startswith(COUNT)}
+    return thresholds.get(TOLD) or (thresholds[max(thresholds)] if thresholds else None)
+
+
 def linear_dimensions(
     of: Spectrum, thresholds: tuple[float, ...] = THRESHOLDS, *, tolerance: float | None = None
 ) -> list[Dimension]:
     """Every member of the family for one spectrum; `tolerance` is that of the numerical rank."""
     found = [
-        *((f"variance count {100 * t:.6g}%", "lambda", None, variance_count(of, t)) for t in thresholds),
+        *((f"{COUNT}{100 * t:.6g}%", "lambda", None, variance_count(of, t)) for t in thresholds),
         ("numerical rank", "sigma", 0.0, numerical_rank(of, tolerance)),
         ("participation ratio", "lambda", 2.0, participation_ratio(of)),
         ("participation ratio, corrected", "lambda", 2.0, participation_ratio_corrected(of)),

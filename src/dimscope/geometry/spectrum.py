@@ -42,9 +42,7 @@ class Spectrum:
 
 def spectrum(of: Moments, *, centred: bool) -> Spectrum:
     """All min(N, d) singular values from the d x d moments (one `eigvalsh`, float64)."""
-    eigenvalues = torch.linalg.eigvalsh(of.scatter(centred=centred)).clamp_min(0).flip(0)
-    rank = min(of.count - centred, len(eigenvalues))
-    return Spectrum(eigenvalues[:rank].sqrt(), of.count, len(eigenvalues), centred)
+    return spectrum_of(of, centred=centred)
 
 
 def spectrum_of(held: Float[Tensor, "n d"] | Moments, *, centred: bool = True, standardised: bool = False) -> Spectrum:

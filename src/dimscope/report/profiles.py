@@ -4,15 +4,14 @@ from collections.abc import Sequence
 
 import polars as pl
 
+from dimscope.geometry import dimension
+from dimscope.geometry.dimension import COUNT
 from dimscope.report.theme import CONDITION_MARKS
+from dimscope.representations.hidden_states import FINAL_NORM as NORM
 
-COUNT = "variance count "
 RANK = "numerical rank"
-NORM = "after final norm"
 MOST_RUNS = 4
 """Stretches of blocks that a sentence names; more are counted."""
-TOLD = 95.0
-"""The threshold in percent that the page speaks of where it was asked for."""
 
 
 def finite(frame: pl.DataFrame, column: str = "value") -> pl.DataFrame:
@@ -22,15 +21,8 @@ def finite(frame: pl.DataFrame, column: str = "value") -> pl.DataFrame:
 
 
 def told_count(rows: pl.DataFrame) -> str | None:
-    """Return the variance count to speak of: that of 95% where it was asked, else of the largest threshold."""
-    metrics = [m for m in rows["metric"].unique() if m.startswith(COUNT)]
-    thresholds = {percent(metric): metric for metric in metrics}
-    return thresholds.get(TOLD) or (thresholds[max(thresholds)] if thresholds else None)
-
-
-def percent(metric: str) -> float:
-    """Return the threshold of a variance count in percent: 95.0 of "variance count 95%"."""
-    return float(metric.removeprefix(COUNT).removesuffix("%"))
+    """Return the variance count of a frame to speak of: that of 95% where it was asked, else of the largest threshold."""
+    return dimension.told_count(rows["metric"].unique())
 
 
 def meaning(metric: str) -> str:

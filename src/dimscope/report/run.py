@@ -21,8 +21,9 @@ def run_report(checkpoint: Checkpoint, directory: Path, settings: EmbeddingSetti
 
     Finished tables in DIR are used again; what another study of the same model left there stays on the page.
     """
-    facts = study_embedding(checkpoint, ResultFolder(directory, fingerprint(checkpoint)), settings)
-    return _told(directory, facts, checkpoint), facts
+    folder = ResultFolder(directory, fingerprint(checkpoint))
+    facts = study_embedding(checkpoint, folder, settings)
+    return _told(folder, facts), facts
 
 
 def run_layers(
@@ -40,17 +41,17 @@ def run_layers(
     facts, tables = study_layers(checkpoint, folder, settings, others, announce)
     if tables:
         with sharing(directory, settings):
-            _told(directory, facts, checkpoint)
+            _told(folder, facts)
     return facts, tables
 
 
-def _told(directory: Path, facts: Mapping[str, Any], checkpoint: Checkpoint) -> Path:
+def _told(folder: ResultFolder, facts: Mapping[str, Any]) -> Path:
     """Writes report.json and the page. Studies of the same model that are there already are kept."""
-    path, mark = directory / "report.json", fingerprint(checkpoint)
+    path, mark = folder.path / "report.json", folder.recipe
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if before.get("fingerprint") != mark:
         before = {}
     both = {key: {**before.get(key, {}), **facts[key]} for key in ("study", "tables")}
     warnings = list(dict.fromkeys([*before.get("warnings", []), *facts["warnings"]]))
-    write_json(path, {**before, **facts, **both, "warnings": warnings, "fingerprint": mark})
-    return write_page(directory)
+    write_json(path, {**before, **facts, **both, "warnings": warnings, "fingerprint": dict(mark)})
+    return write_page(folder.path)

@@ -185,7 +185,7 @@ def collect(
 
     run_batch(model, ids, mask=mask, sites=sites, consume=consume, logits=predicted if logits else None)
     into.reservoir.prune()
-    into.predictions.n_bytes += sum(int(w.n_bytes[max(w.n_prefix, 1) :].sum()) for w in windows) if logits else 0
+    into.predictions.n_bytes += sum(w.predicted_bytes for w in windows) if logits else 0
     into.unique += [w.unique_tokens for w in windows]
     into.seen[ids[kept]] = True
     into.n_tokens += int(lengths.sum())

@@ -169,9 +169,9 @@ def final_states(model: "PreTrainedModel", ids: Int[Tensor, "b t"]) -> Float[Ten
     return _tensor(model.get_decoder()(input_ids=ids.to(input_device(model)), use_cache=False))
 
 
-def position_blocks(n_positions: int, vocab_size: int) -> Sequence[Int[Tensor, " r"]]:
-    """Positions whose float32 logits may stand in memory at once."""
-    return torch.arange(n_positions).split(min(ROWS, max(1, LOGITS // (4 * vocab_size))))
+def position_blocks(positions: Int[Tensor, " n"], vocab_size: int) -> Sequence[Int[Tensor, " r"]]:
+    """The positions in blocks whose float32 logits may stand in memory at once."""
+    return positions.split(min(ROWS, max(1, LOGITS // (4 * vocab_size))))
 
 
 def input_device(model: "PreTrainedModel") -> torch.device:
@@ -208,7 +208,7 @@ def _logits_by_blocks(
             f"{type(model).__name__}: its logits are not its output embedding applied to the last hidden state; pass --no-logits"
         )
     kept = torch.arange(b * t) if mask is None else torch.nonzero(mask.cpu().flatten()).squeeze(1)
-    for rows in kept.split(min(ROWS, max(1, LOGITS // (4 * own.shape[-1])))):
+    for rows in position_blocks(kept, own.shape[-1]):
         block = transform(head(flat[rows.to(flat.device)]).float())
         if not bool(torch.isfinite(block.sum())):
             raise NonFiniteActivations(

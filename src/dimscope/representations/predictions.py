@@ -14,14 +14,15 @@ QUANTITIES = ("loss", "entropy", "max log-softmax")
 
 @dataclass(slots=True)
 class Predictions:
-    """Sums over positions of loss (nats), entropy and max log-softmax, and the histogram of the latter."""
+    """Sums over positions of loss (nats), entropy and max log-softmax, and the histogram of the latter.
+
+    `sums` has a row for each of QUANTITIES: number of positions, sum, sum of squares.
+    """
 
     vocab_size: int
     counts: Int[Tensor, " bins"] = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.int64))
     sums: Float[Tensor, "q 3"] = field(default_factory=lambda: torch.zeros(len(QUANTITIES), 3, dtype=torch.float64))
     n_bytes: int = 0  # of text, under the tokens whose loss was taken
-
-    # `sums` has a row for each of QUANTITIES: number of positions, sum, sum of squares.
 
     @property
     def edges(self) -> Float[Tensor, " e"]:

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt
 from torch import Tensor
+
+from dimscope.results import write_tensors
 
 
 @dataclass(slots=True)
@@ -78,6 +81,18 @@ class Reservoir:
         keys, ends = held["reservoir.keys"].numpy().view(np.uint64), held["reservoir.ends"].numpy()
         rows = {int(name.rpartition(".")[2]): [t] for name, t in held.items() if name.startswith("reservoir.rows.")}
         return cls(size, seed, keys, ends, rows)
+
+
+def save_reservoir(of: Reservoir, path: Path) -> None:
+    """A reservoir as a safetensors file, whole or not at all."""
+    write_tensors(path, dict(of.tensors()))
+
+
+def load_reservoir(path: Path) -> Reservoir:
+    """What `save_reservoir` wrote."""
+    from safetensors.torch import load_file
+
+    return Reservoir.from_tensors(load_file(path))
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,11 @@ class Window:
     n_prefix: int
 
     @property
+    def predicted_bytes(self) -> int:
+        """Bytes of the text under the tokens that can be predicted: not the prefix, and not the first token of all."""
+        return int(self.n_bytes[max(self.n_prefix, 1) :].sum())
+
+    @property
     def unique_tokens(self) -> int:
         """Different ids, those of the prefix included."""
         return len(self.ids.unique())

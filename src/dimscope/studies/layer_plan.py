@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.model import Placement, place, require_causal
@@ -24,6 +24,9 @@ from dimscope.representations.windows import (
 )
 from dimscope.studies.layer_measures import Pass
 from dimscope.studies.provenance import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LENGTH = 1024  # tokens of a window where the model's context is longer and none is asked for
 NOTEBOOK_LENGTH = 2048  # the same for the notebook, whose models read 1,024 and 2,048
@@ -129,13 +132,14 @@ def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> 
     titles = _distinct([c.title for c in checkpoints], [c.name for c in checkpoints])
     placements = [place(c, dtype=settings.dtype, device=settings.device) for c in checkpoints]
     texts = _named_texts(settings.texts)
-    read = {(m, name): _reading(c, name, text, settings, settings.windows)
-            for m, c in enumerate(checkpoints) for name, text in texts.items()}  # fmt: skip
+    readers = [Reader(_window_length(c, settings), require_tokenizer(c.source)) for c in checkpoints]
+    read = {(m, name): _reading(reader, name, text, settings.windows)
+            for m, reader in enumerate(readers) for name, text in texts.items()}  # fmt: skip
     if settings.windows is None:  # as many of each text as of the shortest: dimensions grow with the tokens
         least = min(reading.n_windows or 0 for reading in read.values())
-        read = {(m, name): r if r.n_windows == least else _reading(checkpoints[m], name, texts[name], settings, least)
+        read = {(m, name): r if r.n_windows == least else _reading(readers[m], name, texts[name], least)
                 for (m, name), r in read.items()}  # fmt: skip
-    units = []
+    units, marks = [], [fingerprint(c) for c in checkpoints]
     # Model by model, so that each is loaded once; random weights are a model of their own.
     for m, weights, conditions in _runs(len(checkpoints), settings):
         for name, text in texts.items():
@@ -144,7 +148,7 @@ def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> 
                 if condition == "shuffled across" and reading.n_windows == 1:
                     continue
                 arguments = {
-                    "model": fingerprint(checkpoints[m]), "title": titles[m], "text": text.fingerprint, "text_name": name,
+                    "model": marks[m], "title": titles[m], "text": text.fingerprint, "text_name": name,
                     "condition": condition, "draw": draw, "windows": reading.n_windows, "length": reading.length,
                     "batch": settings.batch or max(1, _tokens_at_once(placements[m]) // reading.length),
                     "placement": asdict(placements[m]),
@@ -172,11 +176,16 @@ def _tokens_at_once(placement: Placement) -> int:
     return CPU_BATCH if placement.device == "cpu" else GPU_BATCH
 
 
-def _reading(
-    checkpoint: Checkpoint, name: str, text: Text, settings: LayersSettings, windows: int | Literal["all"] | None
-) -> Reading:
-    length = _window_length(checkpoint, settings)
-    tokenizer = require_tokenizer(checkpoint.source)
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How a model reads: how many tokens at once, and its tokenizer."""
+
+    length: int
+    tokenizer: "PreTrainedTokenizerBase"
+
+
+def _reading(reader: Reader, name: str, text: Text, windows: int | Literal["all"] | None) -> Reading:
+    tokenizer, length = reader.tokenizer, reader.length
     bos = " ".join(tokenizer.convert_ids_to_tokens(special_prefix(tokenizer))) or None
     if windows == "all":
         # The first window now: a text that is too short is said before a model is loaded.

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from safetensors import safe_open
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.model import load_model, random_twin
+from dimscope.geometry.dimension import COUNT, told_count
 from dimscope.geometry.spectrum import Spectrum
 from dimscope.representations.collection import Collection, load_collection
 from dimscope.representations.hidden_states import FINAL_NORM, find_sites, select_sites
 from dimscope.representations.passes import PassSettings, run_pass
-from dimscope.representations.reservoir import Reservoir
-from dimscope.results import ResultFolder, alone, write_tensors
+from dimscope.representations.reservoir import Reservoir, load_reservoir, save_reservoir
+from dimscope.results import ResultFolder, alone
 from dimscope.studies import layer_measures as measures
 from dimscope.studies.estimate import estimate_passes
 from dimscope.studies.layer_plan import LayersSettings, Unit, plan_layers
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TABLES = ("layers", "scree", "texts", "confidence", "predictions", "similarity", "curve")
-
-
 STATE = ".dimscope-state"  # of a run that is not finished, in its folder
 
 
@@ -243,25 +241,11 @@ class LayersWork:
         }
 
 
-def save_reservoir(of: Reservoir, path: Path) -> None:
-    """A reservoir as a safetensors file, whole or not at all."""
-    write_tensors(path, dict(of.tensors()))
-
-
-def load_reservoir(path: Path) -> Reservoir:
-    """What `save_reservoir` wrote."""
-    return Reservoir.from_tensors(load_file(path))
-
-
 def _is_complete(state: Path) -> bool:
     if not state.exists():
         return False
     with safe_open(state, "pt") as held:
         return bool(held.get_tensor("numbers")[-1])
-
-
-def _percent(count: str) -> float:
-    return float(count.rpartition(" ")[2].removesuffix("%"))
 
 
 def summary_frame(layers: pl.DataFrame) -> pl.DataFrame:
@@ -271,16 +255,16 @@ def summary_frame(layers: pl.DataFrame) -> pl.DataFrame:
     (mean and sd over the draws) and with random weights, and white noise's; rank, corrected participation ratio and TwoNN.
     """
     rows = layers.filter((pl.col("preprocess") == "raw") & pl.col("centred") & pl.col("scale").is_null())
-    counts = [m for m in rows["metric"].unique(maintain_order=True) if m.startswith("variance count")]
-    told = "variance count 95%" if "variance count 95%" in counts else max(counts, key=_percent)
-    percent = told.rpartition(" ")[2]
+    told = told_count(rows["metric"].unique())
+    assert told is not None  # the command line asks for one threshold at least
+    share = told.removeprefix(COUNT)
     place = ["model", "text", "layer", "site"]
     real = rows.filter(pl.col("condition") == "real")
 
     def column(metric: str, name: str, value: str = "value") -> pl.DataFrame:
         return real.filter(pl.col("metric") == metric).select(*place, pl.col(value).alias(name))
 
-    found = column(told, "N", "n_tokens").join(column(told, percent), on=place, maintain_order="left")
+    found = column(told, "N", "n_tokens").join(column(told, share), on=place, maintain_order="left")
     beside = []
     for condition in ("shuffled", "random weights"):
         draws = rows.filter((pl.col("metric") == told) & (pl.col("condition") == condition))

@@ -5,8 +5,9 @@ import math
 
 import polars as pl
 
+from dimscope.geometry.dimension import percent
 from dimscope.report import figures
-from dimscope.report.profiles import conditions, finite, listed, meaning, percent, places, profile, site_words, sites
+from dimscope.report.profiles import conditions, finite, listed, meaning, places, profile, site_words, sites
 from dimscope.report.section import Facts, Grid, Plot, Section, Tables
 from dimscope.report.sections.asked import Asked, asked, at, counted, of, shown_layer, spectral, spread, table
 from dimscope.report.wording import number, sentence, share

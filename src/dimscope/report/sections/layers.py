@@ -4,8 +4,9 @@ import math
 
 import polars as pl
 
+from dimscope.geometry.dimension import percent
 from dimscope.report import figures
-from dimscope.report.profiles import RANK, conditions, finite, listed, meaning, percent, places, profile, sites
+from dimscope.report.profiles import RANK, conditions, finite, listed, meaning, places, profile, sites
 from dimscope.report.section import Facts, Grid, Plot, Section, Tables
 from dimscope.report.sections.asked import (
     Asked,
