@@ -5,7 +5,7 @@ import sys
 
 from cyclopts import App, CycloptsError
 
-from dimscope.commands import embedding, layers, report
+from dimscope.commands import damage, embedding, layers, report
 from dimscope.commands.options import STANDARD_INPUT
 from dimscope.errors import DimscopeError
 
@@ -23,6 +23,7 @@ for command in (
     embedding.correlate,
     embedding.spectrum,
     layers.layers,
+    damage.damage,
     report.report,
 ):
     app.command(command)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from dimscope.checkpoints import BUILTIN
-from dimscope.commands.options import COMMON, STANDARD_INPUT, Common, check_given, check_seed
+from dimscope.commands.options import COMMON, Common, Given, announce, check_given, check_seed, text_sources
 from dimscope.errors import InvalidArgument
 from dimscope.terminal import Output
 
 if TYPE_CHECKING:
     from dimscope.studies.layer_plan import LayersSettings
-
-Given = Annotated[tuple[str, ...] | None, Parameter(consume_multiple=True, negative=())]
 
 
 @Parameter(name="*")
@@ -73,7 +66,7 @@ class LayersOptions:
         check_given("--text", self.text, "texts")
         base = notebook_settings() if self.preset == "notebook" else LayersSettings()
         given = {
-            "texts": self.text and tuple("-" if source == STANDARD_INPUT else source for source in self.text),
+            "texts": text_sources(self.text),
             "windows": _windows(self.windows), "length": self.length, "shuffles": self.shuffles,
             "across": self.across, "twin": self.random_weights, "logits": self.logits, "curve": self.curve,
             "thresholds": _thresholds(self.thresholds), "layers": self.layers, "chosen_layer": self.layer,
@@ -122,7 +115,7 @@ def layers(
     settings = options.settings(common, seed)
     check_given("--compare", compare, "models")
     checkpoint, others = common.open(model), [common.open(other, "main") for other in compare or ()]
-    with _folder(common.out) as directory:
+    with common.folder() as directory:
         facts, tables = run_layers(checkpoint, directory, settings, others, announce)
     told = {"model": facts["model"], "seconds": facts["seconds"]}
     if waiting := facts.get("waiting"):
@@ -136,21 +129,6 @@ def layers(
     else:  # what is the same in a whole table goes into its title
         parts = summary.partition_by("model", "text", maintain_order=True)
         common.print(Output(told, {f"dimensions {i}": part for i, part in enumerate(parts, 1)}))
-
-
-def announce(line: str) -> None:
-    """Says what is about to run where progress is shown too: on a terminal."""
-    if sys.stderr.isatty():
-        print(line, file=sys.stderr)
-
-
-@contextmanager
-def _folder(out: Path | None) -> Generator[Path]:
-    if out is not None:
-        yield out
-        return
-    with tempfile.TemporaryDirectory(prefix="dimscope-") as temporary:
-        yield Path(temporary)
 
 
 def _windows(text: str | None) -> int | Literal["all"] | None:

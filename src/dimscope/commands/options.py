@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from dimscope.representations.embedding import EmbeddingTable
 
 
+Given = Annotated[tuple[str, ...] | None, Parameter(consume_multiple=True, negative=())]
 STANDARD_INPUT = "\0-"  # how the command line hands "-" on; no shell can pass it
 
 
@@ -56,6 +61,15 @@ class Common:
             allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
         )
+
+    @contextmanager
+    def folder(self) -> Generator[Path]:
+        """The folder that was given, or one that is gone afterwards."""
+        if self.out is not None:
+            yield self.out
+            return
+        with tempfile.TemporaryDirectory(prefix="dimscope-") as temporary:
+            yield Path(temporary)
 
     def show(self, output: Output) -> None:
         """Prints what was found, and writes it where a folder was given."""
@@ -99,3 +113,14 @@ def check_seed(seed: int) -> None:
     """Raises InvalidArgument for what torch's generators do not take."""
     if not 0 <= seed < 2**63:
         raise InvalidArgument(f"--seed goes from 0 to 2^63 - 1, not {seed}")
+
+
+def text_sources(given: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The texts that were given, with standard input as "-"."""
+    return given and tuple("-" if source == STANDARD_INPUT else source for source in given)
+
+
+def announce(line: str) -> None:
+    """Says what is about to run where progress is shown too: on a terminal."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from dimscope.checkpoints import BUILTIN
-from dimscope.commands.layers import LAYERS, LayersOptions, announce
-from dimscope.commands.options import COMMON, TABLE, Common, TableOptions, check_given, check_seed
+from dimscope.commands.layers import LAYERS, LayersOptions
+from dimscope.commands.options import COMMON, TABLE, Common, TableOptions, announce, check_given, check_seed
 from dimscope.errors import InvalidArgument
 from dimscope.terminal import Output
 
 Studies = Annotated[
-    tuple[Literal["embedding", "layers"], ...], Parameter(name="--with", consume_multiple=True, negative=())
+    tuple[Literal["embedding", "layers", "damage"], ...], Parameter(name="--with", consume_multiple=True, negative=())
 ]
 
 
@@ -39,7 +40,8 @@ def report(
     Parameters
     ----------
     with_
-        Studies to run: embedding reads the embedding tables only, layers runs the model on texts.
+        Studies to run: embedding reads the embedding tables only, layers runs the model on texts, damage runs it with
+        changed tables (on prose, unless texts are given; `dimscope damage` has the options).
     full_knn
         Precompute the neighbours of every token for the map, not of a sample. V x V x d work: minutes for 150,000 tokens.
     sample
@@ -47,13 +49,14 @@ def report(
     seed
         Seed of samples, shuffles and nulls.
     """
-    from dimscope.report.run import run_layers, run_report
+    from dimscope.report.run import run_damage, run_layers, run_report
+    from dimscope.studies.damage_plan import DamageSettings
     from dimscope.studies.embedding import EmbeddingSettings
 
     if common.out is None:
         raise InvalidArgument("give the folder of the report: dimscope report MODEL -o DIR")
     check_seed(seed)
-    check_given("--with", with_, "studies (embedding, layers)")
+    check_given("--with", with_, "studies (embedding, layers, damage)")
     if sample < 1:
         raise InvalidArgument(f"--sample is at least 1, not {sample}")
     settings = options.settings(common, seed)
@@ -67,6 +70,14 @@ def report(
         )[1]  # fmt: skip
     if "layers" in with_:
         facts, _ = run_layers(checkpoint, common.out, settings, (), announce)
+    if "damage" in with_:
+        base = DamageSettings()
+        facts, _ = run_damage(
+            checkpoint, common.out, replace(
+                base, texts=settings.texts if options.text else base.texts, length=settings.length, batch=settings.batch,
+                dtype=settings.dtype, device=settings.device, seed=seed, trust_remote_code=common.trust_remote_code,
+            ), announce,
+        )  # fmt: skip
     told = {"model": facts["model"], "seconds": facts["seconds"]}
     if waiting := facts.get("waiting"):
         common.print(Output({**told, "waiting_for_shards": ", ".join(waiting)}))

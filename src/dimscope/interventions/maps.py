@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -75,6 +77,48 @@ def exact_error(of: LinearMap, moments: Moments) -> float:
         if of.shift is not None:
             squared = squared - 2 * of.shift @ (rest.T @ moments.total) + moments.count * of.shift.square().sum()
     return math.sqrt(max(float(squared), 0.0))
+
+
+def mapped_moments(of: LinearMap, moments: Moments) -> Moments:
+    """The moments of the mapped rows, in d x d work: M^T G M, and what the shift adds to it."""
+    matrix = of.matrix
+    total, gram = moments.total @ matrix, matrix.T @ moments.gram @ matrix
+    if of.shift is not None:
+        cross = torch.outer(total, of.shift)
+        gram = gram + cross + cross.T + moments.count * torch.outer(of.shift, of.shift)
+        total = total + moments.count * of.shift
+    return Moments(moments.count, total, gram)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Several maps, one after the other."""
+
+    maps: tuple[RowMap, ...]
+
+    def __call__(self, rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """The rows after the last map."""
+        for change in self.maps:
+            rows = change(rows, ids)
+        return rows
+
+
+def compose(maps: Sequence[RowMap]) -> RowMap:
+    """The maps one after the other as one map: a linear one, with its exact error, where all are linear."""
+    linear = [change for change in maps if isinstance(change, LinearMap)]
+    return reduce(_product, linear) if len(linear) == len(maps) > 0 else Chain(tuple(maps))
+
+
+def _product(first: LinearMap, second: LinearMap) -> LinearMap:
+    """w -> (w M1 + s1) M2 + s2, in the factors of the smaller rank."""
+    shift = None
+    if first.shift is not None or second.shift is not None:
+        zero = torch.zeros(len(second.left), dtype=torch.float64)
+        before, after = (zero if s is None else s for s in (first.shift, second.shift))
+        shift = before @ second.matrix + after
+    if first.right is not None and first.left.shape[1] <= second.left.shape[1]:
+        return LinearMap(first.left, first.right @ second.matrix, shift)
+    return LinearMap(first.matrix @ second.left, second.right, shift)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Adding one is writing such a function here; the library and the command line fin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -16,7 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dimscope.errors import InvalidArgument
-from dimscope.interventions.maps import GaussianNoise, LinearMap, RowMap, RowQuantisation
+from dimscope.interventions.maps import (
+    GaussianNoise,
+    LinearMap,
+    RowMap,
+    RowQuantisation,
+    compose,
+    mapped_moments,
+)
 from dimscope.representations.moments import Moments
 
 LARGEST_BITS = 16
@@ -98,20 +105,44 @@ def perturbation(strength: str, *, expected: Expected | None, random: bool = Fal
     return register
 
 
-def make_map(name: str, table: TableSummary, strength: float = 0.0, seed: int = 0) -> RowMap:
-    """The map of a perturbation at a strength. Raises InvalidArgument for an unknown name or a strength out of range."""
+def find_perturbation(name: str) -> Perturbation:
+    """The perturbation of a name. Raises InvalidArgument for an unknown one."""
     if name not in PERTURBATIONS:
         raise InvalidArgument(f"a perturbation is one of {', '.join(PERTURBATIONS)}, not {name!r}")
-    kind = PERTURBATIONS[name]
-    if kind.strength == "dimensions" and not (strength == int(strength) and 0 <= strength <= table.dim):
-        raise InvalidArgument(f"{name} takes a number of dimensions from 0 to {table.dim}, not {strength:g}")
-    if kind.strength == "standard deviations" and not 0 <= strength < math.inf:
+    return PERTURBATIONS[name]
+
+
+def check_strength(name: str, strength: float, dim: int) -> None:
+    """Raises InvalidArgument for an unknown name, and for a strength that it cannot have in `dim` dimensions."""
+    unit = find_perturbation(name).strength
+    if unit == "dimensions" and not (0 <= strength <= dim and strength == int(strength)):
+        raise InvalidArgument(f"{name} takes a number of dimensions from 0 to {dim}, not {strength:g}")
+    if unit == "standard deviations" and not 0 <= strength < math.inf:
         raise InvalidArgument(f"{name} takes standard deviations from 0 on, not {strength:g}")
-    if kind.strength == "bits" and not (strength == int(strength) and 2 <= strength <= LARGEST_BITS):
+    if unit == "bits" and not (2 <= strength <= LARGEST_BITS and strength == int(strength)):
         raise InvalidArgument(f"{name} takes a number of bits from 2 to {LARGEST_BITS}, not {strength:g}")
     if not math.isfinite(strength):
         raise InvalidArgument(f"{name} takes a number, not {strength:g}")
-    return kind.make(table, strength, seed)
+
+
+def make_map(name: str, table: TableSummary, strength: float = 0.0, seed: int = 0) -> RowMap:
+    """The map of a perturbation at a strength. Raises InvalidArgument for an unknown name or a strength out of range."""
+    check_strength(name, strength, table.dim)
+    return PERTURBATIONS[name].make(table, strength, seed)
+
+
+def make_chain(steps: Sequence[tuple[str, float]], table: TableSummary, seed: int = 0) -> RowMap:
+    """Perturbations one after the other, as (name, strength). Raises what `make_map` raises.
+
+    After linear ones the next is made for the table as it is then; noise and rounding do not change what it knows.
+    """
+    maps: list[RowMap] = []
+    for name, strength in steps:
+        change = make_map(name, table, strength, seed)
+        maps.append(change)
+        if isinstance(change, LinearMap) and len(maps) < len(steps):
+            table = TableSummary(mapped_moments(change, table.moments))
+    return maps[0] if len(maps) == 1 else compose(maps)
 
 
 def _tail(values: Float[Tensor, " d"], k: float) -> float:
@@ -196,6 +227,14 @@ def scale(table: TableSummary, factor: float, seed: int) -> LinearMap:
 def noise(table: TableSummary, strength: float, seed: int) -> GaussianNoise:
     """Adds Gaussian noise in units of the standard deviation of the table's entries; no linear map, T x d work a look-up."""
     return GaussianNoise(strength * table.std, seed)
+
+
+@perturbation("standard deviations", expected=lambda t, a: a * t.std * math.sqrt(t.moments.count * t.dim), random=True)
+def shift(table: TableSummary, strength: float, seed: int) -> LinearMap:
+    """Adds the same random vector to every row, as long as noise of that strength: an error that no average takes away."""
+    direction = _gaussian(table.dim, 1, seed)[:, 0]
+    length = strength * table.std * math.sqrt(table.dim)
+    return LinearMap(torch.eye(table.dim, dtype=torch.float64), None, direction / direction.norm() * length)
 
 
 @perturbation("bits", expected=None)

@@ -10,6 +10,8 @@ import polars as pl
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.report.page import write_page
 from dimscope.results import ResultFolder, write_json
+from dimscope.studies.damage import Writing, study_damage
+from dimscope.studies.damage_plan import DamageSettings
 from dimscope.studies.embedding import EmbeddingSettings, study_embedding
 from dimscope.studies.layer_plan import LayersSettings
 from dimscope.studies.layers import sharing, study_layers
@@ -42,6 +44,20 @@ def run_layers(
     if tables:
         with sharing(directory, settings):
             _told(folder, facts)
+    return facts, tables
+
+
+def run_damage(
+    checkpoint: Checkpoint,
+    directory: Path,
+    settings: DamageSettings,
+    announce: Callable[[str], object] | None = None,
+    watch: Callable[[Writing], object] | None = None,
+) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
+    """Studies what the model loses when its embedding table is changed: the facts, and the tables by name."""
+    folder = ResultFolder(directory, fingerprint(checkpoint))
+    facts, tables = study_damage(checkpoint, folder, settings, announce, watch)
+    _told(folder, facts)
     return facts, tables
 
 

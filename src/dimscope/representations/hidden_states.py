@@ -101,6 +101,33 @@ def _final_norm(decoder: nn.Module) -> nn.Module | None:
     return norms[-1] if norms else None
 
 
+@torch.no_grad()
+def first_norm(model: "PreTrainedModel") -> nn.Module | None:
+    """The norm through which the first block reads its input; None where it reads it as it is (post-norm families)."""
+    block = find_sites(model)[0].module
+    entered: list[Tensor] = []
+    found: list[nn.Module] = []
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(args[0] if args else kwargs["hidden_states"])
+
+    def met(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and torch.is_tensor(args[0]) and args[0] is entered[-1]:
+            found.append(module)
+
+    norms = [m for m in block.modules() if "norm" in type(m).__name__.lower()]
+    handles = [
+        block.register_forward_pre_hook(begin, with_kwargs=True),
+        *(m.register_forward_pre_hook(met) for m in norms),
+    ]
+    try:
+        model.get_decoder()(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=input_device(model)), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
 Consumer = Callable[[Site, Float[Tensor, "b t d"]], None]
 
 

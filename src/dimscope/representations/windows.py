@@ -183,7 +183,7 @@ def middle_windows(
     what fits, a text above `cap_bytes`.
     """
     prefix = special_prefix(tokenizer)
-    room = _room(prefix, length)
+    room = room_after(prefix, length)
     blocks = list(_capped(text, tokenizer, cap_bytes))
     total = sum(len(ids) for ids, _ in blocks)
     _require_window(text, prefix, total, length)
@@ -205,7 +205,7 @@ def stream_windows(text: Text, tokenizer: "PreTrainedTokenizerBase", *, length: 
     Raises InvalidArgument, with the first window, for a length below 2 and the prefix or a text shorter than a window.
     """
     prefix = special_prefix(tokenizer)
-    room = _room(prefix, length)
+    room = room_after(prefix, length)
     index, begin = 0, 0
     left = (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
     for block in encode(text, tokenizer):
@@ -227,8 +227,8 @@ def grouped(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
         yield group
 
 
-def _room(prefix: list[int], length: int) -> int:
-    """How many tokens of the text a window holds."""
+def room_after(prefix: list[int], length: int) -> int:
+    """How many tokens of the text a window holds, after its prefix. Raises InvalidArgument for fewer than two."""
     if length < 2 + len(prefix):
         raise InvalidArgument(
             f"--length {length} is too short: a window holds two tokens of the text at least"

@@ -9,6 +9,7 @@ from dimscope.checkpoints.model import DTYPES, Placement
 
 SIDE = 1024  # of the matrices whose product is timed
 ROUNDS = 3
+READ = 1 << 27  # bytes read to time the memory
 
 
 def estimate_passes(
@@ -31,6 +32,37 @@ def estimate_passes(
         return f"{passes} over whole texts on {placement.device} ({placement.dtype}); {memory}"
     seconds = 2 * used * n_tokens / _speed(placement)
     return f"{passes}, {n_tokens:,} tokens on {placement.device} ({placement.dtype}): {_duration(seconds)} or more; {memory}"
+
+
+def estimate_damage(checkpoint: Checkpoint, placement: Placement, n_points: int, n_tokens: int, n_written: int) -> str:
+    """How many changes on how many tokens, roughly how long, and how much memory, in one line.
+
+    Beside the passes, every token that is written reads all weights once. Both are lower bounds.
+    """
+    numbers = sum(info.n_elements for info in checkpoint.tensors.values())
+    used = numbers - (0 if checkpoint.tied else checkpoint.input_table.n_elements)
+    width = DTYPES[placement.dtype].itemsize
+    vocab_size, dim = checkpoint.input_table.shape
+    seconds = n_points * 2 * used * n_tokens / _speed(placement) + n_written * used * width / _bandwidth(placement)
+    memory = width * numbers + 4 * n_tokens * (dim + vocab_size)
+    changes = f"{n_points - 1:,} change{'s' if n_points != 2 else ''} and the model as it is"
+    written = f", {n_written:,} steps of writing" if n_written else ""
+    return (
+        f"{changes}, {n_tokens:,} tokens each{written} on {placement.device} ({placement.dtype}): {_duration(seconds)} or "
+        f"more; {_size(memory)} at most"
+    )
+
+
+def _bandwidth(placement: Placement) -> float:
+    """Bytes per second at which memory is read."""
+    device = "cpu" if placement.device == "map" else placement.device
+    held = torch.ones(READ // 4, device=device)
+    float(held.sum())
+    began = time.perf_counter()
+    for _ in range(ROUNDS):
+        total = held.sum()
+    float(total)
+    return ROUNDS * READ / (time.perf_counter() - began)
 
 
 def _speed(placement: Placement) -> float:

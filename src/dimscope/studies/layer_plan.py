@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.model import Placement, place, require_causal
 from dimscope.checkpoints.vocabulary import require_tokenizer
-from dimscope.errors import InvalidArgument
 from dimscope.geometry.dimension import THRESHOLDS
 from dimscope.representations.hidden_states import parse_layers
-from dimscope.representations.texts import Text, open_text
+from dimscope.representations.texts import Text
 from dimscope.representations.windows import (
     Window,
     grouped,
@@ -24,6 +23,7 @@ from dimscope.representations.windows import (
 )
 from dimscope.studies.layer_measures import Pass
 from dimscope.studies.provenance import fingerprint
+from dimscope.studies.reading import distinct, named_texts, window_length, windows_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 LENGTH = 1024  # tokens of a window where the model's context is longer and none is asked for
 NOTEBOOK_LENGTH = 2048  # the same for the notebook, whose models read 1,024 and 2,048
 ACROSS = 1024  # windows of a stream whose tokens are shuffled together
-CPU_BATCH, GPU_BATCH = 2048, 16384  # tokens at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +128,11 @@ def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> 
     """
     for checkpoint in checkpoints:  # now, not after the passes of the models before it
         parse_layers(settings.layers, require_causal(checkpoint).get_text_config().num_hidden_layers + 1)
-    titles = _distinct([c.title for c in checkpoints], [c.name for c in checkpoints])
+    titles = distinct([c.title for c in checkpoints], [c.name for c in checkpoints])
     placements = [place(c, dtype=settings.dtype, device=settings.device) for c in checkpoints]
-    texts = _named_texts(settings.texts)
-    readers = [Reader(_window_length(c, settings), require_tokenizer(c.source)) for c in checkpoints]
+    texts = named_texts(settings.texts)
+    longest = LENGTH if settings.preset is None else NOTEBOOK_LENGTH
+    readers = [Reader(window_length(c, settings.length, longest), require_tokenizer(c.source)) for c in checkpoints]
     read = {(m, name): _reading(reader, name, text, settings.windows)
             for m, reader in enumerate(readers) for name, text in texts.items()}  # fmt: skip
     if settings.windows is None:  # as many of each text as of the shortest: dimensions grow with the tokens
@@ -150,7 +150,7 @@ def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> 
                 arguments = {
                     "model": marks[m], "title": titles[m], "text": text.fingerprint, "text_name": name,
                     "condition": condition, "draw": draw, "windows": reading.n_windows, "length": reading.length,
-                    "batch": settings.batch or max(1, _tokens_at_once(placements[m]) // reading.length),
+                    "batch": settings.batch or windows_at_once(placements[m], reading.length),
                     "placement": asdict(placements[m]),
                     **{key: getattr(settings, key) for key in ("layers", "logits", "thresholds", "reservoir", "seed")},
                 }  # fmt: skip
@@ -172,10 +172,6 @@ def _runs(n_models: int, settings: LayersSettings) -> Iterator[tuple[int, Litera
         yield other, "trained", [("real", 0)]
 
 
-def _tokens_at_once(placement: Placement) -> int:
-    return CPU_BATCH if placement.device == "cpu" else GPU_BATCH
-
-
 @dataclass(frozen=True, slots=True)
 class Reader:
     """How a model reads: how many tokens at once, and its tokenizer."""
@@ -193,28 +189,3 @@ def _reading(reader: Reader, name: str, text: Text, windows: int | Literal["all"
         return Reading(name, length, lambda: stream_windows(text, tokenizer, length=length), bos, None)
     listed = middle_windows(text, tokenizer, length=length, count=windows)
     return Reading(name, length, lambda: listed, bos, len(listed))
-
-
-def _distinct(names: Sequence[str], longer: Sequence[str]) -> list[str]:
-    """The names, or the longer ones where two are the same; numbered where those are too."""
-    chosen = list(names if len(set(names)) == len(names) else longer)
-    return [
-        name if chosen.index(name) == i else f"{name} ({chosen[:i].count(name) + 1})" for i, name in enumerate(chosen)
-    ]
-
-
-def _named_texts(sources: Sequence[str]) -> dict[str, Text]:
-    if not sources:
-        raise InvalidArgument("give a text: --text FILE, or builtin:prose")
-    texts = [open_text(source) for source in sources]
-    return dict(zip(_distinct([t.name for t in texts], sources), texts, strict=True))
-
-
-def _window_length(checkpoint: Checkpoint, settings: LayersSettings) -> int:
-    """Tokens of a window. Raises InvalidArgument where the model has no positions for as many as are asked for."""
-    config, asked = require_causal(checkpoint).get_text_config(), settings.length
-    context = getattr(config, "max_position_embeddings", None)
-    if asked is not None and context is not None and asked > context:
-        raise InvalidArgument(f"--length {asked}: {checkpoint.title} reads at most {context} tokens at once")
-    longest = LENGTH if settings.preset is None else NOTEBOOK_LENGTH
-    return min(context or longest, longest) if asked is None else asked

@@ -1,0 +1,82 @@
+"""Errors measured on the rows themselves: of maps without an exact form, after rounding, and as a model sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import polars as pl
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dimscope.interventions.maps import RowMap
+
+if TYPE_CHECKING:
+    from dimscope.representations.embedding import EmbeddingTable
+
+Norm = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """||x - x'||_F / ||x||_F over some rows, and the standard error of its being told by a sample of them."""
+
+    value: float
+    stderr: float
+
+
+@dataclass(frozen=True, slots=True)
+class RowErrors:
+    """What a map does to rows, on a sample of them: relative errors and the mean cosine between a row and what it becomes."""
+
+    n: int
+    plain: Ratio
+    cast: Ratio  # after rounding to the dtype of the model
+    normed: Ratio | None  # of the rows after the first norm of the model, None where it has none
+    cosine: float
+
+
+@torch.no_grad()
+def row_errors(
+    rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"], change: RowMap, dtype: torch.dtype, norm: Norm | None = None
+) -> RowErrors:
+    """The errors of a map on these rows; `norm` is the first norm of the model, which gets them in its dtype."""
+    changed = change(rows.float(), ids)
+    cast, stored = changed.to(dtype), rows.to(dtype)
+    cosine = torch.nn.functional.cosine_similarity(rows.double(), changed.double(), dim=1)
+    return RowErrors(
+        n=len(rows),
+        plain=_ratio(rows, changed),
+        cast=_ratio(rows, cast),
+        normed=None if norm is None else _ratio(norm(stored), norm(cast)),
+        cosine=float(cosine.mean()),
+    )
+
+
+def _ratio(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"]) -> Ratio:
+    exact, changed = before.double().cpu(), after.double().cpu()
+    energies, errors = exact.square().sum(dim=1), (exact - changed).square().sum(dim=1)
+    whole = float(energies.sum())
+    if not whole:
+        return Ratio(0.0, 0.0)
+    share = float(errors.sum()) / whole
+    # Delta method for a ratio of sums, then for its root.
+    spread = math.sqrt(float((errors - share * energies).square().sum())) / whole
+    return Ratio(math.sqrt(share), spread / (2 * math.sqrt(share)) if share else 0.0)
+
+
+def token_errors(table: EmbeddingTable, change: RowMap) -> pl.DataFrame:
+    """The error of every token, block by block: id, norm of its row, norm of the error, cosine (null for rows of zeros)."""
+    parts = []
+    for ids, rows in table.blocks():
+        changed = change(rows, ids).double()
+        exact = rows.double()
+        norms, after = exact.norm(dim=1), changed.norm(dim=1)
+        product = norms * after
+        cosine = torch.where(product > 0, (exact * changed).sum(dim=1) / product, math.nan)
+        columns = {"id": ids, "norm": norms, "error": (exact - changed).norm(dim=1), "cosine": cosine}
+        parts.append(pl.DataFrame({name: column.numpy() for name, column in columns.items()}))
+    return pl.concat(parts).with_columns(pl.col("cosine").fill_nan(None))
