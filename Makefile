@@ -20,6 +20,7 @@ check: .venv/dev
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.embedding
 	$(BIN)/python -m benchmarks.layers
+	$(BIN)/python -m benchmarks.damage
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -50,24 +50,29 @@ print(json.dumps({"peak_gb": int(peak) / 1e6, **facts}))
 """
 
 
-def qwen_sized_checkpoint(folder: Path, seed: int = 0) -> Path:
-    """A Qwen2-class checkpoint of one small layer whose bfloat16 table is 151,936 x 896.
+def qwen_sized_table(vocab_size: int = VOCAB_SIZE, seed: int = 0) -> torch.Tensor:
+    """A bfloat16 table of 896 dimensions, by default as long as that of Qwen2.5-0.5B.
 
-    The table has a mean, columns of unequal variance and 2,300 rows that all but coincide, as the real one has.
+    It has a mean, columns of unequal variance and 2,300 rows that all but coincide, as the real one has.
     """
     generator = torch.Generator().manual_seed(seed)
-    table = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
+    table = torch.randn(vocab_size, HIDDEN_SIZE, generator=generator)
     table *= 0.0146 * torch.linspace(1.4, 0.5, HIDDEN_SIZE)
     table += 0.006 * torch.randn(HIDDEN_SIZE, generator=generator)
-    rows = torch.randperm(VOCAB_SIZE, generator=generator)[:PLANTED]
+    rows = torch.randperm(vocab_size, generator=generator)[:PLANTED]
     # Coordinates of size 0.01 whose last bfloat16 digit differs here and there: about 1e-4 apart.
     table[rows] = table[rows[0]].bfloat16().float() * (
         1 + 0.004 * (torch.rand(PLANTED, HIDDEN_SIZE, generator=generator) < 0.002)
     )
+    return table.bfloat16()
+
+
+def qwen_sized_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """A Qwen2-class checkpoint of one small layer whose bfloat16 table is 151,936 x 896."""
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, intermediate_size=64, num_hidden_layers=1, num_attention_heads=14,
         num_key_value_heads=2, tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(folder)
-    save_file({"model.embed_tokens.weight": table.bfloat16()}, folder / "model.safetensors")
+    save_file({"model.embed_tokens.weight": qwen_sized_table(seed=seed)}, folder / "model.safetensors")
     return folder

@@ -97,6 +97,30 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model wrote after a change, how many of its tokens are those of the undamaged model, and how much it repeats."""
+
+    change: str
+    text: str
+    same: str
+    repeated: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """The answers to one prompt, one below the other; `opened` where the reader sees them at first."""
+
+    prompt: str
+    answers: tuple[Answer, ...]
+    opened: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Return "gallery": how the template tells blocks apart."""
+        return "gallery"
+
+
+@dataclass(frozen=True, slots=True)
 class LayerChoice:
     """The layers whose traces a section's figures hold, as (number, name), and the one shown at first."""
 
@@ -115,7 +139,7 @@ class Section:
     anchor: str
     name: str
     title: str
-    blocks: tuple[Plot | Grid, ...]
+    blocks: tuple[Plot | Grid | Gallery, ...]
     how_to_read: str
     caveat: str
     tables: tuple[str, ...] = ()

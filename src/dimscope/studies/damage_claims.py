@@ -5,7 +5,7 @@ here each is tested on the model in hand, and held to numbers.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,8 +38,8 @@ class Draws:
         return float(np.mean(self.values))
 
     def told(self) -> str:
-        spread = f" ± {np.std(self.values, ddof=1):.2g}" if len(self.values) > 1 else ""
-        return f"{self.mean:.3g}{spread}"
+        spread = f" ± {np.std(self.values, ddof=1):.2f}" if len(self.values) > 1 else ""
+        return f"{self.mean:.2f}{spread}"
 
 
 class Losses:
@@ -185,18 +185,9 @@ def _compared(pairs: Sequence[tuple[Draws, Draws]], unit: str) -> Tested:
     held = [_lower(better, worse) for better, worse in pairs]
     if not pairs:
         return UNTESTED, "the two were not measured at equal strength"
-    told = "; ".join(f"{_amount(a, unit)} {a.told()} against {b.told()}" for a, b in _few(pairs))
-    return _verdict(held), f"lower loss at {sum(held)} of {len(held)} strengths ({told} nats)"
-
-
-def _few(pairs: Sequence[tuple[Draws, Draws]]) -> Iterable[tuple[Draws, Draws]]:
-    """First, middle and last of many."""
-    n = len(pairs)
-    return pairs if n <= 3 else (pairs[0], pairs[n // 2], pairs[-1])
-
-
-def _amount(draws: Draws, unit: str) -> str:
-    return f"{draws.strength:g} {unit}:"
+    a, b = pairs[len(pairs) // 2]
+    middle = f"at {a.strength:g} {unit} {a.told()} against {b.told()} nats"
+    return _verdict(held), f"lower loss at {sum(held)} of {len(held)} strengths; {middle}"
 
 
 def _random_beats_svd(found: Losses) -> Tested:
@@ -230,7 +221,7 @@ def _bias_hurts(found: Losses) -> Tested:
         error, free, cut = truncated[len(truncated) // 2]
         told.append(
             f"against a truncation of the same relative error, at {sum(held[1])} of {len(held[1])} "
-            f"(error {error:.2f}: {free:.3g} against {cut:.3g} nats)"
+            f"(at {error:.2f}: {free:.2f} against {cut:.2f} nats)"
         )
     return _verdict([*held[0], *held[1]]), "; ".join(told)
 

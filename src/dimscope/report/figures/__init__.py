@@ -1,5 +1,13 @@
 """Figures: pure functions from polars frames to one plotly Figure each. They know nothing about pages or files."""
 
+from dimscope.report.figures.damage import (
+    closed_form,
+    damage_by_error,
+    damage_by_kept,
+    damage_by_strength,
+    operator_block,
+    operator_histogram,
+)
 from dimscope.report.figures.dimensions import (
     budget,
     cumulative_variance,
@@ -39,10 +47,14 @@ from dimscope.report.figures.tokens import (
 __all__ = [
     "alignment",
     "budget",
+    "closed_form",
     "confidence",
     "correlation",
     "cumulative_scree",
     "cumulative_variance",
+    "damage_by_error",
+    "damage_by_kept",
+    "damage_by_strength",
     "dimensions",
     "highest",
     "hubness",
@@ -54,6 +66,8 @@ __all__ = [
     "models_profile",
     "norms_by_category",
     "norms_by_id",
+    "operator_block",
+    "operator_histogram",
     "participation_ratio",
     "preprocessings",
     "sample_curve",

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from dimscope.report.section import Facts, Section, SectionMaker, Tables
-from dimscope.report.sections import clouds, contrasts, directions, layers, rows
+from dimscope.report.sections import answers, clouds, contrasts, damage, directions, errors, layers, rows
 
 # The order of the page. A maker returns None where its tables are missing.
 _EMBEDDING: tuple[SectionMaker, ...] = (
@@ -35,6 +35,15 @@ _LAYERS: tuple[SectionMaker, ...] = (
     contrasts.models_section,
 )
 
+_DAMAGE: tuple[SectionMaker, ...] = (
+    damage.breaking_section,
+    damage.claims_section,
+    errors.error_section,
+    errors.strength_section,
+    errors.operator_section,
+    answers.texts_section,
+)
+
 
 def embedding_sections(tables: Tables, facts: Facts) -> list[Section]:
     """Tell the embedding study; a section whose tables are missing is left out."""
@@ -46,6 +55,11 @@ def layer_sections(tables: Tables, facts: Facts) -> list[Section]:
     return _told(_LAYERS, tables, facts)
 
 
+def damage_sections(tables: Tables, facts: Facts) -> list[Section]:
+    """Tell the study of damage; a section whose tables are missing or empty is left out."""
+    return _told(_DAMAGE, tables, facts)
+
+
 def _told(makers: tuple[SectionMaker, ...], tables: Tables, facts: Facts) -> list[Section]:
     made = (make(tables, facts) for make in makers)
     return [section for section in made if section is not None]
@@ -54,4 +68,5 @@ def _told(makers: tuple[SectionMaker, ...], tables: Tables, facts: Facts) -> lis
 STUDIES: dict[str, Callable[[Tables, Facts], list[Section]]] = {
     "embedding": embedding_sections,
     "layers": layer_sections,
+    "damage": damage_sections,
 }

@@ -95,7 +95,9 @@
 
   const theme = () => document.documentElement.dataset.theme;
   const touch = matchMedia("(pointer: coarse)").matches;
-  const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  // Where nothing hovers the buttons would always be there, over the legend.
+  const displayModeBar = matchMedia("(hover: hover)").matches ? "hover" : false;
+  const config = { displaylogo: false, displayModeBar, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 
   function layoutFor(id, layout) {
     const out = { ...layout, autosize: true, template: payload.templates[theme()] };
