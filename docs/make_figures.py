@@ -1,6 +1,6 @@
 """Draws the figures of the README and the docs from a finished report.
 
-dimscope report builtin --with embedding layers -o report && python docs/make_figures.py report       (needs the `export` extra)
+dimscope report builtin --with embedding layers damage -o report && python docs/make_figures.py report       (needs the `export` extra)
 """
 
 import sys
@@ -9,11 +9,13 @@ from pathlib import Path
 import polars as pl
 
 from dimscope.report import figures, theme
+from dimscope.report.curves import damages
 
 folder = Path(sys.argv[1])
 spectrum = pl.read_parquet(folder / "tables/spectrum.parquet").filter(preprocess="centred")
 dimensions = pl.read_parquet(folder / "tables/dimensions.parquet").filter(preprocess="centred")
 layers = pl.read_parquet(folder / "tables/layers.parquet").filter(preprocess="raw", centred=True, text="builtin prose")
+damage = damages(pl.read_parquet(folder / "tables/damage.parquet"))[0]
 images = Path(__file__).parent / "images"
 images.mkdir(exist_ok=True)
 for name, figure, title in (
@@ -28,6 +30,7 @@ for name, figure, title in (
         figures.layer_profile(layers, "variance count 95%"),
         "The built-in model fills half to three quarters of the dimensions that noise would",
     ),
+    ("damage", figures.damage_by_kept(damage), "Truncation does the least damage to the built-in model"),
 ):
     figure.update_layout(
         template=theme.template("light"),

@@ -9,6 +9,7 @@ from models import FAMILIES, TEXT
 from scipy.special import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GraniteConfig
 
+from dimscope.evaluation import judging
 from dimscope.evaluation.judging import baseline, judge
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.perturbations import TableSummary, make_map
@@ -47,16 +48,17 @@ def stock(model, windows):
 
 
 def by_hand(before, after, windows):
-    loss, kl, first, five, n_bytes = [], [], [], [], 0
+    loss, rise, kl, first, five, n_bytes = [], [], [], [], [], 0
     for p, q, w in zip(before, after, windows, strict=True):
         start = max(w.n_prefix - 1, 0)
         loss += [-q[i, int(w.ids[i + 1])] for i in range(start, len(w.ids) - 1)]
+        rise += [p[i, int(w.ids[i + 1])] - q[i, int(w.ids[i + 1])] for i in range(start, len(w.ids) - 1)]
         kl += (np.exp(p) * (p - q)).sum(axis=1).tolist()
         orders = np.argsort(-p, axis=1)[:, :5], np.argsort(-q, axis=1)[:, :5]
         first += (orders[0][:, 0] == orders[1][:, 0]).tolist()
         five += [len(set(a) & set(b)) / 5 for a, b in zip(*orders, strict=True)]
         n_bytes += int(w.n_bytes[max(w.n_prefix, 1) :].sum())
-    return loss, kl, first, five, n_bytes
+    return loss, rise, kl, first, five, n_bytes
 
 
 @pytest.mark.parametrize("side", ["input", "output", "both"])
@@ -84,8 +86,11 @@ def check(model, windows, side):
     base, before = baseline(model, windows, batch=2), stock(model, windows)
     with perturbed(model, truncation(model), side):
         found, after = judge(model, base), stock(model, windows)
-    loss, kl, first, five, n_bytes = by_hand(before, after, windows)
+    loss, rise, kl, first, five, n_bytes = by_hand(before, after, windows)
     assert found.loss == pytest.approx(np.mean(loss), rel=1e-4)
+    # of differences of numbers of 6, each right to 1e-6
+    assert found.loss_rise == pytest.approx(np.mean(rise), rel=1e-3, abs=2e-6)
+    assert found.loss_rise_stderr == pytest.approx(np.std(rise) / math.sqrt(len(rise)), rel=1e-3, abs=2e-6)
     assert found.perplexity == pytest.approx(math.exp(np.mean(loss)), rel=1e-3)
     assert found.bits_per_byte == pytest.approx(sum(loss) / math.log(2) / n_bytes, rel=1e-4)
     assert found.kl == pytest.approx(np.mean(kl), rel=1e-3, abs=1e-6)
@@ -102,6 +107,8 @@ def test_an_unchanged_model_loses_nothing(case):
     model, windows = case("llama")
     found = judge(model, baseline(model, windows, batch=5))
     assert found.kl == pytest.approx(0, abs=1e-7)
+    assert found.loss_rise == pytest.approx(0, abs=1e-6)
+    assert found.loss_rise_stderr == pytest.approx(0, abs=1e-6)
     assert (found.top_1, found.top_5) == (1, 1)
 
 
@@ -114,6 +121,61 @@ def test_the_baseline_outlives_a_table_put_in_its_place(case):
         slow = judge(model, base)
     assert slow.kl == pytest.approx(quick.kl, rel=1e-3)
     assert judge(model, base).kl == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_rise_is_the_loss_above_that_of_the_model_as_it_was_and_told_more_sharply_than_either(case, family):
+    model, windows = case(family)
+    base = baseline(model, windows, batch=2)
+    own = judge(model, base)
+    with perturbed(model, truncation(model, 28)):  # little is taken away: the losses of a position stay alike
+        found = judge(model, base)
+    # float32 losses of 6 nats
+    assert found.loss_rise == pytest.approx(found.loss - own.loss, abs=2e-6)
+    losses = by_hand(stock(model, windows), stock(model, windows), windows)[0]
+    assert 0 < found.loss_rise_stderr < np.std(losses) / math.sqrt(len(losses))
+
+
+@pytest.mark.parametrize("materialise", [False, True])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_log_probabilities_that_were_kept_judge_bit_for_bit_as_those_computed_again(
+    case, family, materialise, monkeypatch
+):
+    """In blocks of seven positions of 48, the last of one window of 24 alone."""
+    monkeypatch.setattr(hidden_states, "ROWS", 7)
+    model, windows = case(family)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        torch.nn.init.normal_(bias, generator=torch.Generator().manual_seed(0))
+    kept = baseline(model, windows, batch=2)
+    monkeypatch.setattr(judging, "KEPT_SHARE", 0.0)
+    again = baseline(model, windows, batch=2)
+    assert again.kept is None
+    assert [[len(block) for block in batch] for batch in kept.kept] == [[7] * 6 + [6]] * 2 + [[7, 7, 7, 3]]
+    assert judge(model, kept) == judge(model, again)
+    for side in ("input", "output", "both"):
+        with perturbed(model, truncation(model), side, materialise=materialise):
+            found = judge(model, kept)
+            assert found == judge(model, again)
+        assert found.kl > 1e-5
+
+
+def test_kept_log_probabilities_are_those_of_stock_logits(case):
+    model, windows = case("mistral")
+    kept = baseline(model, windows, batch=2).kept
+    expected = np.concatenate(stock(model, windows))
+    found = torch.cat([block for batch in kept for block in batch])
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5)  # numbers of 6 to 10 in float32
+
+
+def test_log_probabilities_are_kept_where_they_are_little_of_the_memory_alone(case, monkeypatch):
+    """5 windows of 24 positions and 512 tokens are 245,760 bytes; half a share more or less decides."""
+    model, windows = case("llama")
+    free = judging.available_memory()
+    for share, kept in ((4.0, True), (0.25, False)):
+        monkeypatch.setattr(judging, "KEPT_SHARE", share * 245_760 / free)
+        assert (baseline(model, windows).kept is not None) == kept
 
 
 def test_the_batch_does_not_matter(case):

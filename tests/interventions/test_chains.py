@@ -86,6 +86,15 @@ def test_a_composed_map_is_held_in_the_factors_of_the_smaller_rank(names):
     close(both.matrix, maps[0].matrix @ maps[1].matrix)
 
 
+@pytest.mark.parametrize("names", [*product(MORE, repeat=1), *product(MORE, repeat=2)], ids="-then-".join)
+def test_rows_that_are_promised_to_be_orthonormal_are(names):
+    """Of each map alone, as many as it has, and of all that are composed of them."""
+    change = compose([make_map(name, table_of(rows_of()), MORE[name], seed) for seed, name in enumerate(names)])
+    if change.orthonormal:
+        close(change.right @ change.right.T, torch.eye(len(change.right), dtype=torch.float64))
+    assert change.orthonormal or len(names) == 2 or change.right is None
+
+
 @pytest.mark.parametrize("names", list(product(STEPS, repeat=2)), ids="-then-".join)
 def test_what_an_output_table_is_multiplied_with_goes_through_the_maps_in_reverse(names):
     """h (W M1 M2)^T = ((h M2^T) M1^T) W^T."""
@@ -194,7 +203,9 @@ def test_centred_truncation_after_a_shift_is_numpys_svd_around_the_mean_that_was
     mean = shifted.mean(axis=0)
     left, values, right = np.linalg.svd(shifted - mean, full_matrices=False)
     found = make_chain([("shift", 3), ("truncate-centred", 6)], table_of(rows), 5)
-    np.testing.assert_allclose(found(rows, IDS).numpy(), left[:, :6] * values[:6] @ right[:6] + mean, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(
+        found(rows, IDS).numpy(), left[:, :6] * values[:6] @ right[:6] + mean, rtol=0, atol=1e-11
+    )
 
 
 def test_one_step_is_its_own_map():

@@ -203,7 +203,9 @@ def test_the_error_of_every_token_is_numpys_whatever_the_blocks(steps, dtype):
     """Over two blocks and a half; the rows are changed at once here, and in float32 a block's products round otherwise."""
     n = 2 * BLOCK + BLOCK // 2 if steps != [("noise", 0.4)] else BLOCK + 50  # noise draws token by token
     rows = rows_of(n, 4, dtype=dtype)
-    change = change_of([(name, min(strength, 2) if name in ("truncate", "project") else strength) for name, strength in steps], rows)
+    change = change_of(
+        [(name, min(strength, 2) if name in ("truncate", "project") else strength) for name, strength in steps], rows
+    )
     found = token_errors(table_from_tensor(rows), change)
     wide = rows if dtype == torch.float64 else rows.float()
     expected = by_numpy(wide, change(wide, torch.arange(n)))

@@ -40,7 +40,7 @@ class DamageOptions:
     text: Given = None
     "Texts to judge on: files, folders, FILE.parquet:COLUMN, URLs, -, builtin:prose (default), or generated: the model's own."
     windows: int | None = None
-    "Windows of each text, spread evenly over it (8, or as many as it has)."
+    "Windows of each text, spread evenly over it (4, or as many as it has)."
     length: int | None = None
     "Tokens of a window; by default the context of the model, 512 at most."
     from_start: Annotated[bool, Parameter(negative=())] = False

@@ -13,6 +13,8 @@ from dimscope.commands.options import COMMON, TABLE, Common, TableOptions, annou
 from dimscope.errors import InvalidArgument
 from dimscope.terminal import Output
 
+PROMPT = "Once upon a time"  # which any language model can go on with
+
 Studies = Annotated[
     tuple[Literal["embedding", "layers", "damage"], ...], Parameter(name="--with", consume_multiple=True, negative=())
 ]
@@ -75,7 +77,8 @@ def report(
         facts, _ = run_damage(
             checkpoint, common.out, replace(
                 base, texts=settings.texts if options.text else base.texts, length=settings.length, batch=settings.batch,
-                dtype=settings.dtype, device=settings.device, seed=seed, trust_remote_code=common.trust_remote_code,
+                dtype=settings.dtype, device=settings.device, prompts=(PROMPT,), seed=seed,
+                trust_remote_code=common.trust_remote_code,
             ), announce,
         )  # fmt: skip
     told = {"model": facts["model"], "seconds": facts["seconds"]}

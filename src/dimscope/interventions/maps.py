@@ -30,12 +30,14 @@ class RowMap(Protocol):
 class LinearMap:
     """w -> w L R + s with L of d x k and R of k x d, so that a map of rank k costs 2 d k a row, not d x d.
 
-    All float64. R is None where L is d x d itself, s where nothing is added.
+    All float64. R is None where L is d x d itself, s where nothing is added. `orthonormal` promises that the rows of R
+    are orthonormal, which saves two thirds of the work for an exact error.
     """
 
     left: Float[Tensor, "d k"]
     right: Float[Tensor, "k d"] | None = None
     shift: Float[Tensor, " d"] | None = None
+    orthonormal: bool = False
 
     def __call__(self, rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """The mapped rows; products in float32 at least."""
@@ -63,11 +65,11 @@ def exact_error(of: LinearMap, moments: Moments) -> float:
     """
     gram = moments.gram
     product = gram @ of.left  # G L, of d x k
-    inner = of.left.T @ product  # L^T G L
     if of.right is None:
-        squared = gram.trace() - 2 * product.trace() + inner.trace()
+        squared = gram.trace() - 2 * product.trace() + (product * of.left).sum()
     else:
-        squared = gram.trace() - 2 * (product * of.right.T).sum() + (inner * (of.right @ of.right.T)).sum()
+        widened = of.left if of.orthonormal else of.left @ (of.right @ of.right.T)
+        squared = gram.trace() - 2 * (product * of.right.T).sum() + (product * widened).sum()
     if of.shift is not None:
         residual = moments.total - (moments.total @ of.left if of.right is None else moments.total @ of.left @ of.right)
         squared = squared - 2 * of.shift @ residual + moments.count * of.shift.square().sum()

@@ -153,21 +153,21 @@ def _tail(values: Float[Tensor, " d"], k: float) -> float:
 def truncate(table: TableSummary, k: float, seed: int) -> LinearMap:
     """Keeps the k widest directions of the table as it is: the nearest table of rank k (Eckart & Young 1936)."""
     leading = table.directions[1][:, : int(k)]
-    return LinearMap(leading, leading.T)
+    return LinearMap(leading, leading.T, orthonormal=True)
 
 
 @perturbation("dimensions", expected=lambda t, k: _tail(t.components[0], k))
 def truncate_centred(table: TableSummary, k: float, seed: int) -> LinearMap:
     """Keeps the mean row and the k leading principal components around it (centred PCA)."""
     leading, mean = table.components[1][:, : int(k)], table.moments.mean
-    return LinearMap(leading, leading.T, mean - (mean @ leading) @ leading.T)
+    return LinearMap(leading, leading.T, mean - (mean @ leading) @ leading.T, orthonormal=True)
 
 
 @perturbation("dimensions", expected=lambda t, k: math.sqrt(float(t.directions[0][: int(k)].sum())))
 def remove_leading(table: TableSummary, k: float, seed: int) -> LinearMap:
     """Takes the k widest directions away and keeps the rest (Mu & Viswanath 2018, uncentred)."""
     rest = table.directions[1][:, int(k) :]
-    return LinearMap(rest, rest.T)
+    return LinearMap(rest, rest.T, orthonormal=True)
 
 
 @perturbation(
@@ -178,7 +178,7 @@ def coordinates(table: TableSummary, k: float, seed: int) -> LinearMap:
     """Keeps the k coordinates with the most energy and sets the others to zero."""
     kept = table.moments.gram.diagonal().argsort(descending=True, stable=True)[: int(k)]
     chosen = torch.eye(table.dim, dtype=torch.float64)[:, kept]
-    return LinearMap(chosen, chosen.T)
+    return LinearMap(chosen, chosen.T, orthonormal=True)
 
 
 def _projected(table: TableSummary, k: float) -> float:
@@ -193,14 +193,14 @@ def _rescaled(table: TableSummary, k: float) -> float:
 def project(table: TableSummary, k: float, seed: int) -> LinearMap:
     """Projects on the span of k random Gaussian directions and back: P = A A^+ (a uniformly random k-space)."""
     basis = _orthonormal(_gaussian(table.dim, int(k), seed))
-    return LinearMap(basis, basis.T)
+    return LinearMap(basis, basis.T, orthonormal=True)
 
 
 @perturbation("dimensions", expected=_rescaled, random=True)
 def project_rescaled(table: TableSummary, k: float, seed: int) -> LinearMap:
     """The random projection times d / k, so that inner products are kept on average: the error rises, the length does not fall."""
     basis = _orthonormal(_gaussian(table.dim, int(k), seed))
-    return LinearMap(basis * (table.dim / k if k else 0.0), basis.T)
+    return LinearMap(basis * (table.dim / k if k else 0.0), basis.T, orthonormal=True)
 
 
 @perturbation("dimensions", expected=_projected, random=True)
@@ -208,7 +208,7 @@ def project_sparse(table: TableSummary, k: float, seed: int) -> LinearMap:
     """Projects on the span of k random directions with entries -1, 0, 0, 0, 0, 1 (Achlioptas 2003), and back."""
     draws = torch.rand(table.dim, int(k), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     basis = _orthonormal((draws < 1 / 6).double() - (draws > 5 / 6).double())
-    return LinearMap(basis, basis.T)
+    return LinearMap(basis, basis.T, orthonormal=True)
 
 
 @perturbation("", expected=lambda t, _: math.sqrt(2) * t.norm, random=True)

@@ -173,12 +173,18 @@ def _byte_offsets(text: str) -> Int[np.ndarray, " n"]:
 
 
 def middle_windows(
-    text: Text, tokenizer: "PreTrainedTokenizerBase", *, length: int, count: int | None, cap_bytes: int = LARGEST
+    text: Text,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    length: int,
+    count: int | None,
+    most: int = MOST_WINDOWS,
+    cap_bytes: int = LARGEST,
 ) -> list[Window]:
     """`count` windows of `length` tokens (the prefix among them), each from the middle of one of `count` equal parts of the text.
 
-    One window is that from the middle of the text. Without a count: as many as fit without overlap, `MOST_WINDOWS`
-    at most. Windows never overlap. The tokens of the whole text are held, 16 bytes each.
+    One window is that from the middle of the text. Without a count: as many as fit without overlap, `most` at
+    most. Windows never overlap. The tokens of the whole text are held, 16 bytes each.
     Raises InvalidArgument for a length below 2 and the prefix, a text shorter than a window, a count below 1 or above
     what fits, a text above `cap_bytes`.
     """
@@ -188,7 +194,7 @@ def middle_windows(
     total = sum(len(ids) for ids, _ in blocks)
     _require_window(text, prefix, total, length)
     fits = total // room
-    count = min(fits, MOST_WINDOWS) if count is None else count
+    count = min(fits, most) if count is None else count
     if not 1 <= count <= fits:
         raise InvalidArgument(
             f"{text.name} fits {fits} windows of {length}, not {count}: --windows {fits} or a smaller --length"

@@ -125,10 +125,10 @@ class DamageWork:
         self._made: tuple[Point, dict[str, RowMap]] | None = None
 
     def _cut(self, text: Text) -> list[Window]:
+        asked = self.settings.windows
         if not self.settings.from_start:
-            return middle_windows(text, self.tokenizer, length=self.length, count=self.settings.windows)
-        streamed = stream_windows(text, self.tokenizer, length=self.length)
-        return list(islice(streamed, self.settings.windows or WINDOWS))
+            return middle_windows(text, self.tokenizer, length=self.length, count=asked, most=WINDOWS)
+        return list(islice(stream_windows(text, self.tokenizer, length=self.length), asked or WINDOWS))
 
     # ---- what a point needs ----------------------------------------------------------------------------------------
 

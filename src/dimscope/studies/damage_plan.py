@@ -13,7 +13,7 @@ from dimscope.interventions.perturbations import check_strength, find_perturbati
 
 UNDAMAGED = "undamaged"
 GENERATED = "generated"  # as a text: what the model writes itself
-LENGTH, WINDOWS = 512, 8  # tokens of a window, and windows, where none are asked for
+LENGTH, WINDOWS = 512, 4  # tokens of a window, and windows, where none are asked for
 
 Step = tuple[str, float]  # the name of a perturbation, and its strength
 
