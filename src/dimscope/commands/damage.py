@@ -135,7 +135,10 @@ def damage(
     if kinds:
         common.show(_kinds())
         return
+    import polars as pl
+
     from dimscope.report.run import run_damage
+    from dimscope.studies.damage_claims import UNTESTED
     from dimscope.studies.damage_measures import summary_frame
 
     settings = options.settings(changes, common, seed)
@@ -144,13 +147,19 @@ def damage(
         facts, tables = run_damage(checkpoint, directory, settings, announce, watch)
     told = {"model": facts["model"], "seconds": facts["seconds"]}
     told |= {} if common.out is None else {"page": common.out / "index.html"}
-    frames = {"summary": summary_frame(tables["damage"]), "breaking": tables["breaking"], "claims": tables["claims"]}
+    summary, claims = summary_frame(tables["damage"]), tables["claims"]
+    # What is the same in a whole table goes into its title.
+    parts = [summary] if common.json else summary.partition_by("on", "side", maintain_order=True)
+    frames: dict[str, pl.DataFrame | None] = {
+        "summary" if n == 0 else f"summary {n + 1}": part for n, part in enumerate(parts)
+    }
+    frames |= {"breaking": tables.get("breaking"), "claims": claims.filter(pl.col("verdict") != UNTESTED)}
     if "generations" in tables:
-        frames["texts"] = tables["generations"].select(
-            "prompt", "change", "side", "seed", "text", "n_same", "repetition"
-        )
+        told_of = ("prompt", "change", "side", "seed", "text", "n_same", "repetition")
+        frames["texts"] = tables["generations"].select(*told_of)
     rest = {name: tables[name] for name in ("damage", "operator") if name in tables}
-    common.print(Output(told, {name: frame for name, frame in frames.items() if frame.height}, files_only=rest))
+    shown = {name: frame for name, frame in frames.items() if frame is not None and frame.height}
+    common.print(Output(told, shown, files_only=rest))
 
 
 def _kinds() -> Output:

@@ -31,7 +31,7 @@ def estimate_passes(
     if n_tokens is None:
         return f"{passes} over whole texts on {placement.device} ({placement.dtype}); {memory}"
     seconds = 2 * used * n_tokens / _speed(placement)
-    return f"{passes}, {n_tokens:,} tokens on {placement.device} ({placement.dtype}): {_duration(seconds)} or more; {memory}"
+    return f"{passes}, {n_tokens:,} tokens on {placement.device} ({placement.dtype}): {duration(seconds)} or more; {memory}"
 
 
 def estimate_damage(checkpoint: Checkpoint, placement: Placement, n_points: int, n_tokens: int, n_written: int) -> str:
@@ -48,7 +48,7 @@ def estimate_damage(checkpoint: Checkpoint, placement: Placement, n_points: int,
     changes = f"{n_points - 1:,} change{'s' if n_points != 2 else ''} and the model as it is"
     written = f", {n_written:,} steps of writing" if n_written else ""
     return (
-        f"{changes}, {n_tokens:,} tokens each{written} on {placement.device} ({placement.dtype}): {_duration(seconds)} or "
+        f"{changes}, {n_tokens:,} tokens each{written} on {placement.device} ({placement.dtype}): {duration(seconds)} or "
         f"more; {_size(memory)} at most"
     )
 
@@ -81,7 +81,8 @@ def _size(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{max(1, round(n_bytes / 1e6))} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As people say it: "40 s", "12 min", "1.5 h"."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

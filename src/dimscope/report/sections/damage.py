@@ -142,7 +142,7 @@ def _broken(row: dict[str, float | None]) -> str:
 def claims_section(tables: Tables, facts: Facts) -> Section | None:
     """Tell which beliefs about damage hold on this model."""
     frame = table(tables, "claims")
-    if frame is None:
+    if frame is None or (frame["verdict"] == UNTESTED).all():
         return None
     texts = frame["on"].unique(maintain_order=True).to_list()
     first = frame.filter(pl.col("on") == texts[0])
