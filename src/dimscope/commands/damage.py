@@ -147,13 +147,14 @@ def damage(
         facts, tables = run_damage(checkpoint, directory, settings, announce, watch)
     told = {"model": facts["model"], "seconds": facts["seconds"]}
     told |= {} if common.out is None else {"page": common.out / "index.html"}
-    summary, claims = summary_frame(tables["damage"]), tables["claims"]
+    summary, claims = summary_frame(tables["damage"]), tables.get("claims")
     # What is the same in a whole table goes into its title.
-    parts = [summary] if common.json else summary.partition_by("on", "side", maintain_order=True)
+    parts = [summary] if common.json else summary.partition_by("on", maintain_order=True)
     frames: dict[str, pl.DataFrame | None] = {
         "summary" if n == 0 else f"summary {n + 1}": part for n, part in enumerate(parts)
     }
-    frames |= {"breaking": tables.get("breaking"), "claims": claims.filter(pl.col("verdict") != UNTESTED)}
+    claims = None if claims is None else claims.filter(pl.col("verdict") != UNTESTED)
+    frames |= {"breaking": tables.get("breaking"), "claims": claims}
     if "generations" in tables:
         told_of = ("prompt", "change", "side", "seed", "text", "n_same", "repetition")
         frames["texts"] = tables["generations"].select(*told_of)

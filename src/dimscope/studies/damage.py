@@ -28,7 +28,7 @@ from dimscope.interventions.maps import LinearMap, RowMap
 from dimscope.interventions.perturbations import TableSummary, make_chain, make_map
 from dimscope.interventions.row_errors import RowErrors, row_errors, token_errors
 from dimscope.representations.embedding import EmbeddingTable, open_table
-from dimscope.representations.hidden_states import first_norm
+from dimscope.representations.hidden_states import first_norm, input_device
 from dimscope.representations.moments import moments
 from dimscope.representations.texts import Text
 from dimscope.representations.windows import Window, middle_windows, room_after, stream_windows
@@ -268,7 +268,7 @@ class DamageWork:
         if module is None:
             return None
         scale = getattr(self.model.get_input_embeddings(), "embed_scale", 1.0)
-        device = next(module.parameters()).device if any(True for _ in module.parameters()) else torch.device("cpu")
+        device = input_device(self.model)
         return lambda rows: module((rows.to(device) * scale).to(rows.dtype))
 
     def _generations(self, point: Point, told: Callable[[list[str]], object] | None = None) -> pl.DataFrame:
