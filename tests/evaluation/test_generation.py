@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -105,10 +106,10 @@ def added_to_logits(model: Any, added: torch.Tensor | float) -> Any:
 
 
 def likely(counts: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether chi-squared gives p above 1e-3; tokens expected less than five times are counted together."""
+    """Whether chi-squared gives p above 1e-5; tokens expected less than five times are counted together."""
     rare = expected < 5
     found, wanted = ([*values[~rare], values[rare].sum()] for values in (counts, expected))
-    return chisquare(found, wanted).pvalue > 1e-3
+    return chisquare(found, wanted).pvalue > 1e-5
 
 
 # ---- greedy --------------------------------------------------------------------------------------------------------
@@ -304,6 +305,26 @@ def test_a_model_without_a_config_of_its_own_is_greedy(case):
     model.generation_config = None
     assert generate(model, tokenizer, prompts, Decoding("model", NEW)) == expected
     assert model.generation_config is None
+
+
+@pytest.mark.parametrize(
+    "own", [{"max_length": 5}, {"do_sample": True, "top_k": 5, "temperature": 0.7, "max_length": 5}]
+)
+def test_transformers_has_nothing_to_warn_of(case, caplog, own):
+    """Its logger does not hand on to others, so the handler is put on it."""
+    model, tokenizer = case("llama")
+    model.generation_config = GenerationConfig(**own, eos_token_id=2)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        for method in ("greedy", "sample", "model"):
+            generate(model, tokenizer, prompts_of(tokenizer), Decoding(method, 6))
+        sample_windows(model, tokenizer, count=2, length=8, seed=0)
+        assert caplog.messages == []
+        logger.warning("heard")
+        assert caplog.messages == ["heard"]
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 # ---- nothing is left -----------------------------------------------------------------------------------------------
@@ -533,6 +554,13 @@ def test_a_template_that_takes_no_system_prompt_says_so_in_its_own_words(chatty)
     assert not prepare_prompt(chatty, TEXTS[0], "plain", SYSTEM).chat
 
 
+def test_a_template_that_leaves_the_system_prompt_out_is_refused(chatty):
+    chatty.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    assert prepare_prompt(chatty, TEXTS[0], "chat").chat
+    with pytest.raises(InvalidArgument, match="leaves a system prompt out"):
+        prepare_prompt(chatty, TEXTS[0], "chat", SYSTEM)
+
+
 @pytest.mark.parametrize("broken", ["{{ messages[0].content", "{{ messages[7].content }}", "{{ nothing.at.all }}"])
 def test_a_template_that_is_broken_is_one_line(chatty, broken):
     chatty.chat_template = broken
@@ -710,3 +738,30 @@ def test_windows_that_hold_less_than_two_tokens_are_refused(case):
     assert len(sample_windows(model, tokenizer, count=1, length=3, seed=0)[0].ids) == 3
     with pytest.raises(InvalidArgument, match=r"^--length 2 is too short: .*--length 3 or more$"):
         sample_windows(model, tokenizer, count=1, length=2, seed=0)
+
+
+def test_windows_hold_no_ids_beyond_the_tokenizer(case):
+    model, tokenizer = case("qwen2", tokenizer_size=400)
+    assert model.config.vocab_size > len(tokenizer)
+    windows = sample_windows(model, tokenizer, count=4, length=60, seed=0)
+    assert max(int(w.ids.max()) for w in windows) < len(tokenizer)
+
+
+def test_small_temperatures_of_the_config_of_the_model_stand_an_overflow(case):
+    model, tokenizer = case("llama")
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.5, num_return_sequences=3)
+    handle = model.lm_head.register_forward_hook(
+        lambda module, args, out: out.index_fill(-1, torch.tensor([7]), math.inf)
+    )
+    try:
+        [written] = generate(model, tokenizer, [prepare_prompt(tokenizer, "The sea")], Decoding("model", 4))
+    finally:
+        handle.remove()
+    assert written.ids == (7, 7, 7, 7)
+
+
+def test_a_config_of_the_model_that_cannot_be_followed_is_one_line(case):
+    model, tokenizer = case("llama")
+    model.generation_config = GenerationConfig(penalty_alpha=0.6, top_k=4)
+    with pytest.raises(InvalidArgument, match="cannot be generated from as its generation config asks"):
+        generate(model, tokenizer, [prepare_prompt(tokenizer, "The sea")], Decoding("model", 4))

@@ -27,6 +27,7 @@ from dimscope.interventions.perturbations import (
     find_perturbation,
     make_chain,
     make_map,
+    step_seed,
 )
 from dimscope.representations.moments import moments
 
@@ -54,8 +55,9 @@ def close(found: torch.Tensor, expected: torch.Tensor, share: float = 1e-12) -> 
 
 def step_by_step(steps, rows: torch.Tensor, seed: int) -> torch.Tensor:
     """Return the rows after all steps, each map made from the rows as they are by then, not from mapped moments."""
-    for name, strength in steps:
-        rows = make_map(name, table_of(rows), strength, seed)(rows, torch.arange(len(rows)))
+    for number, (name, strength) in enumerate(steps):
+        change = make_map(name, table_of(rows), strength, step_seed(seed, number))
+        rows = change(rows, torch.arange(len(rows)))
     return rows
 
 
@@ -224,7 +226,7 @@ def test_a_chain_with_noise_adds_it_to_the_projected_rows_in_their_own_standard_
     noise = found.maps[1]
     assert isinstance(noise, GaussianNoise)
     assert noise.sd == pytest.approx(0.5 * float(projected.std(correction=0)), rel=1e-12)
-    assert torch.equal(found(rows, IDS), GaussianNoise(noise.sd, 2)(projected, IDS))
+    assert torch.equal(found(rows, IDS), GaussianNoise(noise.sd, step_seed(2, 1))(projected, IDS))
     # what is looked up later, in any order, gets the same
     some = torch.tensor([9, 3, 9])
     torch.testing.assert_close(found(rows[some], some), found(rows, IDS)[some], rtol=0, atol=1e-6)
@@ -241,7 +243,7 @@ def test_a_step_after_noise_or_rounding_is_made_for_the_table_without_them(name,
     rows = rows_of()
     found = make_chain([("scale", 3), (name, strength), ("truncate", 5)], table_of(rows), 1)
     scaled = rows * 3
-    spoilt = make_map(name, table_of(scaled), strength, 1)(scaled, IDS)
+    spoilt = make_map(name, table_of(scaled), strength, step_seed(1, 1))(scaled, IDS)
     expected = make_map("truncate", table_of(scaled), 5)(spoilt, IDS)
     close(found(rows, IDS), expected)
     # a table with the noise in it has other leading directions
@@ -349,3 +351,14 @@ def test_an_unknown_name_is_told_all_that_there_are():
             refused()
         assert str(caught.value) == f"a perturbation is one of {', '.join(PERTURBATIONS)}, not 'shrink'"
     assert all(find_perturbation(name).name == name for name in PERTURBATIONS)
+
+
+def test_the_steps_of_a_chain_draw_from_streams_of_their_own():
+    rows = rows_of(n=4000)
+    table = table_of(rows)
+    twice = make_chain([("noise", 1), ("noise", 1)], table, seed=3)(rows, torch.arange(len(rows))) - rows
+    # 4,000 x 24 independent numbers: the root mean square is known to 0.2%.
+    assert float(twice.square().mean().sqrt()) == pytest.approx(2**0.5 * table.std, rel=0.02)
+    change = make_chain([("project", D // 2), ("project", D // 2)], table, seed=3)
+    assert exact_error(change, table.moments) > 1.05 * exact_error(make_map("project", table, D // 2, 3), table.moments)
+    assert step_seed(3, 0) == 3

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Template = Literal["auto", "chat", "plain"]
 Method = Literal["greedy", "sample", "model"]
+LARGEST = 1e30  # logit; even divided by a small temperature it is a number
 REPEATED = 4  # tokens of the stretches whose repetition is counted
 
 
@@ -87,15 +88,20 @@ def _bare(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None) -> list[int]:
+    said = [{"role": "system", "content": system}] if system is not None else []
+    written = _rendered(tokenizer, [*said, {"role": "user", "content": text}])
+    if system is not None and system.strip() not in written:
+        raise InvalidArgument("this model's chat template leaves a system prompt out; give the prompt without --system")
+    return _bare(tokenizer, written)  # templates write their special tokens themselves
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     from jinja2 import TemplateError
 
-    said = [{"role": "system", "content": system}] if system is not None else []
-    messages = [*said, {"role": "user", "content": text}]
     try:
-        written = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as e:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as e:  # a template is a program
         raise InvalidArgument(f"the chat template does not take this prompt: {e}") from e
-    return _bare(tokenizer, str(written))  # templates write their special tokens themselves
 
 
 def check_room(prompts: Sequence[Prompt], decoding: Decoding, context: int | None) -> None:
@@ -133,9 +139,8 @@ def generate(
         return [_continuation(tokenizer, row, ends) for row in rows.tolist()]
 
     listener = None if told is None else _Listener(lambda rows: told([c.text for c in continued(rows)]))
-    with _seeded(decoding.seed, device), _configured(model, decoding, sorted(ends), pad) as beams, torch.no_grad():
-        generator: Any = model
-        written = generator.generate(input_ids=ids, attention_mask=mask, streamer=None if beams else listener)
+    with _seeded(decoding.seed, device), _configured(model, decoding, sorted(ends), pad) as beams:
+        written = _generated(model, tokenizer, ids, mask, streamer=None if beams else listener)
     return continued(written[:, longest:].cpu())
 
 
@@ -161,12 +166,11 @@ def sample_windows(
     begin = begin_ids(tokenizer)
     ids = torch.tensor([begin] * count, device=input_device(model))
     decoding = Decoding("sample", room_after(begin, length), seed)
-    ends = sorted(_end_ids(model, tokenizer))
-    with _seeded(seed, ids.device), _configured(model, decoding, [], 0) as _, torch.no_grad():
-        generator: Any = model
-        written = generator.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), suppress_tokens=ends or None
-        ).cpu()  # fmt: skip
+    ends = _end_ids(model, tokenizer) | ({tokenizer.eos_token_id} - {None})
+    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)  # rows with no token
+    with _seeded(seed, ids.device), _configured(model, decoding, [], 0):
+        never = sorted(ends | set(beyond)) or None
+        written = _generated(model, tokenizer, ids, torch.ones_like(ids), suppress_tokens=never).cpu()
     to_bytes = piece_decoder(tokenizer)
     windows, start = [], 0
     for index, row in enumerate(written):
@@ -176,6 +180,34 @@ def sample_windows(
         windows.append(Window(index, row, ends_at, n_bytes, len(begin)))
         start = int(ends_at[-1])
     return windows
+
+
+@torch.no_grad()
+def _generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Int[Tensor, "p t"],
+    mask: Int[Tensor, "p t"],
+    **options: Any,
+) -> Int[Tensor, "p n"]:
+    from transformers import LogitsProcessorList
+
+    generator: Any = model
+    try:
+        return generator.generate(
+            input_ids=ids, attention_mask=mask, tokenizer=tokenizer, logits_processor=LogitsProcessorList([_Finite()]),
+            **options,
+        )  # fmt: skip
+    except ValueError as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InvalidArgument(f"the model cannot be generated from as its generation config asks: {reason}") from e
+
+
+class _Finite:
+    """A damaged model may overflow, and drawing from what is no number would fail."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.nan_to_num(scores.float(), nan=-LARGEST, posinf=LARGEST, neginf=-LARGEST).clamp(-LARGEST, LARGEST)
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -197,6 +229,8 @@ def _seeded(seed: int, device: torch.device) -> Generator[None]:
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
+        elif device.type == "mps":
+            torch.mps.manual_seed(seed)
         yield
 
 
@@ -218,7 +252,8 @@ def _configured(model: PreTrainedModel, decoding: Decoding, ends: list[int], pad
             do_sample=sampled, **({"top_k": 0, "top_p": 1.0, "temperature": 1.0} if sampled else {})
         )
     config.max_new_tokens, config.pad_token_id, config.eos_token_id = decoding.max_new_tokens, pad, ends or None
-    config.remove_invalid_values = True  # a damaged model may overflow, and drawing would fail
+    # One continuation for each prompt, as ids, however many the model's own config asks for and in whatever form.
+    config.num_return_sequences, config.return_dict_in_generate, config.min_length = 1, False, None
     model.generation_config = config
     try:
         yield (config.num_beams or 1) > 1

@@ -61,7 +61,8 @@ class LinearMap:
 def exact_error(of: LinearMap, moments: Moments) -> float:
     """||W - W'||_F of a table with these moments, in d x d work: no row is touched.
 
-    With D = I - M: tr(D^T G D) - 2 s . (D^T sum w) + N s . s, G = W^T W. Exact to about 1e-10 relative.
+    With D = I - M: tr(D^T G D) - 2 s . (D^T sum w) + N s . s, G = W^T W. Exact to about 1e-10 relative; with
+    a shift, of rows whose mean is no longer than a hundred times their spread.
     """
     gram = moments.gram
     product = gram @ of.left  # G L, of d x k

@@ -116,13 +116,13 @@ def check_strength(name: str, strength: float, dim: int) -> None:
     """Raises InvalidArgument for an unknown name, and for a strength that it cannot have in `dim` dimensions."""
     unit = find_perturbation(name).strength
     if unit == "dimensions" and not (0 <= strength <= dim and strength == int(strength)):
-        raise InvalidArgument(f"{name} takes a number of dimensions from 0 to {dim}, not {strength:g}")
+        raise InvalidArgument(f"{name} takes a number of dimensions from 0 to {dim}, not {strength:.12g}")
     if unit == "standard deviations" and not 0 <= strength < math.inf:
-        raise InvalidArgument(f"{name} takes standard deviations from 0 on, not {strength:g}")
+        raise InvalidArgument(f"{name} takes standard deviations from 0 on, not {strength:.12g}")
     if unit == "bits" and not (2 <= strength <= LARGEST_BITS and strength == int(strength)):
-        raise InvalidArgument(f"{name} takes a number of bits from 2 to {LARGEST_BITS}, not {strength:g}")
+        raise InvalidArgument(f"{name} takes a number of bits from 2 to {LARGEST_BITS}, not {strength:.12g}")
     if not math.isfinite(strength):
-        raise InvalidArgument(f"{name} takes a number, not {strength:g}")
+        raise InvalidArgument(f"{name} takes a number, not {strength:.12g}")
 
 
 def make_map(name: str, table: TableSummary, strength: float = 0.0, seed: int = 0) -> RowMap:
@@ -131,14 +131,19 @@ def make_map(name: str, table: TableSummary, strength: float = 0.0, seed: int = 
     return PERTURBATIONS[name].make(table, strength, seed)
 
 
+def step_seed(seed: int, number: int) -> int:
+    """The seed of a step of a chain: that of the chain for the first, streams of their own for the others."""
+    return (seed + number * 0x9E3779B97F4A7C15) % 2**63
+
+
 def make_chain(steps: Sequence[tuple[str, float]], table: TableSummary, seed: int = 0) -> RowMap:
     """Perturbations one after the other, as (name, strength). Raises what `make_map` raises.
 
     After linear ones the next is made for the table as it is then; noise and rounding do not change what it knows.
     """
     maps: list[RowMap] = []
-    for name, strength in steps:
-        change = make_map(name, table, strength, seed)
+    for number, (name, strength) in enumerate(steps):
+        change = make_map(name, table, strength, step_seed(seed, number))
         maps.append(change)
         if isinstance(change, LinearMap) and len(maps) < len(steps):
             table = TableSummary(mapped_moments(change, table.moments))

@@ -30,13 +30,13 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class RowErrors:
-    """What a map does to rows, on a sample of them: relative errors and the mean cosine between a row and what it becomes."""
+    """What a map does to rows, on a sample of them: relative errors, and how rows turn."""
 
     n: int
     plain: Ratio
     cast: Ratio  # after rounding to the dtype of the model
     normed: Ratio | None  # of the rows after the first norm of the model, None where it has none
-    cosine: float
+    cosine: float  # between a row and what it becomes; the mean over rows that are not all zeros
 
 
 @torch.no_grad()
@@ -44,15 +44,14 @@ def row_errors(
     rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"], change: RowMap, dtype: torch.dtype, norm: Norm | None = None
 ) -> RowErrors:
     """The errors of a map on these rows; `norm` is the first norm of the model, which gets them in its dtype."""
-    changed = change(rows.float(), ids)
+    changed = change(rows if rows.dtype == torch.float64 else rows.float(), ids)
     cast, stored = changed.to(dtype), rows.to(dtype)
-    cosine = torch.nn.functional.cosine_similarity(rows.double(), changed.double(), dim=1)
     return RowErrors(
         n=len(rows),
         plain=_ratio(rows, changed),
         cast=_ratio(rows, cast),
         normed=None if norm is None else _ratio(norm(stored), norm(cast)),
-        cosine=float(cosine.mean()),
+        cosine=float(_cosines(rows.double(), changed.double()).nanmean()),
     )
 
 
@@ -68,15 +67,20 @@ def _ratio(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"]) -> Ratio:
     return Ratio(math.sqrt(share), spread / (2 * math.sqrt(share)) if share else 0.0)
 
 
+def _cosines(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """NaN where one of the two rows is all zeros."""
+    product = before.norm(dim=1) * after.norm(dim=1)
+    return torch.where(product > 0, (before * after).sum(dim=1) / product, math.nan)
+
+
 def token_errors(table: EmbeddingTable, change: RowMap) -> pl.DataFrame:
     """The error of every token, block by block: id, norm of its row, norm of the error, cosine (null for rows of zeros)."""
     parts = []
     for ids, rows in table.blocks():
         changed = change(rows, ids).double()
         exact = rows.double()
-        norms, after = exact.norm(dim=1), changed.norm(dim=1)
-        product = norms * after
-        cosine = torch.where(product > 0, (exact * changed).sum(dim=1) / product, math.nan)
-        columns = {"id": ids, "norm": norms, "error": (exact - changed).norm(dim=1), "cosine": cosine}
+        columns = {
+            "id": ids, "norm": exact.norm(dim=1), "error": (exact - changed).norm(dim=1), "cosine": _cosines(exact, changed),
+        }  # fmt: skip
         parts.append(pl.DataFrame({name: column.numpy() for name, column in columns.items()}))
     return pl.concat(parts).with_columns(pl.col("cosine").fill_nan(None))

@@ -99,7 +99,8 @@ def damage_frame(place: Place, numbers: Mapping[str, Sequence[Number]]) -> pl.Da
     names = ("metric", "value", "stderr", "expected", "n")
     rows = [{"on": on, **dict(zip(names, found, strict=True))} for on, all_ in numbers.items() for found in all_]
     frame = pl.DataFrame([place.columns() | row for row in rows], schema=DAMAGE)
-    return frame.with_columns(pl.col(c).fill_nan(None) for c in ("value", "stderr", "expected"))
+    # A model that overflows is told by gaps, which JSON and figures know.
+    return frame.with_columns(pl.when(pl.col(c).is_finite()).then(pl.col(c)) for c in ("value", "stderr", "expected"))
 
 
 def generations_frame(place: Place, prompts: Sequence[Prompt], found: Sequence[Continuation]) -> pl.DataFrame:
