@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version
 
 TABLE_COMMANDS = ("tokens", "neighbors", "pairs", "correlate", "spectrum", "report")
-COMMANDS = ("inspect", *TABLE_COMMANDS, "layers")
+COMMANDS = ("inspect", *TABLE_COMMANDS, "layers", "damage")
 PROBE = """
 import sys
 from dimscope.cli import main
@@ -40,8 +40,9 @@ def test_the_help_of_each_command_has_an_example_and_needs_no_torch(run_python):
         assert f"dimscope {command} " in text
         for option in ("--json", "--out", "--revision", "--allow-pickle", "MODEL"):
             assert option in text, (command, option)
-        for option in ("--skip-nonfinite", "--side"):
-            assert (option in text) == (command in TABLE_COMMANDS), (command, option)
+        sided = (*TABLE_COMMANDS, "damage")
+        for option, having in (("--skip-nonfinite", TABLE_COMMANDS), ("--side", sided)):
+            assert (option in text) == (command in having), (command, option)
     assert not {"torch", "transformers", "plotly"} & set(loaded.split())
 
 

@@ -1,4 +1,4 @@
-"""What a study of damage is asked becomes points: settled on the model's dimensions, each once, with a name of its own."""
+"""What a study of damage is asked becomes points: settled on the model's dimensions, each once, with its own name."""
 
 import itertools
 import math
@@ -54,8 +54,9 @@ def test_the_undamaged_model_is_the_first_point_and_there_is_one_of_it():
 
 
 @pytest.mark.parametrize(
-    ("percent", "dim", "k"), [("75%", 32, 24), ("75%", 896, 672), ("12.5%", 64, 8), ("100%", 7, 7), ("0%", 7, 0), ("67%", 10, 7)]
-)  # fmt: skip
+    ("percent", "dim", "k"),
+    [("75%", 32, 24), ("75%", 896, 672), ("12.5%", 64, 8), ("100%", 7, 7), ("0%", 7, 0), ("67%", 10, 7)],
+)
 def test_percentages_settle_on_the_dimensions_of_the_model(percent, dim, k):
     for kind in ("truncate", "truncate-centred", "remove-leading", "coordinates", "project", "project-rescaled"):
         [point] = points(f"{kind}:{percent}", dim=dim, seeds=1)[1:]
@@ -114,8 +115,9 @@ def test_a_model_without_an_output_table_has_no_such_side(side):
 def test_labels_and_slugs_tell_changes_and_points_apart():
     """A label names a change, a slug a point: one of its sides with one of its seeds."""
     found = points(
-        "truncate:8", "truncate:9", "truncate-centred:8", "project:8", "project-rescaled:8", "noise:8", "noise:0.8", "rotate",
-        "truncate:8+noise:8", "noise:8+truncate:8", "truncate:8+project:8", "scale:0.00001", "scale:100000", "scale:-2",
+        "truncate:8", "truncate:9", "truncate-centred:8", "project:8", "project-rescaled:8", "noise:8", "noise:0.8",
+        "rotate", "truncate:8+noise:8", "noise:8+truncate:8", "truncate:8+project:8", "scale:0.00001",
+        "scale:100000", "scale:-2",
         sides=("input", "output", "both"), output=32, seeds=3,
     )  # fmt: skip
     changes = {point.label: point.steps for point in found}

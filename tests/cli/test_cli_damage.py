@@ -1,0 +1,527 @@
+"""`dimscope damage` end to end: what it tells and writes, what it uses again, and what a violent end does to it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import transformers
+from polars.testing import assert_frame_equal
+from rich.console import Console
+
+from dimscope.interventions.perturbations import PERTURBATIONS
+from dimscope.studies.damage import Writing
+from dimscope.terminal import writing_table
+
+READ = ("--length", "16", "--windows", "3")
+ASK = ("--prompt", "The keeper counted", "In the winter", "--new-tokens", "6")
+SOME = ("--truncate", "75%,8", "--project", "50%", "--noise", "0.1,1", "--seeds", "2")
+TABLES = {"damage", "breaking", "claims", "generations", "operator", "operator_block", "operator_histogram"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A file with the text on which the tests' tokenizers were trained."""
+    path = tmp_path_factory.mktemp("texts") / "keeper.txt"
+    path.write_text(models.TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def studied(checkpoint, cli, digest, text, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a small study with a page, and what the command printed. Read only."""
+    folder, out = checkpoint("llama"), tmp_path_factory.mktemp("damage") / "out"
+    before = digest(folder)
+    said = succeed(cli("damage", folder, *SOME, "--text", text, *READ, *ASK, "-o", out))
+    assert digest(folder) == before  # the model is read, never written
+    return out, said
+
+
+def succeed(result: subprocess.CompletedProcess[str]) -> str:
+    """Check that a command succeeded without a word on standard error, and return what it printed."""
+    assert (result.returncode, result.stderr[-600:]) == (0, "")
+    return result.stdout
+
+
+def read_tables(folder: Path) -> dict[str, pl.DataFrame]:
+    return {path.stem: pl.read_parquet(path) for path in (folder / "tables").glob("*.parquet")}
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    return models.read_json(folder / "report.json")
+
+
+def same(left: Path, right: Path) -> None:
+    """Check that two folders hold the same tables: the same processor, one thread, so to the last bit."""
+    one, other = read_tables(left), read_tables(right)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert_frame_equal(one[name], other[name], check_exact=True)
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """When each file below the tables was written."""
+    paths = (path for path in (folder / "tables").rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in paths}
+
+
+def changes(frame: pl.DataFrame) -> list[str]:
+    return frame["change"].unique(maintain_order=True).to_list()
+
+
+def values(frame: pl.DataFrame, metric: str, **where: Any) -> list[float]:
+    found = frame.filter(pl.col("metric") == metric, *(pl.col(name) == value for name, value in where.items()))
+    return found["value"].to_list()
+
+
+# ---- what is told --------------------------------------------------------------------------------------------------
+
+
+def test_a_study_is_tables_facts_and_a_page(studied, checkpoint):
+    out, _ = studied
+    assert {path.name for path in out.iterdir()} == {"tables", "index.html", "report.json"}
+    tables = read_tables(out)
+    assert tables.keys() == TABLES
+    assert changes(tables["damage"]) == ["undamaged", "truncate 24", "truncate 8", "project 16", "noise 0.1", "noise 1"]
+    assert set(tables["damage"].filter(pl.col("change") == "noise 1")["seed"]) == {0, 1}
+    told = read_facts(out)
+    assert set(told["tables"]["damage"]) == TABLES
+    assert (told["model"], told["tied"]) == (str(checkpoint("llama")), False)
+    study = told["study"]["damage"]
+    assert (study["texts"], study["window_length"], study["n_changes"]) == (["keeper.txt"], 16, 2 + 2 + 4)
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "</html>" in page
+    assert len(re.findall(r'<section id="', page)) >= 3
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_the_terminal_gets_a_line_for_each_change_and_the_answers(studied):
+    out, said = studied
+    for change in ("undamaged", "truncate 24", "truncate 8", "project 16", "noise 0.1", "noise 1"):
+        assert re.search(rf"^ *{re.escape(change)} ", said, re.MULTILINE), change
+    assert "index.html" in said
+    assert "breaking" in said
+    assert "claims" in said
+    assert "In the winter" in said
+    assert "keeper.txt" in said
+    [loss] = values(read_tables(out)["damage"], "loss", change="truncate 8")
+    assert f"{loss:.4g}" in said
+
+
+def test_json_holds_what_the_tables_hold(studied, checkpoint, cli, text, tmp_path):
+    command = ("damage", checkpoint("llama"), *SOME, "--text", text, *READ, *ASK, "--json")
+    told = json.loads(succeed(cli(*command, cwd=tmp_path)))
+    assert not list(tmp_path.iterdir())  # without --out nothing is left
+    tables = read_tables(studied[0])
+    assert told["model"] == str(checkpoint("llama"))
+    assert "page" not in told
+    for name, table in (("damage", "damage"), ("breaking", "breaking"), ("operator", "operator")):
+        assert_frame_equal(pl.DataFrame(told[name], schema=tables[table].schema), tables[table], check_exact=True)
+    claims = tables["claims"].filter(pl.col("verdict") != "not tested")
+    assert told["claims"] == claims.to_dicts() != []
+    answers = tables["generations"]
+    assert told["texts"] == answers.select(list(told["texts"][0])).to_dicts()
+    assert {(row["prompt"], row["change"]) for row in told["texts"]} == {
+        (prompt, change) for prompt in ("The keeper counted", "In the winter") for change in changes(tables["damage"])
+    }
+    assert [row["change"] for row in told["summary"]] == changes(tables["damage"])
+    assert [row["loss"] for row in told["summary"]][:3] == values(tables["damage"], "loss")[:3]
+    with_page = json.loads(succeed(cli(*command, "-o", tmp_path / "out")))
+    assert with_page.pop("page") == str(tmp_path / "out" / "index.html")
+    assert {**with_page, "seconds": 0} == {**told, "seconds": 0}
+
+
+def test_the_loss_is_that_of_a_model_saved_with_the_truncated_table(checkpoint, cli, text, tmp_path):
+    """The first window of the text, by stock transformers; a table of rank 8 by numpy's SVD."""
+    folder = checkpoint("llama")
+    options = ("--truncate", "25%", "--text", text, "--from-start", "--length", "16", "--windows", "1")
+    succeed(cli("damage", folder, *options, "-o", tmp_path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer(models.TEXT)["input_ids"][:16]])  # <s> first
+    left, spectrum, right = np.linalg.svd(models.stock_tables(folder)["input"], full_matrices=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tables = {"undamaged": (left * spectrum) @ right, "truncate 8": (left[:, :8] * spectrum[:8]) @ right[:8]}
+    frame = read_tables(tmp_path)["damage"]
+    losses = {}
+    for change, rows in tables.items():
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(torch.from_numpy(rows))
+            said = model(ids).logits[0, :-1].double()
+        losses[change] = float(torch.nn.functional.cross_entropy(said, ids[0, 1:]))
+        assert values(frame, "loss", change=change) == [pytest.approx(losses[change], rel=1e-5)]
+    assert losses["undamaged"] != pytest.approx(losses["truncate 8"], rel=1e-3)
+    error = math.sqrt((spectrum[8:] ** 2).sum() / (spectrum**2).sum())
+    assert values(frame, "relative error") == [pytest.approx(error, rel=1e-9)]
+
+
+def test_every_registered_kind_is_listed_and_can_be_asked_for(checkpoint, cli, text, tmp_path):
+    listed = json.loads(succeed(cli("damage", "--kinds", "--json")))["kinds"]
+    assert [row["option"] for row in listed] == [f"--{name}" for name in PERTURBATIONS]
+    said = " ".join(succeed(cli("damage", "--kinds")).split())
+    for row, kind in zip(listed, PERTURBATIONS.values(), strict=True):
+        assert row == {
+            "option": f"--{kind.name}",
+            "strength": kind.strength or "on",
+            "random": kind.random,
+            "about": kind.about,
+        }
+        assert f" --{kind.name} {kind.strength or 'on'} {'yes' if kind.random else 'no'} " in said
+    strengths = {"dimensions": "8", "standard deviations": "0.5", "factor": "2", "bits": "4", "on": "on"}
+    options = [word for row in listed for word in (row["option"], strengths[row["strength"]])]
+    command = ("damage", checkpoint("gpt2"), *options, "--seeds", "1", "--text", text, *READ, "--json")
+    told = json.loads(succeed(cli(*command)))
+    assert [row["change"].partition(" ")[0] for row in told["summary"]] == ["undamaged", *PERTURBATIONS]
+
+
+def test_a_new_kind_is_an_option_as_soon_as_it_is_registered(checkpoint, run_python, text):
+    program = """
+import sys
+import torch
+from dimscope.cli import main
+from dimscope.interventions.maps import LinearMap
+from dimscope.interventions.perturbations import perturbation
+
+@perturbation("factor", expected=lambda table, factor: table.norm * (factor + 1), random=True)
+def turn_around(table, strength, seed):
+    "Turns every row around."
+    return LinearMap(-strength * torch.eye(table.dim, dtype=torch.float64))
+
+sys.exit(main(["damage", "--kinds", "--json"]) or main(["damage", *sys.argv[1:], "--json"]))
+"""
+    options = ("--turn-around", "2", "--chain", "turn-around:1+truncate:8", "--seeds", "2", "--text", text, *READ)
+    result = run_python("-c", program, checkpoint("llama"), *options, env={"OMP_NUM_THREADS": "1"})
+    kinds, told = map(json.loads, succeed(result).splitlines())
+    about = "Turns every row around."
+    assert kinds["kinds"][-1] == {"option": "--turn-around", "strength": "factor", "random": True, "about": about}
+    frame = pl.DataFrame(told["damage"], infer_schema_length=None)
+    assert changes(frame) == ["undamaged", "turn-around 2", "turn-around 1 + truncate 8"]
+    assert values(frame, "relative error", change="turn-around 2") == pytest.approx([3, 3], rel=1e-12)
+    assert set(frame.filter(pl.col("metric") == "relative error")["seed"]) == {0, 1}
+
+
+# ---- options -------------------------------------------------------------------------------------------------------
+
+
+def test_options_choose_what_is_changed_and_read(checkpoint, cli, text, tmp_path):
+    (tmp_path / "other.txt").write_text(models.TEXT[::-1])
+    options = (
+        "--chain", "truncate:75%+noise:0.1", "rotate", "--project", "8,16", "--rescaled", "--side", "input", "both",
+        "--text", text, tmp_path / "other.txt", "generated", "--length", "12", "--windows", "2", "--seed", "5",
+        "--seeds", "1", "--token-errors", "--batch", "1", "--dtype", "float32", "--device", "cpu",
+    )  # fmt: skip
+    succeed(cli("damage", checkpoint("qwen2"), *options, "-o", tmp_path / "out"))
+    tables = read_tables(tmp_path / "out")
+    assert tables.keys() == TABLES - {"generations"} | {"token_errors"}
+    frame = tables["damage"]
+    made = ["project 8", "project 16", "project-rescaled 8", "project-rescaled 16", "truncate 24 + noise 0.1", "rotate"]
+    assert changes(frame) == ["undamaged", *made]
+    assert set(frame["side"]) == {"input", "both"}
+    assert set(frame["seed"]) == {None, 5}
+    texts = ["keeper.txt", "other.txt", "generated"]
+    assert set(frame["on"]) == {*texts, "input table", "output table"}
+    assert set(frame.filter(pl.col("metric") == "KL")["n"]) == {24}
+    assert len(tables["token_errors"]) == (6 + 2 * 6) * 512
+    study = read_facts(tmp_path / "out")["study"]["damage"]
+    assert (study["texts"], study["sides"], study["seed"]) == (texts, ["input", "both"], 5)
+    assert (study["window_length"], study["n_changes"], study["dtype"]) == (12, 12, "float32")
+
+
+def test_one_side_of_a_tied_model_leaves_the_other(checkpoint, cli, text, tmp_path):
+    command = ("damage", checkpoint("qwen2"), "--truncate", "8", "--text", text, *READ, "--json")
+    losses = {}
+    for side in ("input", "output", "both"):
+        told = json.loads(succeed(cli(*command, "--side", side)))
+        frame = pl.DataFrame(told["damage"], infer_schema_length=None)
+        [losses[side]] = values(frame, "loss", change="truncate 8")
+        errors = frame.filter(pl.col("metric") == "relative error")
+        assert set(errors["on"]) == {f"{table} table" for table in (("input", "output") if side == "both" else (side,))}
+        assert errors["value"].n_unique() == 1  # it is one table
+    assert len({round(loss, 4) for loss in losses.values()}) == 3
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "sample"])
+def test_the_same_command_into_another_folder_gives_the_same_tables(checkpoint, cli, text, tmp_path, decoding):
+    command = ("damage", checkpoint("gpt2"), *SOME, "--text", text, "generated", *READ, *ASK, "--decoding", decoding)
+    for out in ("one", "other"):
+        succeed(cli(*command, "-o", tmp_path / out))
+    same(tmp_path / "one", tmp_path / "other")
+    assert read_facts(tmp_path / "one")["study"]["damage"]["decoding"] == decoding
+
+
+def test_another_seed_samples_other_texts_and_says_the_same_greedily(checkpoint, cli, text):
+    command = ("damage", checkpoint("gpt2"), "--scale", "2", "--text", "generated", *READ, *ASK, "--json")
+    told = {}
+    for decoding, seed in (("greedy", 0), ("model", 1), ("sample", 0), ("sample", 1)):
+        told[decoding, seed] = json.loads(succeed(cli(*command, "--decoding", decoding, "--seed", seed)))
+    spoken = {key: [row["text"] for row in found["texts"]] for key, found in told.items()}
+    assert spoken["greedy", 0] == spoken["model", 1]  # the config of a fresh checkpoint asks for nothing
+    assert len({tuple(texts) for texts in spoken.values()}) == 3
+    losses = {key: found["summary"][0]["loss"] for key, found in told.items()}
+    assert losses["greedy", 0] == losses["sample", 0] != losses["model", 1] == losses["sample", 1]
+
+
+def test_the_notebooks_changes_and_prompts_and_options_on_top(checkpoint, cli, text, tmp_path):
+    folder = checkpoint("llama", max_position_embeddings=512)
+    command = ("damage", folder, "--preset", "notebook", "--text", text, "--length", "16", "--new-tokens", "2")
+    succeed(cli(*command, "--seeds", "1", "-o", tmp_path / "whole"))
+    tables, study = read_tables(tmp_path / "whole"), read_facts(tmp_path / "whole")["study"]["damage"]
+    assert (study["preset"], study["max_new_tokens"], study["seeds"]) == ("notebook", 2, 1)
+    assert tables["generations"]["prompt"].n_unique() == 5
+    kinds = ["undamaged", "truncate", "project", "project-rescaled", "noise", "shift", "scale"]
+    assert tables["damage"]["kind"].unique(maintain_order=True).to_list() == kinds
+    assert set(tables["damage"].filter(pl.col("metric") == "KL")["n"]) == {16}  # one window
+    # 830 and 850 of 896 are both 30 of 32
+    assert study["n_changes"] == len(changes(tables["damage"])) - 1 == 10 + 8 + 9 + 9 + 4 + 7
+    succeed(cli(*command, "--truncate", "8", "--prompt", "Hello", "--windows", "2", "-o", tmp_path / "other"))
+    tables = read_tables(tmp_path / "other")
+    assert changes(tables["damage"]) == ["undamaged", "truncate 8"]
+    assert tables["generations"]["prompt"].to_list() == ["Hello"] * 2
+    assert set(tables["damage"].filter(pl.col("metric") == "KL")["n"]) == {32}
+    assert read_facts(tmp_path / "other")["study"]["damage"]["preset"] == "notebook"
+
+
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }} {% endfor %}"
+
+
+def test_a_chat_template_and_a_system_prompt(checkpoint, editable, cli, text, tmp_path):
+    folder = editable(checkpoint("llama"))
+    settings = models.read_json(folder / "tokenizer_config.json")
+    models.write_json(folder / "tokenizer_config.json", {**settings, "chat_template": TEMPLATE})
+    command = ("damage", folder, "--truncate", "8", "--text", text, *READ, "--prompt", "Hello", "--new-tokens", "5")
+    said = {}
+    for name, options in {
+        "auto": (),
+        "chat": ("--chat",),
+        "plain": ("--plain",),
+        "system": ("--system", "Be kind."),
+    }.items():
+        out = tmp_path / name
+        succeed(cli(*command, *options, "-o", out))
+        study = read_facts(out)["study"]["damage"]
+        assert (study["template"], study["chat"]) == (True, name != "plain")
+        assert study["system"] == ("Be kind." if name == "system" else None)
+        assert set(read_tables(out)["generations"]["chat"]) == {name != "plain"}
+        said[name] = read_tables(out)["generations"]["ids"].to_list()
+    assert said["chat"] != said["plain"]
+    assert said["chat"] != said["system"]
+
+
+# ---- a terminal ----------------------------------------------------------------------------------------------------
+
+
+def shown(writing: Writing) -> list[list[str]]:
+    """The words of every line of what a terminal shows while a model writes."""
+    page = io.StringIO()
+    Console(file=page, width=100).print(writing_table(writing))
+    return [words for line in page.getvalue().splitlines() if (words := line.split()) and "─" not in line]
+
+
+def test_answers_are_shown_beside_those_of_the_undamaged_model():
+    long = "Once upon a time there was a lighthouse"
+    first = shown(Writing("undamaged", 1, 9, None, [long], ["[red] world"], None))
+    assert first == [["undamaged", "·", "1", "of", "9"], ["prompt", "undamaged"], [*long.split(), "[red]", "world"]]
+    later = shown(Writing("project 8", 3, 9, 150.0, [long, "Bye"], ["one", "two"], ["three", "four"]))
+    assert " ".join(later[0]) == "project 8 · 3 of 9 · about 2 min left"
+    assert later[1:] == [
+        ["prompt", "undamaged", "project", "8"],
+        [*long.split(), "three", "one"],
+        ["Bye", "four", "two"],
+    ]
+
+
+def test_on_a_terminal_the_answers_of_every_change_are_left_to_read(checkpoint, clean_environment, text, tmp_path):
+    """Output and errors go to a terminal, the text comes by a pipe: the announcement first, the tables last."""
+    command = ["damage", checkpoint("llama"), "--truncate", "16,8", "--text", "-", *READ, *ASK, "-o", tmp_path / "out"]
+    master, slave = pty.openpty()
+    environment = {**clean_environment, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LINES": "60"}
+    with text.open("rb") as given:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dimscope", *map(str, command)],
+            env=environment, stdout=slave, stderr=slave, stdin=given,
+        )  # fmt: skip
+    os.close(slave)
+    seen = b""
+    while chunk := read_some(master):
+        seen += chunk
+    os.close(master)
+    assert process.wait() == 0
+    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    # three answers of six tokens, both prompts at once
+    assert "2 changes and the model as it is, 48 tokens each, 18 steps of writing on cpu (float32)" in said
+    for title in ("undamaged · 1 of 3", "truncate 16 · 2 of 3 · about", "truncate 8 · 3 of 3 · about"):
+        assert title in said
+    tables = read_tables(tmp_path / "out")
+    words = [re.search("[A-Za-z]{2,}", row) for row in tables["generations"]["text"]]
+    assert any(words)
+    assert all(word is None or word[0] in said for word in words)
+    assert said.rindex("breaking") > said.rindex("3 of 3")
+    assert set(tables["damage"]["on"]) == {"input table", "standard input"}
+
+
+def read_some(master: int) -> bytes:
+    """What there is to read; nothing once the other end is closed, which Linux tells by an error."""
+    try:
+        return os.read(master, 1 << 16)
+    except OSError:
+        return b""
+
+
+# ---- what is used again --------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_again_computes_nothing(checkpoint, cli, text, studied, tmp_path):
+    out = shutil.copytree(studied[0], tmp_path / "out")
+    first = stamps(out)
+    succeed(cli("damage", checkpoint("llama"), *SOME, "--text", text, *READ, *ASK, "-o", out))
+    assert stamps(out) == first
+    same(out, studied[0])
+    torn = next(out.glob("tables/points/project-*.damage.parquet"))
+    torn.write_bytes(torn.read_bytes()[:100])
+    (out / "tables" / "damage.json").unlink()  # a table without provenance is not finished
+    succeed(cli("damage", checkpoint("llama"), *SOME, "--text", text, *READ, *ASK, "-o", out))
+    changed = {name.rpartition(".")[0] for name, stamp in stamps(out).items() if stamp != first.get(name)}
+    assert changed == {"tables/damage", torn.relative_to(out).as_posix().removesuffix(".parquet")}
+    same(out, studied[0])
+
+
+def test_both_studies_are_on_one_page_and_another_model_takes_nothing_from_it(checkpoint, cli, text, tmp_path):
+    damage = ("--truncate", "8", "--text", text, *READ)
+    layers = ("--text", text, *READ, "--shuffles", "0", "--across", "0", "--no-random-weights", "--layers", "0,2")
+    out = tmp_path / "out"
+    succeed(cli("damage", checkpoint("qwen2"), *damage, "-o", out))
+    succeed(cli("layers", checkpoint("qwen2"), *layers, "-o", out))
+    assert set(read_facts(out)["study"]) == {"damage", "layers"}
+    assert {"damage", "layers"} <= read_tables(out).keys()
+    page = (out / "index.html").read_text(encoding="utf-8")
+    succeed(cli("damage", checkpoint("gpt2"), *damage, "-o", out))
+    assert set(read_facts(out)["study"]) == {"damage"}
+    succeed(cli("damage", checkpoint("gpt2"), *damage, "-o", tmp_path / "alone"))
+    assert_frame_equal(read_tables(out)["damage"], read_tables(tmp_path / "alone")["damage"], check_exact=True)
+    sections = re.findall(r'<section id="([^"]+)"', page)
+    assert set(re.findall(r'<section id="([^"]+)"', (out / "index.html").read_text(encoding="utf-8"))) < set(sections)
+
+
+def test_what_the_user_keeps_beside_the_tables_is_not_touched(checkpoint, cli, digest, text, tmp_path):
+    for name in ("state", "tables", "tables/points"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    before = digest(tmp_path)
+    succeed(cli("damage", checkpoint("llama"), "--truncate", "8", "--text", text, *READ, "-o", tmp_path))
+    after = digest(tmp_path)
+    assert {name: after.get(name) for name in before} == before
+
+
+def test_a_report_with_damage_runs_the_common_changes(checkpoint, cli, text, tmp_path):
+    folder = checkpoint("llama", max_position_embeddings=128, layers=1)
+    command = (
+        "report",
+        folder,
+        "--with",
+        "damage",
+        "embedding",
+        "--text",
+        text,
+        "--length",
+        "16",
+        "-o",
+        tmp_path / "out",
+    )
+    said = succeed(cli(*command))
+    assert "index.html" in said
+    assert set(read_facts(tmp_path / "out")["study"]) == {"embedding", "damage"}
+    frame = read_tables(tmp_path / "out")["damage"]
+    assert set(frame["kind"]) == {"undamaged", "truncate", "project", "project-rescaled", "noise", "shift", "scale"}
+    assert set(frame.filter(pl.col("metric") == "loss")["on"]) == {"keeper.txt"}
+    assert len(frame["kept"].drop_nulls().unique()) == 7
+
+
+# ---- violent ends --------------------------------------------------------------------------------------------------
+
+LONG = (
+    "--truncate", "28,24,20,16,12,8,4", "--noise", "0.1,1", "--seeds", "3", "--text-seeds", "3", "--prompt",
+    "The keeper counted", "--new-tokens", "16", "--decoding", "sample",
+)  # fmt: skip
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(clean_environment) -> Iterator[Start]:
+    """Return `start(*arguments)`: `dimscope damage` begun in a process of its own."""
+    begun = []
+
+    def run(*arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "dimscope", "damage", *map(str, arguments)]
+        environment = {**clean_environment, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        begun.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+        return begun[-1]
+
+    yield run
+    for process in begun:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def wait_for_points(process: subprocess.Popen[str], out: Path, count: int) -> None:
+    """Return as soon as so many points are judged and on disk."""
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("tables/points/*.damage.json"))) < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.003)
+
+
+@pytest.mark.slow
+def test_kill_9_then_ctrl_c_then_the_same_command_to_its_end(checkpoint, cli, digest, start, text, tmp_path):
+    folder, out = checkpoint("gpt2"), tmp_path / "killed"
+    command = (folder, *LONG, "--text", text, *READ, "-o")
+    before = digest(folder)
+    finished: dict[str, int] = {}
+    for count, number in ((3, signal.SIGKILL), (8, signal.SIGINT)):
+        process = start(*command, out)
+        wait_for_points(process, out, count)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+        if number == signal.SIGINT:
+            assert (process.returncode, stdout) == (130, "")
+            assert len(stderr.splitlines()) == 1, stderr
+            assert "kept" in stderr
+        else:
+            assert process.returncode == -signal.SIGKILL
+        kept = {name: stamp for name, stamp in stamps(out).items() if name.endswith((".json", ".parquet"))}
+        assert kept.items() >= finished.items()  # what was finished before is not written again
+        points = [name for name in kept if name.endswith(".damage.json")]
+        assert count <= len(points) < 14  # of undamaged, seven, and two of three seeds each
+        assert not (out / "report.json").exists()
+        finished = {
+            name: kept[name] for name in kept if name.removesuffix("parquet").removesuffix("json") + "json" in kept
+        }
+    succeed(cli("damage", *command, out))
+    now = stamps(out)
+    assert {name: now[name] for name in finished} == finished
+    succeed(cli("damage", *command, tmp_path / "uninterrupted"))
+    same(out, tmp_path / "uninterrupted")
+    assert {path.name for path in out.iterdir()} == {"tables", "index.html", "report.json"}
+    facts = [{**read_facts(o), "seconds": 0} for o in (out, tmp_path / "uninterrupted")]
+    assert facts[0] == facts[1]
+    succeed(cli("damage", *command, out))
+    assert stamps(out) == now
+    assert digest(folder) == before
