@@ -234,7 +234,9 @@ def test_weights_that_are_not_those_of_the_config(checkpoint, editable, cli, ref
     folder, out = editable(checkpoint("qwen2")), tmp_path / "out"
     name = "model.layers.1.mlp.down_proj.weight"
     damage.edit_tensors(folder / "model.safetensors", lambda t: {key: t[key] for key in t if key != name})
-    refused(cli("damage", folder, "--truncate", "8", "--text", sound, "--length", "16", "-o", out), "weights", name)
+    command = ("damage", folder, "--truncate", "8", "-o", out, "--text")
+    refused(cli(*command, sound, "--length", "16"), "weights", name)
+    refused(cli(*command, "generated", "--length", "1"), "--length 1 is too short")  # before weights are read
     assert not out.exists()
 
 

@@ -100,6 +100,7 @@ CASES: dict[str, tuple[str, str, Planted]] = {
         UNTESTED,
         {"noise:0.5": 2.05, "noise:1.5": 2.1},
     ),
+    "noise of nothing does not make it hold in part": (NOISE_IS_HARMLESS, FAILS, {"noise:0": 2, "noise:1": 2.5}),
     "no noise is no test": (NOISE_IS_HARMLESS, UNTESTED, {"noise:0": 2}),
     "a bias hurts": (BIAS_HURTS, HOLDS, {"noise:1": 2.1, "shift:1": 3}),
     "a bias does not hurt": (BIAS_HURTS, FAILS, {"noise:1": 3, "shift:1": 2.1}),
