@@ -41,6 +41,8 @@ CHANGES = {
     "a share of more than all": (["--project", "200%"], ["project", "from 0 to 32", "not 64"]),
     "fewer dimensions than none": (["--project=-1"], ["from 0 to 32", "not -1"]),
     "a negative number after a space": (["--truncate", "-1"], ["from 0 to 32", "not -1"]),
+    "a share that is no number": (["--truncate", "nan%"], ["from 0 to 32", "not nan"]),
+    "a share without end": (["--truncate", "inf%"], ["from 0 to 32", "not inf"]),
     "half a dimension": (["--truncate", "1.5"], ["from 0 to 32", "not 1.5"]),
     "dimensions that are no number": (["--coordinates", "nan"], ["from 0 to 32", "not nan"]),
     "one of several": (["--truncate", "8,16,40"], ["from 0 to 32", "not 40"]),
@@ -97,6 +99,8 @@ OPTIONS = {
     "a window of no token": (["--length", "0"], ["--length 0"]),
     "a negative seed": (["--seed=-1"], ["--seed", "-1"]),
     "a seed beyond what generators take": (["--seed", str(2**63)], ["--seed", str(2**63)]),
+    "draws beyond what generators take": (["--noise", "1", "--seed", str(2**63 - 1)], ["--seed", "3 draws"]),
+    "more windows from the start than there are": (["--from-start", "--windows", "9999"], ["9999", "--windows"]),
     "an unknown side": (["--side", "left"], ["--side", "input", "output", "both"]),
     "no side": (["--side"], ["--side", "none is given"]),
     "an unknown decoding": (["--decoding", "beams"], ["--decoding", "greedy", "sample"]),
@@ -225,9 +229,13 @@ def test_rows_of_nan_are_named(checkpoint, editable, cli, refused, digest, sound
     before, out = digest(folder), tmp_path / "out"
     command = ("damage", folder, "--truncate", "8", "--side", side, "--text", sound, "--length", "16", "-o", out)
     refused(cli(*command), folder, "2 of 512 rows", key, "7, 300")
-    assert not list(out.rglob("damage.parquet"))
-    assert not list(out.rglob("*.html"))
+    assert not out.exists()
     assert digest(folder) == before
+
+
+def test_a_tokenizer_with_more_tokens_than_the_table_has_rows(checkpoint, declines):
+    folder = checkpoint("llama", vocab_size=300, tokenizer_size=512)
+    declines(folder, "300 rows", "do not belong together")
 
 
 def test_weights_that_are_not_those_of_the_config(checkpoint, editable, cli, refused, sound, tmp_path):

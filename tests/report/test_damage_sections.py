@@ -171,3 +171,9 @@ def test_the_page_holds_the_study_and_runs_no_text_of_the_model(tmp_path: Path):
     assert "&lt;script&gt;alert(1)" in html
     assert "&lt;b&gt;Once&lt;/b&gt;" in html
     assert html.count("<details") == 2
+
+
+def test_noise_of_nothing_alone_has_no_figure():
+    tables = made.damage_tables(made.damage({("noise", 0.0): (2.0,), ("truncate", 50): (2.5,)}))
+    assert errors.strength_section(tables, _facts()) is None
+    assert {"damage", "errors"} <= {section.anchor for section in damage_sections(tables, _facts())}

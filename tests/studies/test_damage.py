@@ -623,8 +623,14 @@ def test_texts_of_one_name_are_told_apart(study, lively, text, tmp_path):
 
 @pytest.mark.parametrize("case", ["untied", "tied, with positions"])
 def test_the_text_that_the_model_writes_is_sampled_from_it_and_seeded(study, lively, tmp_path, case):
-    """The same windows by stock `generate`: from the begin token on, its own distribution, no end token inside."""
-    folder = lively(case)
+    """The same windows by stock `generate`: from the begin token on, its own distribution, no end token inside.
+
+    Half of all tokens end a text here, so that they would be met.
+    """
+    folder = shutil.copytree(lively(case), tmp_path / "model")
+    config = read_json(folder / "generation_config.json")
+    ends = sorted({config["eos_token_id"], *range(256)} - {config["bos_token_id"]})
+    write_json(folder / "generation_config.json", {**config, "eos_token_id": ends})
     found = {}
     for number, seed in enumerate((5, 5, 6)):
         _, tables = study(folder, tmp_path / str(number), "truncate:8", texts=("generated",), seed=seed)
@@ -633,15 +639,15 @@ def test_the_text_that_the_model_writes_is_sampled_from_it_and_seeded(study, liv
     loss = {n: numbers(frame, change="undamaged", on="generated")["loss"] for n, frame in found.items()}
     assert loss[0] != pytest.approx(loss[2], rel=1e-3)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
-    ends = model.generation_config.eos_token_id
     with torch.random.fork_rng():
         torch.manual_seed(5)
         ids = model.generate(
             torch.full((WINDOWS, 1), tokenizer.bos_token_id), attention_mask=torch.ones(WINDOWS, 1, dtype=torch.int64),
-            do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=LENGTH - 1, max_new_tokens=LENGTH - 1,
-            suppress_tokens=[ends], pad_token_id=ends,
+            do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=LENGTH - 1, suppress_tokens=ends,
+            pad_token_id=ends[0],
         )  # fmt: skip
     assert ids.shape == (WINDOWS, LENGTH)
+    assert not set(ids[:, 1:].flatten().tolist()) & set(ends)
     assert (ids[:, 0] == tokenizer.bos_token_id).all()
     own = replace(stock(folder), ids=ids, n_prefix=1)
     table = tables_of(folder)["input"]
@@ -675,7 +681,7 @@ def test_token_errors_have_a_row_for_every_token_of_every_change(study, lively, 
     facts, tables = study(folder, tmp_path, *changes, sides=("both",), seeds=1, token_errors=True)
     frame = tables["token_errors"]
     assert "token_errors" in facts["tables"]["damage"]
-    assert frame.columns == ["change", "table", "id", "norm", "error", "cosine"]
+    assert frame.columns == ["change", "side", "seed", "table", "id", "norm", "error", "cosine"]
     for change in changes:
         for name, table in tables_of(folder).items():
             found = rows(frame, change=change.replace(":", " "), table=name)
@@ -993,6 +999,9 @@ def test_an_interrupted_study_goes_on_where_it_stopped(study, lively, uninterrup
     # all numbers of the points before, and those of the point that was being written
     assert len([name for name in finished if name.endswith(".damage.json")]) == heard[-1].number
     assert len([name for name in finished if name.endswith(".generations.json")]) == (after - 1) // 6
+    # of every table of the points before, the undamaged one aside
+    errors = [name for name in finished if ".token_errors." in name and name.endswith(".json")]
+    assert len(errors) == max(0, heard[-1].number - 2)
     _, tables = study(lively("untied"), tmp_path, *SOME, **FULL)
     same_tables(tables, uninterrupted[2])
     now = stamps(tmp_path)
@@ -1062,7 +1071,9 @@ def test_another_decoding_does_not_judge_the_points_anew(study, lively, uninterr
 
 
 @pytest.mark.parametrize(
-    "settings", [{"seed": 1}, {"length": 12}, {"windows": 2}, {"from_start": True}, {"dtype": "bfloat16"}], ids=str
+    "settings",
+    [{"seed": 1}, {"length": 12, "batch": 128}, {"windows": 2}, {"from_start": True}, {"dtype": "bfloat16"}],
+    ids=str,
 )
 def test_whatever_the_numbers_depend_on_computes_them_anew(study, lively, uninterrupted, tmp_path, settings):
     folder = shutil.copytree(uninterrupted[0], tmp_path / "out")

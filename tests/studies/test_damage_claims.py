@@ -319,3 +319,15 @@ def test_every_text_and_side_breaks_for_itself():
 
 def test_nothing_is_told_of_a_model_that_was_not_changed():
     assert (breaking_frame(frame({})).height, claims_frame(frame({})).height) == (0, 0)
+
+
+def test_a_loss_that_is_no_number_breaks_the_model():
+    rows = breaking_frame(frame({"noise:0.5": [2.0, 2.0], "noise:1": [math.nan, 2.1], "noise:2": [9.0, 9.0]}, base=2.0))
+    for row in rows.iter_rows(named=True):
+        assert (row["strength"], row["safe"], row["rise"]) == (1.0, 0.5, None)
+
+
+def test_draws_are_held_against_those_of_the_same_seed():
+    # Seed 1 is the only one that both have: there rescaling costs more, while by position it would cost less.
+    planted = {"project:600": [math.nan, 3.0, 5.0], "project-rescaled:600": [2.9, 4.9, math.nan]}
+    assert verdict("Rescaling a random projection by d/k helps", planted) == "does not hold"

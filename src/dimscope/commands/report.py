@@ -15,6 +15,8 @@ from dimscope.terminal import Output
 
 PROMPT = "Once upon a time"  # which any language model can go on with
 
+ROOM = 128  # tokens that a model must read at once to be asked
+
 Studies = Annotated[
     tuple[Literal["embedding", "layers", "damage"], ...], Parameter(name="--with", consume_multiple=True, negative=())
 ]
@@ -54,6 +56,7 @@ def report(
     from dimscope.report.run import run_damage, run_layers, run_report
     from dimscope.studies.damage_plan import DamageSettings
     from dimscope.studies.embedding import EmbeddingSettings
+    from dimscope.studies.reading import context_of
 
     if common.out is None:
         raise InvalidArgument("give the folder of the report: dimscope report MODEL -o DIR")
@@ -73,11 +76,12 @@ def report(
     if "layers" in with_:
         facts, _ = run_layers(checkpoint, common.out, settings, (), announce)
     if "damage" in with_:
-        base = DamageSettings()
+        base, room = DamageSettings(), context_of(checkpoint) or ROOM
         facts, _ = run_damage(
             checkpoint, common.out, replace(
-                base, texts=settings.texts if options.text else base.texts, length=settings.length, batch=settings.batch,
-                dtype=settings.dtype, device=settings.device, prompts=(PROMPT,), seed=seed,
+                base, texts=settings.texts if options.text else base.texts, length=settings.length,
+                windows=settings.windows if isinstance(settings.windows, int) else None, batch=settings.batch,
+                dtype=settings.dtype, device=settings.device, prompts=(PROMPT,) if room >= ROOM else (), seed=seed,
                 trust_remote_code=common.trust_remote_code,
             ), announce,
         )  # fmt: skip

@@ -14,12 +14,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dimscope.errors import InvalidArgument, NonFiniteActivations
+from dimscope.errors import NonFiniteActivations
 from dimscope.representations.hidden_states import Site, run_batch
 from dimscope.representations.moments import Accumulator
 from dimscope.representations.predictions import Predictions
 from dimscope.representations.reservoir import Reservoir
-from dimscope.representations.windows import Window
+from dimscope.representations.windows import Window, require_rows
 from dimscope.results import write_tensors
 
 if TYPE_CHECKING:
@@ -154,11 +154,7 @@ def collect(
     """
     lengths = torch.tensor([len(w.ids) for w in windows])
     ids, ends = (pad_sequence([getattr(w, name) for w in windows], batch_first=True) for name in ("ids", "ends"))
-    if int(ids.max()) >= len(into.seen):
-        raise InvalidArgument(
-            f"the tokenizer gives the id {int(ids.max())}, and the table of the model has {len(into.seen)} rows: "
-            "they do not belong together"
-        )
+    require_rows(int(ids.max()), len(into.seen))
     mask = torch.arange(ids.shape[1]) < lengths[:, None] if bool((lengths != ids.shape[1]).any()) else None
     places = into.reservoir.candidates(ends, mask)
 

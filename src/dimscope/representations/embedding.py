@@ -68,10 +68,15 @@ class EmbeddingTable:
         return ids, matrix
 
 
-def open_table(checkpoint: Checkpoint, side: str = "input", *, skip_nonfinite: bool = False) -> EmbeddingTable:
+SKIP = "pass --skip-nonfinite to go on without them"
+
+
+def open_table(
+    checkpoint: Checkpoint, side: str = "input", *, skip_nonfinite: bool = False, advice: str = SKIP
+) -> EmbeddingTable:
     """The input or output table of a checkpoint. One pass checks that it is finite.
 
-    Raises NonFiniteRows where rows hold NaN or Inf (names the first ones), unless `skip_nonfinite` leaves them out;
+    Raises NonFiniteRows where rows hold NaN or Inf (names the first ones), unless `skip_nonfinite` leaves them out, with `advice`;
     InvalidArgument for a side that the model does not have.
     """
     if side not in SIDES:
@@ -93,7 +98,7 @@ def open_table(checkpoint: Checkpoint, side: str = "input", *, skip_nonfinite: b
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         raise NonFiniteRows(
             f"{checkpoint.name}: {len(bad)} of {info.shape[0]:,} rows of {info.name} hold NaN or Inf (rows {shown}); "
-            "pass --skip-nonfinite to go on without them"
+            f"{advice}"
         )
     return EmbeddingTable(table.n_rows, table.dim, table.dtype, table.read, frozenset(bad))
 

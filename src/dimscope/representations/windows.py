@@ -226,6 +226,14 @@ def stream_windows(text: Text, tokenizer: "PreTrainedTokenizerBase", *, length: 
         _require_window(text, prefix, len(left[0]), length)
 
 
+def require_rows(largest: int, n_rows: int) -> None:
+    """Raises InvalidArgument where the largest id of a text has no row in a table."""
+    if largest >= n_rows:
+        raise InvalidArgument(
+            f"the tokenizer gives the id {largest}, and the table of the model has {n_rows} rows: they do not belong together"
+        )
+
+
 def grouped(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
     """The windows in lists of `size`; the last may be shorter."""
     iterator = iter(windows)

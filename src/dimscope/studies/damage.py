@@ -31,7 +31,7 @@ from dimscope.representations.embedding import EmbeddingTable, open_table
 from dimscope.representations.hidden_states import first_norm, input_device
 from dimscope.representations.moments import moments
 from dimscope.representations.texts import Text
-from dimscope.representations.windows import Window, middle_windows, room_after, stream_windows
+from dimscope.representations.windows import Window, middle_windows, require_rows, room_after, stream_windows
 from dimscope.results import ResultFolder
 from dimscope.studies import damage_measures as measures
 from dimscope.studies.damage_claims import breaking_frame, claims_frame
@@ -120,6 +120,8 @@ class DamageWork:
         if not self.texts:
             raise InvalidArgument("give a text: --text FILE, builtin:prose or generated")
         self.read = {name: self._cut(text) for name, text in self.texts.items() if text is not None}
+        known = [max(p.ids) for p in self.prompts] + [int(w.ids.max()) for ws in self.read.values() for w in ws]
+        require_rows(max(known, default=0), checkpoint.input_table.shape[0])
         self.placement = place(checkpoint, dtype=settings.dtype, device=settings.device)
         self.batch = settings.batch or windows_at_once(self.placement, self.length)
         self._made: tuple[Point, dict[str, RowMap]] | None = None
@@ -128,7 +130,12 @@ class DamageWork:
         asked = self.settings.windows
         if not self.settings.from_start:
             return middle_windows(text, self.tokenizer, length=self.length, count=asked, most=WINDOWS)
-        return list(islice(stream_windows(text, self.tokenizer, length=self.length), asked or WINDOWS))
+        found = list(islice(stream_windows(text, self.tokenizer, length=self.length), asked or WINDOWS))
+        if asked is not None and len(found) < asked:
+            raise InvalidArgument(
+                f"{text.name} fits {len(found)} windows of {self.length}, not {asked}: --windows {len(found)} or a smaller --length"
+            )
+        return found
 
     # ---- what a point needs ----------------------------------------------------------------------------------------
 
@@ -141,7 +148,8 @@ class DamageWork:
         """The tables that are changed; a tied model has one, under both names."""
         wanted = {table for side in self.settings.sides for table in tables_of(side)}
         first = {table: "input" if self.checkpoint.tied else table for table in sorted(wanted)}
-        opened = {name: open_table(self.checkpoint, name) for name in sorted(set(first.values()))}
+        advice = "a model with such a table is not judged"
+        opened = {name: open_table(self.checkpoint, name, advice=advice) for name in sorted(set(first.values()))}
         return {table: opened[name] for table, name in first.items()}
 
     @cached_property
@@ -246,6 +254,7 @@ class DamageWork:
 
     def _measured(self, point: Point) -> pl.DataFrame:
         place = measures.Place(self.checkpoint.title, point, self.dim)
+        _ = self.tables  # a damaged one is refused before the model is loaded
         bases = self.baselines  # of the model as it is, so before anything is put into it
         numbers: dict[str, list[measures.Number]] = {}
         if point.steps:
@@ -296,9 +305,11 @@ class DamageWork:
         def measured() -> pl.DataFrame:
             place = measures.Place(self.checkpoint.title, point, self.dim).columns()
             told = token_errors(self.tables[table], self.maps(point)[table])
-            return told.select(pl.lit(place["change"]).alias("change"), pl.lit(table).alias("table"), pl.all())
+            columns = ("change", "side", "seed")
+            known = [pl.lit(place[name], dtype=measures.PLACE[name]).alias(name) for name in columns]
+            return told.select(*known, pl.lit(table).alias("table"), pl.all())
 
-        given = {"steps": point.steps, "seed": point.seed, "table": table}
+        given = {"steps": point.steps, "seed": point.seed, "side": point.side, "table": table}
         return self.folder.table(f"points/{point.slug}.token_errors.{table}", given, measured)
 
     # ---- tables ----------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class Draws:
     strength: float
     kept: float | None
     values: tuple[float, ...]
+    seeds: tuple[int | None, ...]
 
     @property
     def mean(self) -> float:
@@ -56,11 +57,13 @@ class Losses:
     def _values(self, metric: str) -> pl.DataFrame:
         return self.rows.filter((pl.col("metric") == metric) & (pl.col("on") == self.on) & pl.col("value").is_finite())
 
-    def of(self, kind: str) -> list[Draws]:
-        """The changes of a kind with a strength, weakest number first."""
-        rows = self._values(LOSS).filter((pl.col("kind") == kind) & pl.col("strength").is_not_null())
-        groups = rows.sort("strength", "seed").group_by("strength", "kept", maintain_order=True).agg("value")
-        return [Draws(kind, strength, kept, tuple(values)) for strength, kept, values in groups.iter_rows()]
+    def of(self, kind: str, *, overflown: bool = False) -> list[Draws]:
+        """The changes of a kind with a strength, weakest number first; with those whose loss is no number, as infinite."""
+        losses = self.rows.filter((pl.col("metric") == LOSS) & (pl.col("on") == self.on))
+        rows = losses.with_columns(pl.col("value").fill_null(math.inf)) if overflown else self._values(LOSS)
+        rows = rows.filter((pl.col("kind") == kind) & pl.col("strength").is_not_null())
+        groups = rows.sort("strength", "seed").group_by("strength", "kept", maintain_order=True).agg("value", "seed")
+        return [Draws(kind, *place, tuple(values), tuple(seeds)) for *place, values, seeds in groups.iter_rows()]
 
     def kinds(self) -> list[str]:
         """All kinds with strengths, in the order in which they were asked."""
@@ -108,7 +111,7 @@ def breaking_frame(damage: pl.DataFrame) -> pl.DataFrame:
         for side in sides_of(damage):
             found = Losses(damage, on, side)
             for kind in found.kinds():
-                draws = found.of(kind)
+                draws = found.of(kind, overflown=True)
                 if draws and draws[0].kept is not None:
                     draws.reverse()
                 elif not _grows(damage, kind):
@@ -133,7 +136,7 @@ def _breaking(found: Losses, side: str, kind: str, draws: Sequence[Draws], thres
     return {
         "on": found.on, "side": side, "kind": kind, "threshold": threshold,
         "strength": broken.strength if broken else None, "kept": broken.kept if broken else None,
-        "rise": found.rise(broken) if broken else None, "safe": safe.strength if safe else None,
+        "rise": found.rise(broken) if broken and math.isfinite(broken.mean) else None, "safe": safe.strength if safe else None,
         "safe_kept": safe.kept if safe else None, "n_seeds": max((len(d.values) for d in draws), default=0),
     }  # fmt: skip
 
@@ -167,9 +170,13 @@ def _verdict(held: Sequence[bool]) -> str:
 def _lower(better: Draws, worse: Draws) -> bool:
     """Whether a change costs less than another one, beyond the spread of their seeds."""
     gap = worse.mean - better.mean
-    if len(better.values) == len(worse.values) > 1:  # the same seeds: differences seed by seed
-        pairs = np.subtract(worse.values, better.values)
-        return bool(gap > ERRORS * pairs.std(ddof=1) / math.sqrt(len(pairs)))
+    by_seed = dict(zip(better.seeds, better.values, strict=True))
+    pairs = [
+        value - by_seed[s] for s, value in zip(worse.seeds, worse.values, strict=True) if s is not None and s in by_seed
+    ]
+    if pairs:  # the same seeds: differences seed by seed
+        error = float(np.std(pairs, ddof=1)) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
+        return bool(np.mean(pairs) > ERRORS * error)
     variances = [np.var(d.values, ddof=1) / len(d.values) for d in (better, worse) if len(d.values) > 1]
     return bool(gap > ERRORS * math.sqrt(sum(variances)))
 

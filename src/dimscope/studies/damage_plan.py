@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,7 +32,8 @@ class Asked:
         unit = find_perturbation(self.kind).strength
         if self.percent and unit != "dimensions":
             raise InvalidArgument(f"--{self.kind} takes {unit or 'no strength'}, so {self.amount:g}% has no meaning")
-        strength = float(round(self.amount / 100 * dim)) if self.percent else self.amount
+        finite = math.isfinite(self.amount)
+        strength = float(round(self.amount / 100 * dim)) if self.percent and finite else self.amount
         check_strength(self.kind, strength, dim)
         return self.kind, strength
 
@@ -125,7 +127,9 @@ class Point:
     @property
     def label(self) -> str:
         """As it is shown: "truncate 600", "truncate 600 + noise 0.1"."""
-        told = (f"{name} {strength:g}" if find_perturbation(name).strength else name for name, strength in self.steps)
+        told = (
+            f"{name} {strength:.10g}" if find_perturbation(name).strength else name for name, strength in self.steps
+        )
         return " + ".join(told) or UNDAMAGED
 
     @property
@@ -147,6 +151,10 @@ def plan_points(settings: DamageSettings, dims: Mapping[str, int]) -> list[Point
     """
     if missing := [side for side in settings.sides if side != "input" and "output" not in dims]:
         raise InvalidArgument(f"--side {missing[0]}: this model has no output table")
+    if settings.seed + settings.seeds > 2**63:
+        raise InvalidArgument(
+            f"--seed {settings.seed} with {settings.seeds} draws goes beyond 2^63 - 1; take a smaller one"
+        )
     points = [Point()]
     for side in settings.sides:
         dim = min(dims[table] for table in tables_of(side))

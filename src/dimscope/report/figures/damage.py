@@ -101,8 +101,8 @@ def _with_base(found: Damage, points: pl.DataFrame, unit: str) -> pl.DataFrame:
 def damage_by_strength(found: Damage, kinds: list[str], unit: str) -> go.Figure:
     """Draw the loss by the strength of kinds that keep all dimensions, on a logarithmic axis."""
     curves = {kind: _with_base(found, found.curve(LOSS, kind), unit).filter(pl.col("strength") > 0) for kind in kinds}
-    strengths = np.concatenate([points["strength"].to_numpy() for points in curves.values()] or [np.array([1.0])])
-    first, last = float(strengths.min()), float(strengths.max())
+    strengths = [strength for points in curves.values() for strength in points["strength"]] or [1.0]
+    first, last = min(strengths), max(strengths)
     ticks = [tick for tick in log_ticks(first, last) if first <= tick <= last]
     low, high = first / 1.2, last * 1.2
     fig = figure(

@@ -133,7 +133,7 @@ def _broken(row: dict[str, float | None]) -> str:
         if row["kept"] is not None
         else f"{row['strength']:g} sd"
     )
-    return f"{unit}: {row['rise']:+.0%}"
+    return f"{unit}: {row['rise']:+.0%}" if row["rise"] is not None else f"{unit}: no number"
 
 
 # ---- beliefs -------------------------------------------------------------------------------------------------------

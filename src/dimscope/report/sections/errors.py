@@ -121,7 +121,8 @@ def strength_section(tables: Tables, facts: Facts) -> Section | None:
         return None
     first = found[0]
     by_unit = {unit: first.kinds(unit) for unit in UNIT_AXES}
-    plots = tuple(_strength_plot(first, unit, kinds) for unit, kinds in by_unit.items() if kinds)
+    told = {unit: [k for k in kinds if (first.curve(LOSS, k)["strength"] > 0).any()] for unit, kinds in by_unit.items()}
+    plots = tuple(_strength_plot(first, unit, kinds) for unit, kinds in told.items() if kinds)
     if not plots:
         return None
     return Section(
