@@ -20,7 +20,18 @@ def test_the_five_lines_run_and_print_dimensions(run_python):
 def test_every_command_of_the_table_exists(run_cli):
     named = set(re.findall(r"\| `dimscope (\w+)", README))
     listed = run_cli("--help").stdout
-    assert named == {"inspect", "tokens", "neighbors", "pairs", "correlate", "spectrum", "layers", "damage", "report"}
+    assert named == {
+        "inspect",
+        "tokens",
+        "neighbors",
+        "pairs",
+        "correlate",
+        "spectrum",
+        "layers",
+        "damage",
+        "narrow",
+        "report",
+    }
     assert all(name in listed for name in named)
 
 

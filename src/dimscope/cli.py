@@ -5,7 +5,7 @@ import sys
 
 from cyclopts import App, CycloptsError
 
-from dimscope.commands import damage, embedding, layers, report
+from dimscope.commands import damage, embedding, layers, narrow, report
 from dimscope.commands.options import STANDARD_INPUT
 from dimscope.errors import DimscopeError
 
@@ -24,6 +24,7 @@ for command in (
     embedding.spectrum,
     layers.layers,
     damage.damage,
+    narrow.narrow,
     report.report,
 ):
     app.command(command)

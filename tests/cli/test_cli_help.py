@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version
 
 TABLE_COMMANDS = ("tokens", "neighbors", "pairs", "correlate", "spectrum", "report")
-COMMANDS = ("inspect", *TABLE_COMMANDS, "layers", "damage")
+COMMANDS = ("inspect", *TABLE_COMMANDS, "layers", "damage", "narrow")
 PROBE = """
 import sys
 from dimscope.cli import main
