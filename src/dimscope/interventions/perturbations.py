@@ -24,7 +24,8 @@ from dimscope.interventions.maps import (
     compose,
     mapped_moments,
 )
-from dimscope.representations.moments import Moments
+from dimscope.representations.embedding import EmbeddingTable
+from dimscope.representations.moments import Moments, moments
 
 LARGEST_BITS = 16
 
@@ -59,6 +60,11 @@ class TableSummary:
     def components(self) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
         """The same of the centred table: its principal components."""
         return _falling(self.moments.scatter(centred=True))
+
+
+def summarise(table: EmbeddingTable) -> TableSummary:
+    """One pass over a table, with float64 products: exact errors are differences of nearly equal numbers."""
+    return TableSummary(moments((rows for _, rows in table.blocks()), dtype=torch.float64))
 
 
 def _falling(symmetric: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from dimscope.errors import InvalidArgument, UnsupportedCheckpoint
@@ -37,7 +37,6 @@ class Layout:
     gain_offset: float = 0.0  # a stored gain w acts as w + offset
     scaled_table: bool = False  # the looked-up row is multiplied by sqrt(hidden_size)
     multiple_of: str | None = None  # an entry of the config that divides every width
-    refused: Mapping[str, Any] = field(default_factory=dict)  # entries of the config with which this is no such model
 
     def part(self, name: str) -> tuple[Part, str | None]:
         """What a parameter is, and the norm of a reader."""
@@ -66,31 +65,21 @@ _LLAMA = Layout(
 )
 
 
-def _like_llama(**changes: Any) -> Layout:
-    from dataclasses import replace
-
-    return replace(_LLAMA, **changes)
-
-
 LAYOUTS: dict[str, Layout] = {
-    "llama": _like_llama(multiple_of="num_attention_heads"),  # its config is refused otherwise
+    "llama": replace(_LLAMA, multiple_of="num_attention_heads"),  # its config is refused otherwise
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "mistral": _LLAMA,
-    "gemma": _like_llama(gain_offset=1.0, scaled_table=True),
+    "gemma": replace(_LLAMA, gain_offset=1.0, scaled_table=True),
 }
 
+_POST_NORM = "norms after attention and MLP write into the stream, and no rotation goes through them"
+_EXPERTS = "experts and their router are not narrowed"
+_WHOLE_HEADS = "its width is heads times head size, so only whole heads could go"
 REFUSED = {
-    "gemma2": "norms after attention and MLP write into the stream, and no rotation goes through them",
-    "gemma3_text": "norms after attention and MLP write into the stream, and no rotation goes through them",
-    "olmo2": "norms after attention and MLP write into the stream, and no rotation goes through them",
-    "olmo3": "norms after attention and MLP write into the stream, and no rotation goes through them",
-    "glm4": "norms after attention and MLP write into the stream, and no rotation goes through them",
-    "mixtral": "experts and their router are not narrowed",
-    "qwen2_moe": "experts and their router are not narrowed",
-    "qwen3_moe": "experts and their router are not narrowed",
-    "gpt2": "its width is heads times head size, so only whole heads could go",
-    "opt": "its width is heads times head size, so only whole heads could go",
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3", "glm4"), _POST_NORM),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _EXPERTS),
+    **dict.fromkeys(("gpt2", "opt"), _WHOLE_HEADS),
 }
 
 

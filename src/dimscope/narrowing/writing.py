@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -85,5 +84,3 @@ def _write_shard(path: Path, shard: list[Planned], given: Iterator[tuple[Planned
                 written += data.nbytes
             if written != wanted.n_bytes:
                 raise ValueError(f"{wanted.name} has {written} bytes where {wanted.n_bytes} were planned")
-        f.flush()
-        os.fsync(f.fileno())

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,10 @@ from dimscope.evaluation.generation import begin_ids, check_room, generate, has_
 from dimscope.evaluation.judging import Baseline, baseline, judge
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.maps import LinearMap, RowMap
-from dimscope.interventions.perturbations import TableSummary, make_chain, make_map
+from dimscope.interventions.perturbations import TableSummary, make_chain, make_map, summarise
 from dimscope.interventions.row_errors import RowErrors, row_errors, token_errors
 from dimscope.representations.embedding import EmbeddingTable, open_table
 from dimscope.representations.hidden_states import first_norm, input_device
-from dimscope.representations.moments import moments
 from dimscope.representations.texts import Text
 from dimscope.representations.windows import Window, middle_windows, require_rows, room_after, stream_windows
 from dimscope.results import ResultFolder
@@ -154,9 +153,9 @@ class DamageWork:
 
     @cached_property
     def summaries(self) -> dict[str, TableSummary]:
-        found = {id(t): TableSummary(moments((rows for _, rows in t.blocks()), dtype=torch.float64))
-                 for t in {id(t): t for t in self.tables.values()}.values()}  # fmt: skip
-        return {name: found[id(table)] for name, table in self.tables.items()}
+        different = {id(table): table for table in self.tables.values()}
+        made = {key: summarise(table) for key, table in different.items()}
+        return {name: made[id(table)] for name, table in self.tables.items()}
 
     @cached_property
     def samples(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -350,6 +349,7 @@ class DamageWork:
         k = min(counts, key=lambda count: abs(count - SHOWN * self.dim))
         seed = found[k].seed or 0
 
+        @cache  # a QR of d x k, and three tables are made from it
         def projector() -> Tensor:
             change = make_map("project", next(iter(self.summaries.values())), k, seed)
             assert isinstance(change, LinearMap)

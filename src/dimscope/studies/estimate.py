@@ -19,9 +19,7 @@ def estimate_passes(
 
     The time is that of two operations per weight and token at the speed of a plain product of matrices, so a lower bound.
     """
-    numbers = sum(info.n_elements for info in checkpoint.tensors.values())
-    # A token looks its row up in the input table; only where that is the output table too is it multiplied.
-    used = numbers - (0 if checkpoint.tied else checkpoint.input_table.n_elements)
+    numbers, used = _weights(checkpoint)
     width = DTYPES[placement.dtype].itemsize
     dim = checkpoint.input_table.shape[1]
     layers = 2 + int(getattr(checkpoint.config, "num_hidden_layers", 0) or 0)
@@ -39,8 +37,7 @@ def estimate_damage(checkpoint: Checkpoint, placement: Placement, n_points: int,
 
     Beside the passes, every token that is written reads all weights once. Both are lower bounds.
     """
-    numbers = sum(info.n_elements for info in checkpoint.tensors.values())
-    used = numbers - (0 if checkpoint.tied else checkpoint.input_table.n_elements)
+    numbers, used = _weights(checkpoint)
     width = DTYPES[placement.dtype].itemsize
     vocab_size, dim = checkpoint.input_table.shape
     seconds = n_points * 2 * used * n_tokens / _speed(placement) + n_written * used * width / _bandwidth(placement)
@@ -51,6 +48,13 @@ def estimate_damage(checkpoint: Checkpoint, placement: Placement, n_points: int,
         f"{changes}, {n_tokens:,} tokens each{written} on {placement.device} ({placement.dtype}): {duration(seconds)} or "
         f"more; {_size(memory)} at most"
     )
+
+
+def _weights(checkpoint: Checkpoint) -> tuple[int, int]:
+    """How many weights there are, and how many of them every token is multiplied with."""
+    numbers = sum(info.n_elements for info in checkpoint.tensors.values())
+    # A token looks its row up in the input table; only where that is the output table too is it multiplied.
+    return numbers, numbers - (0 if checkpoint.tied else checkpoint.input_table.n_elements)
 
 
 def _bandwidth(placement: Placement) -> float:

@@ -23,7 +23,7 @@ from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
 from dimscope.evaluation.judging import Judgement, baseline, judge
 from dimscope.evaluation.throughput import Throughput, throughput
-from dimscope.interventions.perturbations import TableSummary
+from dimscope.interventions.perturbations import TableSummary, summarise
 from dimscope.narrowing.bases import FROM_TABLE, FROM_TEXT, check_basis
 from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains
 from dimscope.narrowing.card import model_card
@@ -31,9 +31,9 @@ from dimscope.narrowing.layouts import check_width, layout_of
 from dimscope.narrowing.projection import Account, plan_cut, write_cut
 from dimscope.representations.embedding import open_table
 from dimscope.representations.hidden_states import run_batch
-from dimscope.representations.moments import moments
 from dimscope.representations.windows import Window, middle_windows
 from dimscope.results import check_folder
+from dimscope.studies.damage_measures import BITS, KL, LOSS, TOP_1, TOP_5
 from dimscope.studies.reading import named_texts, window_length, windows_at_once
 
 if TYPE_CHECKING:
@@ -171,8 +171,7 @@ def _whole_folder(out: Path) -> Generator[Path]:
 
 
 def _summary(checkpoint: Checkpoint) -> TableSummary:
-    table = open_table(checkpoint, advice="a model with such a table is not narrowed")
-    return TableSummary(moments((rows for _, rows in table.blocks()), dtype=torch.float64))
+    return summarise(open_table(checkpoint, advice="a model with such a table is not narrowed"))
 
 
 def _basis(
@@ -212,13 +211,7 @@ def _measured(
 
 
 def _judged(was: Judgement, now: Judgement) -> list[tuple[str, float, float]]:
-    names = {
-        "loss": "loss",
-        "bits_per_byte": "bits per byte",
-        "kl": "KL",
-        "top_1": "top-1 agreement",
-        "top_5": "top-5 agreement",
-    }
+    names = {"loss": LOSS, "bits_per_byte": BITS, "kl": KL, "top_1": TOP_1, "top_5": TOP_5}
     return [(told, getattr(was, name), getattr(now, name)) for name, told in names.items()]
 
 
