@@ -7,7 +7,7 @@ from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.model import load_model
 from dimscope.errors import InvalidArgument
 from dimscope.interventions.perturbations import TableSummary
-from dimscope.narrowing.bases import BASES, FROM_TABLE, FROM_TEXT, check_basis
+from dimscope.narrowing.bases import BASES, FROM_TABLE, FROM_TEXT, check_basis, make_basis
 from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains, rms_normed
 from dimscope.narrowing.layouts import LAYOUTS
 from dimscope.representations.moments import moments
@@ -59,15 +59,20 @@ def test_the_moments_are_those_of_all_norm_inputs(model, windows, found):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("k", [1, 3, 4, 20, D])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("k", [2, 3, 4, 20, D])
 @pytest.mark.parametrize("name", BASES)
-def test_every_basis_is_orthonormal(found, name, k):
+def test_every_basis_is_orthonormal_or_that_without_the_mean(found, name, k, centred):
     table = TableSummary(
         moments([torch.randn(200, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))])
     )
-    basis = FROM_TABLE[name](table, k, 0) if name in FROM_TABLE else FROM_TEXT[name](found, k)
+    basis = make_basis(name, table if name in FROM_TABLE else found, k, centred=centred)
     assert basis.shape == (D, k)
-    torch.testing.assert_close(basis.T @ basis, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-10)
+    expected = torch.eye(k, dtype=torch.float64) - centred / k
+    torch.testing.assert_close(basis.T @ basis, expected, rtol=0, atol=1e-10)
+    if centred:
+        assert float(basis.sum(dim=0).abs().max()) < 1e-10
+        assert float(basis.sum(dim=1).abs().max()) < 1e-10
 
 
 def test_the_raw_basis_loses_the_least_of_the_stream_and_the_normalised_one_of_what_norms_see(found):

@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dimscope.checkpoints.checkpoint import open_checkpoint
+from dimscope.checkpoints.model import Placement
 from dimscope.errors import InvalidArgument, UnsupportedCheckpoint
 from dimscope.narrowing import writing
+from dimscope.narrowing.bases import fitted, tied_to
 from dimscope.narrowing.layouts import LAYOUTS, check_width, layout_of
-from dimscope.narrowing.projection import plan_cut, write_cut
+from dimscope.narrowing.projection import narrow_model, plan_cut, write_cut
 from dimscope.narrowing.writing import Planned, write_safetensors
 
 FAMILIES = sorted(LAYOUTS)
@@ -25,6 +27,13 @@ IDS = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(0))
 def orthonormal(d: int, k: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(d, k, dtype=torch.float64, generator=generator))[0]
+
+
+def basis_for(family: str, d: int, k: int, seed: int = 0) -> torch.Tensor:
+    """Return a random basis: orthonormal, or what takes the mean out for families with LayerNorm."""
+    generator = torch.Generator().manual_seed(seed)
+    centred = LAYOUTS[family].centred
+    return fitted(torch.randn(d, k - centred, dtype=torch.float64, generator=generator), centred)
 
 
 def spoilt(folder: Path, seed: int = 0) -> Any:
@@ -69,7 +78,7 @@ def cut(folder: Path, out: Path, basis: torch.Tensor, **options: Any) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rotation_at_full_width_changes_nothing(dense, tmp_path, family, tied):
     folder, model = dense(family, tied=tied)
-    turned, account = cut(folder, tmp_path / "out", orthonormal(32, 32))
+    turned, account = cut(folder, tmp_path / "out", basis_for(family, 32, 32))
     exact = logits(model)
     # float32 products in another order: a few units in the last place of the largest logit
     assert float((logits(turned) - exact).abs().max()) < 1e-5 * float(exact.abs().max())
@@ -77,37 +86,111 @@ def test_a_rotation_at_full_width_changes_nothing(dense, tmp_path, family, tied)
 
 
 @pytest.mark.parametrize("k", [16, 24])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gpt_neox"])
 def test_a_widened_model_narrowed_again_is_what_it_was(dense, tmp_path, family, k):
     """Full width cannot show a slip in the norms' gain, epsilon or the table's scale: this does."""
     d = 40 if family != "llama" else 32 + k % 16 or 48
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    folder, small = dense(family, hidden_size=k, tied=False, rms_norm_eps=0.01, **heads)
-    basis, layout, shrink = orthonormal(d, k), LAYOUTS[family], math.sqrt(k / d)
+    layout, shrink = LAYOUTS[family], math.sqrt(k / d)
+    folder, small = dense(family, hidden_size=k, tied=False, **{layout.eps: 0.01}, **heads)
+    basis = basis_for(family, d, k)
     wide = tmp_path / "wide"
     config = AutoConfig.from_pretrained(folder)
-    config.hidden_size, config.rms_norm_eps = d, config.rms_norm_eps * k / d
+    config.hidden_size = d
+    setattr(config, layout.eps, 0.01 * k / d)
     model = AutoModelForCausalLM.from_config(config)
     held = {name: p.detach().double() for name, p in small.named_parameters()}
+    generator = torch.Generator().manual_seed(5)
+    shifts = {n: torch.randn(d, dtype=torch.float64, generator=generator) for n in held if layout.part(n)[0] == "shift"}
+
+    def widened(name: str) -> torch.Tensor:
+        part, norm = layout.part(name)
+        value = held[name]
+        if part == "table":
+            # A mean of any size in every row: a LayerNorm does not see it.
+            mean = torch.randn(len(value), 1, dtype=torch.float64, generator=generator) * layout.centred
+            return value @ basis.T * (shrink if layout.scaled_table else 1) + mean
+        if part in ("reader", "head"):  # the gain goes into them, and a scalar stays in the norm
+            assert norm is not None
+            return (value * (held[f"{norm}.weight"] + layout.gain_offset)) @ basis.T * shrink / scalar(norm)
+        if part == "reader bias" and layout.centred:
+            weight = name.replace(".bias", ".weight")
+            return value + held[weight] @ held[f"{norm}.bias"] - widened(weight) @ shifts[f"{norm}.bias"]
+        if part == "writer":
+            return basis @ value
+        if part == "gain":
+            return torch.full((d,), scalar(name.removesuffix(".weight")) - layout.gain_offset, dtype=torch.float64)
+        return shifts.get(name, value)
+
     with torch.no_grad():
-        for number, (name, parameter) in enumerate(model.named_parameters()):
-            part, norm = layout.part(name)
-            value = held[name]
-            if part == "table":
-                value = value @ basis.T * (shrink if layout.scaled_table else 1)
-            elif norm is not None:  # readers and head: the gain goes into them, and a scalar stays in the norm
-                value = (value * (held[norm] + layout.gain_offset)) @ basis.T * shrink / scalar(norm)
-            elif part == "writer":
-                value = basis @ value
-            elif part == "gain":
-                value = torch.full((d,), scalar(name) - layout.gain_offset)
-            parameter.copy_(value)
-            assert parameter.isfinite().all(), number
+        for name, parameter in model.named_parameters():
+            parameter.copy_(widened(name))
     model.save_pretrained(wide)
     narrow, _ = cut(wide, tmp_path / "narrow", basis)
     exact = logits(small)
     assert float((logits(narrow) - exact).abs().max()) < 1e-5 * float(exact.abs().max())
-    assert narrow.config.rms_norm_eps == pytest.approx(0.01)
+    assert getattr(narrow.config, layout.eps) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("attention_bias", [True, False])
+def test_a_neox_as_a_phi_is_narrowed_as_that_phi_is(dense, tmp_path, attention_bias):
+    folder, model = dense("gpt_neox", attention_bias=attention_bias, rotary_pct=0.5)
+    turn, basis = basis_for("phi", 32, 32, 1), basis_for("phi", 32, 20, 2)
+    phi, account = cut(folder, tmp_path / "phi", turn)
+    exact = logits(model)
+    assert phi.config.model_type == "phi"
+    assert float((logits(phi) - exact).abs().max()) < 1e-5 * float(exact.abs().max())
+    assert account.narrow_parameters == sum(p.numel() for p in phi.parameters())
+    twice, _ = cut(tmp_path / "phi", tmp_path / "twice", basis)
+    once, _ = cut(folder, tmp_path / "once", turn @ basis)
+    assert float((logits(once) - logits(twice)).abs().max()) < 1e-5 * float(logits(once).abs().max())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_qwen2_is_a_llama_with_biases(dense, tmp_path, tied):
+    folder, model = dense("qwen2", tied=tied)
+    llama, _ = cut(folder, tmp_path / "llama", orthonormal(32, 32), export="llama")
+    exact = logits(model)
+    assert llama.config.model_type == "llama"
+    assert float((logits(llama) - exact).abs().max()) < 1e-5 * float(exact.abs().max())
+    own, _ = cut(folder, tmp_path / "own", orthonormal(32, 16))
+    other, _ = cut(folder, tmp_path / "other", orthonormal(32, 16), export="llama")
+    assert float((logits(own) - logits(other)).abs().max()) < 1e-5 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma", "llama"])
+def test_a_model_kept_tied_is_exact_at_full_width_and_loses_only_what_its_gain_turns_out(dense, tmp_path, family):
+    folder, model = dense(family, tied=True)
+    checkpoint, layout = open_checkpoint(folder), LAYOUTS[family]
+    final = model.get_parameter("model.norm.weight").detach().double() + layout.gain_offset
+    exact = logits(model)
+    for k in (32, 20):
+        basis, gain = tied_to(orthonormal(32, k), final)
+        scale = math.sqrt(32 / k)
+        usual = 1.0 if layout.scaled_table else scale  # the table is scaled up already
+        out = tmp_path / str(k)
+        narrow, account = cut(folder, out, basis, gains={"model.norm.weight": gain * usual}, tied=True)
+        assert "lm_head.weight" not in load_file(out / "model.safetensors")
+        assert account.untied is False
+        untied, _ = cut(folder, tmp_path / f"{k}-untied", basis)
+        if k == 32:
+            assert float((logits(narrow) - exact).abs().max()) < 1e-5 * float(exact.abs().max())
+            continue
+        # The two heads on the same states: E P diag(c), and E diag(g) P of which the part in the span is the same.
+        inside = basis @ basis.T
+        table = checkpoint.reader.read_rows("model.embed_tokens.weight", 0, 512).double()
+        head = untied.get_output_embeddings().weight.detach().double()
+        torch.testing.assert_close(head, (table * final) @ basis, rtol=0, atol=1e-5)
+        torch.testing.assert_close(table @ basis * gain, table @ inside @ (final[:, None] * basis), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_memory_it_is_what_is_on_disk(dense, tmp_path, family):
+    folder, _ = dense(family)
+    basis = basis_for(family, 32, 16)
+    written, _ = cut(folder, tmp_path / "out", basis)
+    held = narrow_model(plan_cut(open_checkpoint(folder), basis), Placement("float32", "cpu"))
+    assert torch.equal(logits(written), logits(held))
 
 
 def scalar(norm: str) -> float:
@@ -120,7 +203,7 @@ def test_stock_transformers_loads_it_elsewhere_bit_for_bit_and_writes_with_its_c
     dense, tmp_path, run_python, family
 ):
     folder, _ = dense(family)
-    narrow, account = cut(folder, tmp_path / "out", orthonormal(32, 16))
+    narrow, account = cut(folder, tmp_path / "out", basis_for(family, 32, 16))
     torch.save({"ids": IDS, "logits": logits(narrow)}, tmp_path / "expected.pt")
     code = f"""
 import sys, torch
@@ -200,7 +283,7 @@ def test_blocks_that_are_not_what_was_planned_are_a_bug_that_is_seen(tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("gpt2", "whole heads"), ("opt", "whole heads"), ("phi", "is known for"), ("olmo", "is known for")],
+    [("gpt2", "whole heads"), ("opt", "whole heads"), ("olmo", "is known for")],
 )
 def test_families_that_are_not_narrowed_are_refused_with_the_reason(checkpoint, family, reason):
     with pytest.raises(UnsupportedCheckpoint, match=reason):
@@ -215,6 +298,33 @@ def test_widths_that_a_family_cannot_have_are_refused_with_the_nearest(checkpoin
         check_width(llama, layout_of(llama), 17)
     with pytest.raises(InvalidArgument, match=r"the nearest are 4$"):
         check_width(llama, layout_of(llama), 3)
+    with pytest.raises(InvalidArgument, match="the nearest are 16 or 20"):
+        check_width(qwen, layout_of(qwen), 17, "llama")
+    phi = open_checkpoint(checkpoint("phi"))
+    check_width(phi, layout_of(phi), 17)
+    with pytest.raises(InvalidArgument, match="goes from 2 to 32"):
+        check_width(phi, layout_of(phi), 1)
     for width in (0, 33, -1):
         with pytest.raises(InvalidArgument, match="goes from 1 to 32"):
             check_width(qwen, layout_of(qwen), width)
+
+
+def test_what_a_family_is_not_written_as_is_refused(checkpoint):
+    basis = orthonormal(32, 16)
+    for family, export, reason in [
+        ("qwen2", "phi", "a qwen2 model is written as llama"),
+        ("llama", "phi", "as what it is only"),
+    ]:
+        with pytest.raises(InvalidArgument, match=reason):
+            plan_cut(open_checkpoint(checkpoint(family)), basis, export=export)
+    with pytest.raises(InvalidArgument, match="sliding windows"):
+        plan_cut(
+            open_checkpoint(checkpoint("qwen2", use_sliding_window=True, max_window_layers=0)), basis, export="llama"
+        )
+    with pytest.raises(InvalidArgument, match="two tables already"):
+        plan_cut(open_checkpoint(checkpoint("llama")), basis, tied=True)
+
+
+def test_a_neox_whose_mlp_comes_after_its_attention_is_refused(checkpoint):
+    with pytest.raises(UnsupportedCheckpoint, match="use_parallel_residual is false"):
+        layout_of(open_checkpoint(checkpoint("gpt_neox", use_parallel_residual=False)))

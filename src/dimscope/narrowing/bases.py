@@ -52,7 +52,47 @@ def _normalised(calibration: Calibration, width: int) -> Float[Tensor, "d k"]:
 FROM_TEXT = {"raw": _raw, "normalised": _normalised}
 """Bases from a calibration pass: widest directions of the stream, and of what its norms make of it (the default)."""
 
-BASES = (*FROM_TABLE, *FROM_TEXT)
+LEARNED = "learned"  # begins as `normalised`, see dimscope.narrowing.learning
+BASES = (*FROM_TABLE, *FROM_TEXT, LEARNED)
+
+
+def make_basis(
+    name: str, known: TableSummary | Calibration, width: int, *, centred: bool, seed: int = 0
+) -> Float[Tensor, "d k"]:
+    """A basis by its name, from the table or the calibration that it needs, for norms with or without a mean."""
+    kept = width - centred
+    if isinstance(known, TableSummary):
+        return fitted(FROM_TABLE[name](known, kept, seed), centred)
+    return fitted(FROM_TEXT["normalised" if name == LEARNED else name](known, kept), centred)
+
+
+def fitted(directions: Float[Tensor, "d _"], centred: bool) -> Float[Tensor, "d k"]:
+    """Orthonormal columns with the span of the given ones; differentiable.
+
+    For centred norms of k - 1 directions k columns: the directions, made orthogonal to the ones of R^d, onto a basis of
+    what is orthogonal to the ones of R^k. P^T x has mean zero then, and P does not see the mean of x.
+    """
+    if not centred:
+        return torch.linalg.qr(directions)[0]
+    d, kept = directions.shape
+    return _without_mean(directions) @ _without_mean(torch.eye(kept + 1).to(directions)[:, :kept]).T
+
+
+def _without_mean(directions: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
+    # QR completes what the ones make dependent, as where the given directions span them.
+    return torch.linalg.qr(torch.cat([directions.new_ones(len(directions), 1), directions], dim=1))[0][:, 1:]
+
+
+def tied_to(
+    basis: Float[Tensor, "d k"], gain: Float[Tensor, " d"]
+) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
+    """The basis of the same span in which one table serves both sides best, and the gain of the final norm there.
+
+    The head is E diag(g) P. In the eigenvectors R of P^T diag(g) P = R diag(c) R^T it is E P R diag(c), the input table
+    times a gain, but for what diag(g) turns out of the span: nothing at full width, nor where all gains are alike.
+    """
+    values, vectors = torch.linalg.eigh(basis.T @ (gain[:, None] * basis))
+    return basis @ vectors, values
 
 
 def check_basis(name: str) -> None:

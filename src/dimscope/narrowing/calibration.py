@@ -26,11 +26,12 @@ class Calibration:
     """What a text says about the stream. Both moments are uncentred sums over all norms, in float64.
 
     `raw` is of the stream itself, `normalised` of its states divided by their root mean square: what the norms see.
+    Where the norms take the mean out, it is out of all three.
     """
 
     raw: Float[Tensor, "d d"]
     normalised: Float[Tensor, "d d"]
-    samples: Mapping[str, Float[Tensor, "_ d"]]  # by norm
+    samples: Mapping[str, Float[Tensor, "_ d"]]  # by the gain of the norm, in the order of the stream, the same positions
     eps: float
     n_tokens: int
 
@@ -44,11 +45,12 @@ def calibrate(model: PreTrainedModel, layout: Layout, windows: Iterable[Window],
     dim, step = model.config.hidden_size, max(1, n_tokens // KEPT)
     raw, normalised = (torch.zeros(dim, dim, dtype=torch.float64) for _ in range(2))
     samples: dict[str, list[Tensor]] = {name: [] for name in norms}
-    eps = model.config.rms_norm_eps
+    eps = getattr(model.config, layout.eps)
 
     def seen(name: str) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:
             rows = args[0].reshape(-1, dim).double()
+            rows = rows - rows.mean(dim=1, keepdim=True) if layout.centred else rows
             raw.add_(upper_gram(rows).cpu())
             normalised.add_(upper_gram(rms_normed(rows, eps)).cpu())
             samples[name].append(rows[::step].float().cpu())
@@ -73,7 +75,7 @@ def rms_normed(rows: Float[Tensor, "n d"], eps: float) -> Float[Tensor, "n d"]:
     return rows * torch.rsqrt(rows.square().mean(dim=1, keepdim=True) + eps)
 
 
-def calibrated_gains(calibration: Calibration, basis: Float[Tensor, "d k"]) -> dict[str, float]:
+def calibrated_gains(calibration: Calibration, basis: Float[Tensor, "d k"]) -> dict[str, Tensor]:
     """For every norm the number by which the narrow norm's output is nearest to the projected output of the dense one.
 
     c = E<P^T y, y'> / E|y'|^2 over the kept states, y the dense norm's output without gain and y' the narrow one's.
@@ -84,5 +86,5 @@ def calibrated_gains(calibration: Calibration, basis: Float[Tensor, "d k"]) -> d
         exact = rows.double()
         dense = rms_normed(exact, calibration.eps) @ basis
         narrow = rms_normed(exact @ basis, calibration.eps * d / k)
-        gains[name] = float((dense * narrow).sum() / narrow.square().sum())
+        gains[name] = (dense * narrow).sum() / narrow.square().sum()
     return gains

@@ -2,32 +2,38 @@
 
 With x the stream and P of d x k orthonormal, the narrow stream is P^T x: what reads it is multiplied by P from the right,
 with the gain of its norm folded in before; what writes it by P^T from the left. All products are in float64, cast once.
+Behind centred norms (LayerNorm) P has rank k - 1: it maps what is orthogonal to the ones of R^d to what is orthogonal to
+those of R^k, so that the mean that the norm takes out is zero already (see `bases.fitted`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dimscope.errors import CorruptCheckpoint, UnsupportedCheckpoint
-from dimscope.narrowing.layouts import Layout, check_width, layout_of, narrow_config
+from dimscope.narrowing.exports import Origin, Origins, origins_of
+from dimscope.narrowing.layouts import Layout, layout_of
 from dimscope.narrowing.writing import Planned, write_safetensors
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from dimscope.checkpoints.checkpoint import Checkpoint
+    from dimscope.checkpoints.model import Placement
     from dimscope.checkpoints.tensors import TensorInfo
 
 NUMBERS = 1 << 22  # of a tensor computed at once: 32 MiB in float64
 BESIDE = ("tokenizer", "special_tokens_map", "vocab.", "merges.", "added_tokens", "chat_template", "generation_config")
+
+Gains = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +44,8 @@ class Account:
     dense_bytes: int
     narrow_parameters: int
     narrow_bytes: int
-    table_parameters: int  # of one embedding table of the narrow model, which it has twice
-    untied: bool  # whether the dense model kept one table for both
+    table_parameters: int  # of one embedding table of the narrow model
+    untied: bool  # whether the dense model kept one table for both, and the narrow one has two
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,61 +56,119 @@ class Cut:
     layout: Layout
     config: PretrainedConfig
     basis: Float[Tensor, "d k"]
-    gains: Mapping[str, float]  # by norm; sqrt(d / k), which keeps all lengths where nothing is lost, unless told
-    files: Mapping[str, TensorInfo]  # by parameter; the head of a tied model is its table
+    origins: Origins
+    files: Mapping[str, TensorInfo]  # by parameter of the dense model
+    gains: Gains = field(default_factory=dict)  # by norm, a number or one for each dimension; `usual_gain` unless told
     dtype: torch.dtype | None = None  # to store all tensors in; None keeps each as it is
 
     @property
     def usual_gain(self) -> float:
+        """What keeps all lengths where nothing is lost: a norm makes its output sqrt(k) long, where it was sqrt(d)."""
         d, k = self.basis.shape
         return math.sqrt(d / k)
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.config.tie_word_embeddings)
 
     def plan(self) -> list[Planned]:
         """The tensors of the narrow checkpoint in the order in which they are written."""
         from dimscope.checkpoints.tensors import DTYPES
 
-        return [Planned(name, self._shape(name), self.dtype or DTYPES[info.dtype]) for name, info in self.files.items()]
+        fallback = self.files[f"{self.layout.table}.weight"]
+        return [
+            Planned(name, self._shape(o), self.dtype or DTYPES[(self.files[o.source] if o.source else fallback).dtype])
+            for name, o in self.origins.items()
+        ]
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        shape, k = self.files[name].shape, self.basis.shape[1]
-        part, _ = self.layout.part(name)
-        if part in ("table", "head", "reader"):
-            return (shape[0], k)
-        return (k, *shape[1:]) if part in ("writer", "gain") else shape
+    def _shape(self, origin: Origin) -> tuple[int, ...]:
+        k = self.basis.shape[1]
+        held = origin.source or origin.weight
+        if held is None:
+            return (k,)
+        shape = self.files[held].shape
+        if origin.part == "kept":
+            return shape
+        n_rows = shape[0] if origin.third is None else shape[0] // 3
+        if origin.part == "reader bias":
+            return (n_rows,)
+        if origin.part in ("table", "head", "reader"):
+            return (n_rows, k)
+        return (k, *shape[1:])
+
+    def right(self, origin: Origin, gain: Float[Tensor, " d"] | None, basis: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+        """What the rows of a table or reader are multiplied by, for a basis (in float64, or while it is learned)."""
+        if origin.part == "table" and self.layout.scaled_table:
+            return basis * self.usual_gain
+        return basis if gain is None else gain.to(basis)[:, None] * basis
+
+    def gain_before(self, origin: Origin) -> Float[Tensor, " d"] | None:
+        """The gain of the norm through which a tensor reads, which is folded into it."""
+        return None if origin.norm is None else self.whole(f"{origin.norm}.weight").double() + self.layout.gain_offset
+
+    def gain_after(self, origin: Origin) -> Tensor:
+        """What a norm multiplies with, as it is stored."""
+        assert origin.source is not None
+        told = self.gains.get(origin.source, torch.tensor(self.usual_gain, dtype=torch.float64))
+        return (told.double() - self.layout.gain_offset).expand(self.basis.shape[1])
+
+    def bias(self, origin: Origin) -> Float[Tensor, " n"]:
+        """A reader's bias: what the shift of its norm comes to is added, W b."""
+        assert origin.weight is not None
+        assert origin.norm is not None
+        own = None if origin.source is None else self.whole(origin.source, origin.third).double()
+        shift = f"{origin.norm}.bias"
+        if shift not in self.files:
+            assert own is not None, origin
+            return own
+        shifted = self.whole(shift).double()
+        moved = torch.cat([rows.double() @ shifted for rows in self.rows(origin.weight, origin.third)])
+        return moved if own is None else own + moved
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The rows of a tensor of the narrow checkpoint."""
-        part, norm = self.layout.part(name)
-        if part == "kept":
-            yield from self._rows(name)
-        elif part == "gain":
-            gain = self.gains.get(name, self.usual_gain) - self.layout.gain_offset
-            yield torch.full((self.basis.shape[1],), gain, dtype=torch.float64)
-        elif part == "writer":
-            yield from self._written(name)
+        origin = self.origins[name]
+        if origin.part in ("zeros", "shift"):
+            yield torch.zeros(self.basis.shape[1])
+        elif origin.part == "gain":
+            yield self.gain_after(origin)
+        elif origin.part == "reader bias":
+            yield self.bias(origin)
         else:
-            gain = torch.ones(len(self.basis), dtype=torch.float64) if norm is None else self._gain(norm)
-            scale = self.usual_gain if part == "table" and self.layout.scaled_table else 1.0
-            right = gain[:, None] * self.basis * scale
-            for rows in self._rows(name):
-                yield rows.double() @ right
+            assert origin.source is not None
+            if origin.part == "kept":
+                yield from self.rows(origin.source)
+            elif origin.part == "writer":
+                yield from self._written(origin.source)
+            else:
+                right = self.right(origin, self.gain_before(origin), self.basis)
+                for rows in self.rows(origin.source, origin.third):
+                    yield rows.double() @ right
 
-    def _gain(self, norm: str) -> Float[Tensor, " d"]:
-        return self._whole(norm).double() + self.layout.gain_offset
-
-    def _rows(self, name: str) -> Iterator[Tensor]:
+    def rows(self, name: str, third: int | None = None) -> Iterator[Tensor]:
+        """A tensor of the dense checkpoint block by block; of a fused one the third that is asked for, at once."""
         info = self.files[name]
+        if third is not None:
+            yield self.whole(name, third)
+            return
         step = max(1, NUMBERS // max(1, math.prod(info.shape[1:])))
         for start in range(0, info.shape[0], step):
             yield self.checkpoint.reader.read_rows(info.name, start, min(start + step, info.shape[0]))
 
-    def _whole(self, name: str) -> Tensor:
+    def whole(self, name: str, third: int | None = None) -> Tensor:
+        """A tensor of the dense checkpoint as it is stored."""
         info = self.files[name]
-        return self.checkpoint.reader.read_rows(info.name, 0, info.shape[0])
+        return self.third_of(self.checkpoint.reader.read_rows(info.name, 0, info.shape[0]), third)
+
+    def third_of(self, fused: Tensor, third: int | None) -> Tensor:
+        """Queries, keys or values of a fused projection, whose rows go by head, then by these three."""
+        if third is None:
+            return fused
+        return fused.unflatten(0, (self.config.num_attention_heads, 3, -1))[:, third].flatten(0, 1)
 
     def _written(self, name: str) -> Iterator[Tensor]:
         """P^T W in blocks of rows; W stays as it is stored, and is made wide a block of columns at a time."""
-        stored = self._whole(name)
+        stored = self.whole(name)
         if stored.ndim == 1:
             yield stored.double() @ self.basis
             return
@@ -120,16 +184,19 @@ class Cut:
 def plan_cut(
     checkpoint: Checkpoint,
     basis: Float[Tensor, "d k"],
-    gains: Mapping[str, float] | None = None,
+    gains: Gains | None = None,
+    *,
     dtype: torch.dtype | None = None,
+    export: str | None = None,
+    tied: bool = False,
 ) -> Cut:
     """Looks up which tensor is what; nothing is read but headers.
 
-    Raises UnsupportedCheckpoint for a family that is not narrowed, InvalidArgument for a width that it cannot have,
-    CorruptCheckpoint where a tensor is missing.
+    Raises UnsupportedCheckpoint for a family that is not narrowed, InvalidArgument for a width, family or tie that it
+    cannot have, CorruptCheckpoint where a tensor is missing.
     """
     layout = layout_of(checkpoint)
-    check_width(checkpoint, layout, basis.shape[1])
+    config, origins = origins_of(checkpoint, layout, basis.shape[1], export=export, tied=tied)
     skeleton = checkpoint.skeleton
     assert skeleton is not None, checkpoint.name  # layout_of refuses what has none
     files: dict[str, TensorInfo] = {}
@@ -138,20 +205,25 @@ def plan_cut(
         if held is None:
             raise CorruptCheckpoint(f"{checkpoint.name}: the weights hold no {parameter}")
         files[parameter] = checkpoint.tensors[held]
-    if layout.head not in files:
-        files[layout.head] = files[layout.table]
-    if odd := [name for name, info in files.items() if info.dtype not in ("F64", "F32", "F16", "BF16")]:
-        raise UnsupportedCheckpoint(
-            f"{checkpoint.name}: {odd[0]} is stored as {files[odd[0]].dtype}, which is not narrowed"
-        )
-    return Cut(checkpoint, layout, narrow_config(checkpoint, basis.shape[1]), basis.double(), gains or {}, files, dtype)
+    files.setdefault("lm_head.weight", files[f"{layout.table}.weight"])  # of a tied model, which has one for both
+    if odd := [info for info in files.values() if info.dtype not in ("F64", "F32", "F16", "BF16")]:
+        raise UnsupportedCheckpoint(f"{checkpoint.name}: {odd[0].name} is stored as {odd[0].dtype}, which is not narrowed")
+    return Cut(checkpoint, layout, config, basis.double(), origins, files, gains or {}, dtype)
 
 
-def write_cut(cut: Cut, folder: Path) -> Account:
-    """Writes weights, config, tokenizer and generation config into a folder that is there, and counts what is in it."""
+def write_cut(cut: Cut, folder: Path, trained: Mapping[str, Tensor] | None = None) -> Account:
+    """Writes weights, config, tokenizer and generation config into a folder that is there, and counts what is in it.
+
+    `trained` gives tensors in the place of those of the cut.
+    """
     plan = cut.plan()
-    write_safetensors(folder, ((planned, cut.blocks(planned.name)) for planned in plan), plan)
-    cut.config.save_pretrained(folder)
+    given = trained or {}
+    write_safetensors(
+        folder, ((p, iter([given[p.name].detach().cpu()]) if p.name in given else cut.blocks(p.name)) for p in plan), plan
+    )
+    config = cut.config
+    config.dtype = next(t.dtype for t in plan)
+    config.save_pretrained(folder)
     source = cut.checkpoint.source
     for file in sorted(f for f in source.files if f.startswith(BESIDE)):
         (folder / file).write_bytes(source.fetch(file).read_bytes())
@@ -159,5 +231,24 @@ def write_cut(cut: Cut, folder: Path) -> Account:
     return Account(
         dense_parameters=sum(t.n_elements for t in dense), dense_bytes=sum(t.n_bytes for t in dense),
         narrow_parameters=sum(math.prod(t.shape) for t in plan), narrow_bytes=sum(t.n_bytes for t in plan),
-        table_parameters=math.prod(cut._shape(cut.layout.table)), untied=cut.checkpoint.tied,
+        table_parameters=next(math.prod(cut._shape(o)) for o in cut.origins.values() if o.part == "table"), untied=cut.checkpoint.tied and not cut.tied,
     )  # fmt: skip
+
+
+def assemble(config: PretrainedConfig, state: Mapping[str, Tensor], placement: Placement) -> PreTrainedModel:
+    """The model of a config with these weights, by transformers, in memory."""
+    from transformers import AutoModelForCausalLM
+
+    from dimscope.checkpoints.model import DTYPES
+
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=dict(state), dtype=DTYPES[placement.dtype], output_loading_info=True
+    )
+    assert not info["missing_keys"], info
+    return model.to("cpu" if placement.device == "map" else placement.device).eval()
+
+
+def narrow_model(cut: Cut, placement: Placement) -> PreTrainedModel:
+    """The narrow model in memory, as `write_cut` would write it and transformers load it."""
+    return assemble(cut.config, {p.name: torch.cat([b.to(p.dtype) for b in cut.blocks(p.name)]) for p in cut.plan()}, placement)

@@ -24,7 +24,7 @@ from dimscope.errors import InvalidArgument
 from dimscope.evaluation.judging import Judgement, baseline, judge
 from dimscope.evaluation.throughput import Throughput, throughput
 from dimscope.interventions.perturbations import TableSummary, summarise
-from dimscope.narrowing.bases import FROM_TABLE, FROM_TEXT, check_basis
+from dimscope.narrowing.bases import FROM_TEXT, check_basis, make_basis
 from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains
 from dimscope.narrowing.card import model_card
 from dimscope.narrowing.layouts import check_width, layout_of
@@ -53,6 +53,8 @@ class NarrowSettings:
     windows: int | None = None  # of the texts together; None is WINDOWS, or as many as there are
     length: int | None = None
     judged: bool = True  # judged and timed beside the dense model
+    export: str | None = None  # the family that is written; None is the model's own
+    tied: bool = False  # one table for both, as the dense model has
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
@@ -80,16 +82,18 @@ def verify_rotation(checkpoint: Checkpoint, settings: NarrowSettings) -> Verific
     Raises what planning the cut, loading and reading raise.
     """
     dim = checkpoint.input_table.shape[1]
-    cut = plan_cut(checkpoint, FROM_TABLE["random"](_summary(checkpoint), dim, settings.seed), dtype=torch.float32)
+    layout = layout_of(checkpoint)
+    turned = make_basis("random", _summary(checkpoint), dim, centred=layout.centred, seed=settings.seed)
+    cut = plan_cut(checkpoint, turned, dtype=torch.float32, export=settings.export)
     placement = Placement("float32", place(checkpoint, device=settings.device).device)
     [window] = _windows(checkpoint, settings, 1)
     with tempfile.TemporaryDirectory(prefix="dimscope-") as temporary:
         write_cut(cut, Path(temporary))
         dense = _logits(load_model(checkpoint, placement, trust_remote_code=settings.trust_remote_code), window)
-        turned = _logits(load_model(open_checkpoint(temporary), placement), window)
+        after = _logits(load_model(open_checkpoint(temporary), placement), window)
     return Verification(
-        float((dense - turned).abs().max()), float(dense.abs().max()),
-        float((dense.argmax(dim=1) == turned.argmax(dim=1)).double().mean()), len(dense),
+        float((dense - after).abs().max()), float(dense.abs().max()),
+        float((dense.argmax(dim=1) == after.argmax(dim=1)).double().mean()), len(dense),
     )  # fmt: skip
 
 
