@@ -30,7 +30,8 @@ def run(job: dict[str, Any]) -> int:
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
     try:
-        return main(job["arguments"])
+        sys.argv = ["dimscope", *job["arguments"]]
+        return main()
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else 1
     except BaseException:

@@ -15,7 +15,7 @@ from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.model import Placement
 from dimscope.errors import InvalidArgument, UnsupportedCheckpoint
 from dimscope.narrowing import writing
-from dimscope.narrowing.bases import fitted, tied_to
+from dimscope.narrowing.bases import fitted
 from dimscope.narrowing.layouts import LAYOUTS, check_width, layout_of
 from dimscope.narrowing.projection import narrow_model, plan_cut, write_cut
 from dimscope.narrowing.writing import Planned, write_safetensors
@@ -165,23 +165,22 @@ def test_a_model_kept_tied_is_exact_at_full_width_and_loses_only_what_its_gain_t
     final = model.get_parameter("model.norm.weight").detach().double() + layout.gain_offset
     exact = logits(model)
     for k in (32, 20):
-        basis, gain = tied_to(orthonormal(32, k), final)
-        scale = math.sqrt(32 / k)
-        usual = 1.0 if layout.scaled_table else scale  # the table is scaled up already
-        out = tmp_path / str(k)
-        narrow, account = cut(folder, out, basis, gains={"model.norm.weight": gain * usual}, tied=True)
+        out, basis = tmp_path / str(k), orthonormal(32, k)
+        narrow, account = cut(folder, out, basis, tied=True)
         assert "lm_head.weight" not in load_file(out / "model.safetensors")
         assert account.untied is False
-        untied, _ = cut(folder, tmp_path / f"{k}-untied", basis)
+        assert account.narrow_parameters == sum(p.numel() for p in narrow.parameters())
         if k == 32:
             assert float((logits(narrow) - exact).abs().max()) < 1e-5 * float(exact.abs().max())
             continue
-        # The two heads on the same states: E P diag(c), and E diag(g) P of which the part in the span is the same.
-        inside = basis @ basis.T
+        # The heads: E P diag(c) with the tie, and E diag(g) P, of which the part in the span is the same.
         table = checkpoint.reader.read_rows("model.embed_tokens.weight", 0, 512).double()
-        head = untied.get_output_embeddings().weight.detach().double()
-        torch.testing.assert_close(head, (table * final) @ basis, rtol=0, atol=1e-5)
-        torch.testing.assert_close(table @ basis * gain, table @ inside @ (final[:, None] * basis), rtol=0, atol=1e-9)
+        own = narrow.get_output_embeddings().weight.detach().double()
+        gain = narrow.get_parameter("model.norm.weight").detach().double() + layout.gain_offset
+        turn = torch.linalg.pinv(table @ basis * (math.sqrt(32 / k) if layout.scaled_table else 1)) @ own
+        torch.testing.assert_close(turn @ turn.T, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-5)
+        inside = table @ basis @ basis.T @ (final[:, None] * basis) @ turn * math.sqrt(32 / k)
+        torch.testing.assert_close(own * gain, inside, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -321,7 +320,7 @@ def test_what_a_family_is_not_written_as_is_refused(checkpoint):
         plan_cut(
             open_checkpoint(checkpoint("qwen2", use_sliding_window=True, max_window_layers=0)), basis, export="llama"
         )
-    with pytest.raises(InvalidArgument, match="two tables already"):
+    with pytest.raises(InvalidArgument, match="has two tables"):
         plan_cut(open_checkpoint(checkpoint("llama")), basis, tied=True)
 
 

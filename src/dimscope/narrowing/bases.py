@@ -74,8 +74,13 @@ def fitted(directions: Float[Tensor, "d _"], centred: bool) -> Float[Tensor, "d 
     """
     if not centred:
         return torch.linalg.qr(directions)[0]
-    d, kept = directions.shape
+    kept = directions.shape[1]
     return _without_mean(directions) @ _without_mean(torch.eye(kept + 1).to(directions)[:, :kept]).T
+
+
+def directions_of(basis: Float[Tensor, "d k"], centred: bool) -> Float[Tensor, "d _"]:
+    """The directions from which `fitted` makes a basis again."""
+    return basis @ _without_mean(torch.eye(basis.shape[1]).to(basis)[:, :-1]) if centred else basis
 
 
 def _without_mean(directions: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
@@ -83,9 +88,7 @@ def _without_mean(directions: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
     return torch.linalg.qr(torch.cat([directions.new_ones(len(directions), 1), directions], dim=1))[0][:, 1:]
 
 
-def tied_to(
-    basis: Float[Tensor, "d k"], gain: Float[Tensor, " d"]
-) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
+def tied_to(basis: Float[Tensor, "d k"], gain: Float[Tensor, " d"]) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
     """The basis of the same span in which one table serves both sides best, and the gain of the final norm there.
 
     The head is E diag(g) P. In the eigenvectors R of P^T diag(g) P = R diag(c) R^T it is E P R diag(c), the input table

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dimscope.narrowing.layouts import Layout
-from dimscope.representations.hidden_states import final_states
+from dimscope.representations.hidden_states import final_states, position_blocks
 from dimscope.representations.moments import upper_gram
 from dimscope.representations.windows import Window, grouped
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEPT = 256  # states of each norm that are kept, for the gains
+NEWTON = 8  # steps at most; three do
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,9 @@ class Calibration:
 
     raw: Float[Tensor, "d d"]
     normalised: Float[Tensor, "d d"]
-    samples: Mapping[str, Float[Tensor, "_ d"]]  # by the gain of the norm, in the order of the stream, the same positions
+    samples: Mapping[
+        str, Float[Tensor, "_ d"]
+    ]  # by the gain of the norm, in the order of the stream, the same positions
     eps: float
     n_tokens: int
 
@@ -88,3 +91,38 @@ def calibrated_gains(calibration: Calibration, basis: Float[Tensor, "d k"]) -> d
         narrow = rms_normed(exact @ basis, calibration.eps * d / k)
         gains[name] = (dense * narrow).sum() / narrow.square().sum()
     return gains
+
+
+@torch.no_grad()
+def final_temperature(
+    student: PreTrainedModel, dense: PreTrainedModel, windows: Iterable[Window], batch: int = 1
+) -> float:
+    """The factor of the final norm's gain at which the narrow model's predictions are nearest to the dense one's.
+
+    The gain of the final norm is an inverse softmax temperature. KL(dense || narrow) is convex in it: with z the narrow
+    logits without bias its slope is E[(q - p) z] and its curvature E[Var_q z], and Newton's method finds the minimum.
+    """
+    pairs = []
+    for group in grouped(windows, batch):
+        ids = torch.stack([w.ids for w in group])
+        pairs.append([final_states(m, ids).flatten(0, 1) for m in (dense, student)])
+    wide, narrow = (torch.cat(states) for states in zip(*pairs, strict=True))
+    heads = [m.get_output_embeddings() for m in (dense, student)]
+    factor = 1.0
+    for _ in range(NEWTON):
+        slope = curvature = 0.0
+        for rows in position_blocks(torch.arange(len(wide)), len(heads[0].weight)):
+            p = heads[0](wide[rows]).float().softmax(dim=1)
+            z = torch.nn.functional.linear(narrow[rows], heads[1].weight).float()
+            bias = 0.0 if heads[1].bias is None else heads[1].bias.float()
+            q = (factor * z + bias).softmax(dim=1)
+            mean = (q * z).sum(dim=1)
+            slope += float((mean - (p * z).sum(dim=1)).double().sum())
+            curvature += float((q * (z - mean[:, None]).square()).sum(dim=1).double().sum())
+        step = slope / curvature if curvature > 0 else 0.0
+        factor = min(
+            max(factor - step, factor / 2), factor * 2
+        )  # far from the minimum the curvature may be nearly none
+        if abs(step) < 1e-5:
+            break
+    return factor

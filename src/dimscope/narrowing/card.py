@@ -17,14 +17,13 @@ def hints(width: int) -> list[str]:
     elif width % GGUF_K:
         told.append(f"GGUF: K-quants need a multiple of {GGUF_K}; Q8_0 works.")
     if width % TILE:
-        told.append(
-            f"GPUs multiply fastest at multiples of {TILE}; the nearest are {width // TILE * TILE} and {-(-width // TILE) * TILE}."
-        )
+        nearest = " and ".join(str(w) for w in (width // TILE * TILE, -(-width // TILE) * TILE) if w)
+        told.append(f"GPUs multiply fastest at multiples of {TILE}; nearest: {nearest}.")
     return told
 
 
 def not_smaller(account: Mapping[str, Any]) -> bool:
-    """Whether the files hold as much as before, or more: a tied model is untied, and its second table may outweigh the cut."""
+    """Whether the files hold as much as before, or more: an untied model's second table may outweigh the cut."""
     return account["narrow_parameters"] >= account["dense_parameters"]
 
 
@@ -34,29 +33,62 @@ def model_card(facts: Mapping[str, Any]) -> str:
     lines = [
         "---", "library_name: transformers", f"base_model: {dense}", "tags: [dimscope, narrowed]", "---", "",
         f"# {facts['title']}, {facts['width']} of {facts['dim']} dimensions", "",
-        f"The hidden size of `{dense}` cut from {facts['dim']} to {facts['width']} by one orthonormal map on the residual stream "
-        f"(basis: {facts['basis']}), with the gains of its norms folded in. A standard checkpoint: stock `transformers` loads it, without "
-        "custom code.", "",
+        f"The hidden size of `{dense}` cut from {facts['dim']} to {facts['width']} by one orthonormal map on the residual stream, "
+        "with the gains of its norms folded in. A standard checkpoint: stock `transformers` loads it, without custom code.", "",
         "| | dense | narrow |", "|---|---|---|",
         f"| parameters in the files | {account['dense_parameters']:,} | {account['narrow_parameters']:,} |",
         f"| bytes of weights | {account['dense_bytes']:,} | {account['narrow_bytes']:,} |",
+        *(f"| {row['metric']} | {row['dense']} | {row['narrow']} |" for row in facts.get("measured", ())), "",
     ]  # fmt: skip
-    for row in facts.get("measured", ()):
-        lines.append(f"| {row['metric']} | {row['dense']} | {row['narrow']} |")
-    lines.append("")
+    if facts.get("judged_on"):
+        lines += [f"Measured on {facts['judged_on']}.", ""]
     if not_smaller(account):
         lines += ["**Not smaller than the dense model: do not use it for its size.**", ""]
-    if account["untied"]:
-        lines += [
-            f"The dense model reads and predicts with one table; here they are two, of {account['table_parameters']:,} "
-            "parameters each, since the gain of the final norm is folded into one of them only.", "",
-        ]  # fmt: skip
+    lines += ["## How it was made", "", *_recipe(facts), "", *_tables(facts)]
     lines += [
         "Heads, head size, KV cache, rotary embeddings and the work of attention over positions are as before: only the width of "
         "the residual stream shrank.", "",
     ]  # fmt: skip
-    if facts.get("judged_on"):
-        lines += [f"Measured on {facts['judged_on']}.", ""]
     lines += [*(f"* {hint}" for hint in hints(facts["width"])), ""]
     lines += ["Made with:", "", f"    {facts['command']}", ""]
     return "\n".join(lines)
+
+
+def _recipe(facts: Mapping[str, Any]) -> list[str]:
+    told = [f"* Directions kept: {facts['basis']}."]
+    if facts.get("export"):
+        told.append(f"* Written as {facts['export']}, which says the same.")
+    if facts.get("calibrated_on"):
+        told.append(f"* Calibrated on {facts['calibrated_on']}.")
+    if facts.get("steps"):
+        told.append(
+            f"* The directions were learned in {facts['steps']} steps by KL to the dense model; all weights are functions of them."
+        )
+    if facts.get("heal"):
+        what = f"low-rank changes (rank {facts['lora']})" if facts.get("lora") else "all weights"
+        told.append(
+            f"* Healed by KL to the dense model in {facts['heal']} steps, the norms first, then {what}."
+            if facts["healed"]
+            else f"* {facts['heal']} steps of healing made nothing better on held-out text, so the weights are as they were cut."
+        )
+    if facts.get("trained_on"):
+        told.append(f"* Trained on {facts['trained_on']}; the best of what was looked at on other windows was kept.")
+    return told
+
+
+def _tables(facts: Mapping[str, Any]) -> list[str]:
+    account = facts["account"]
+    if facts.get("tied"):
+        cost = facts.get("tie_cost")
+        measured = (
+            "what that costs was not measured"
+            if cost is None
+            else f"that costs {cost:+.4f} nats of KL beside two tables, before any training"
+        )
+        return [f"One table for reading and predicting, as in the dense model; {measured}.", ""]
+    if account["untied"]:
+        return [
+            f"The dense model reads and predicts with one table; here they are two, of {account['table_parameters']:,} "
+            "parameters each, since the gain of the final norm is folded into one of them only.", "",
+        ]  # fmt: skip
+    return []

@@ -99,7 +99,10 @@ def _phi_origins(layout: Layout, shapes: Mapping[str, Any], config: Any) -> Orig
 
     def writer(module: str) -> dict[str, Origin]:
         bias = f"{module}.bias"
-        return {"weight": Origin("writer", f"{module}.weight"), "bias": Origin("writer" if held(bias) else "zeros", held(bias))}
+        return {
+            "weight": Origin("writer", f"{module}.weight"),
+            "bias": Origin("writer" if held(bias) else "zeros", held(bias)),
+        }
 
     def norm(module: str) -> dict[str, Origin]:
         return {"weight": Origin("gain", f"{module}.weight"), "bias": Origin("shift", f"{module}.bias")}
@@ -165,8 +168,11 @@ def origins_of(
     target: Any = other.config(config) if other else config
     head = "lm_head.weight"
     if tied:
-        if not skeleton.tied:
-            raise InvalidArgument(f"--tied: {checkpoint.title} has two tables already")
+        if not skeleton.tied or layout.centred:
+            reason = (
+                "takes the mean out in its final norm, and its table does not" if skeleton.tied else "has two tables"
+            )
+            raise InvalidArgument(f"--tied: {checkpoint.title} {reason}")
         origins.pop(head, None)
     elif head not in origins:
         origins[head] = Origin("head", head, layout.final_norm)

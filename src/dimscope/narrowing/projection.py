@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dimscope.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from dimscope.narrowing.bases import tied_to
 from dimscope.narrowing.exports import Origin, Origins, origins_of
 from dimscope.narrowing.layouts import Layout, layout_of
 from dimscope.narrowing.writing import Planned, write_safetensors
@@ -96,7 +97,9 @@ class Cut:
             return (n_rows, k)
         return (k, *shape[1:])
 
-    def right(self, origin: Origin, gain: Float[Tensor, " d"] | None, basis: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+    def right(
+        self, origin: Origin, gain: Float[Tensor, " d"] | None, basis: Float[Tensor, "d k"]
+    ) -> Float[Tensor, "d k"]:
         """What the rows of a table or reader are multiplied by, for a basis (in float64, or while it is learned)."""
         if origin.part == "table" and self.layout.scaled_table:
             return basis * self.usual_gain
@@ -190,8 +193,10 @@ def plan_cut(
     export: str | None = None,
     tied: bool = False,
 ) -> Cut:
-    """Looks up which tensor is what; nothing is read but headers.
+    """Looks up which tensor is what; nothing is read but headers, and for a tie the gain of the final norm.
 
+    `tied` keeps one table for both sides of a tied model: the basis is turned to where that costs least (`tied_to`), and
+    the final norm gets a gain for each dimension, times what `gains` has for it.
     Raises UnsupportedCheckpoint for a family that is not narrowed, InvalidArgument for a width, family or tie that it
     cannot have, CorruptCheckpoint where a tensor is missing.
     """
@@ -207,8 +212,21 @@ def plan_cut(
         files[parameter] = checkpoint.tensors[held]
     files.setdefault("lm_head.weight", files[f"{layout.table}.weight"])  # of a tied model, which has one for both
     if odd := [info for info in files.values() if info.dtype not in ("F64", "F32", "F16", "BF16")]:
-        raise UnsupportedCheckpoint(f"{checkpoint.name}: {odd[0].name} is stored as {odd[0].dtype}, which is not narrowed")
-    return Cut(checkpoint, layout, config, basis.double(), origins, files, gains or {}, dtype)
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.name}: {odd[0].name} is stored as {odd[0].dtype}, which is not narrowed"
+        )
+    cut = Cut(checkpoint, layout, config, basis.double(), origins, files, gains or {}, dtype)
+    return _tied(cut) if tied else cut
+
+
+def _tied(cut: Cut) -> Cut:
+    final = f"{cut.layout.final_norm}.weight"
+    gain = cut.gain_before(Origin("head", final, cut.layout.final_norm))
+    assert gain is not None
+    basis, values = tied_to(cut.basis, gain)
+    usual = torch.tensor(cut.usual_gain, dtype=torch.float64)
+    table = cut.usual_gain if cut.layout.scaled_table else 1.0  # which the table has been multiplied by
+    return replace(cut, basis=basis, gains={**cut.gains, final: values * cut.gains.get(final, usual) / table})
 
 
 def write_cut(cut: Cut, folder: Path, trained: Mapping[str, Tensor] | None = None) -> Account:
@@ -219,7 +237,9 @@ def write_cut(cut: Cut, folder: Path, trained: Mapping[str, Tensor] | None = Non
     plan = cut.plan()
     given = trained or {}
     write_safetensors(
-        folder, ((p, iter([given[p.name].detach().cpu()]) if p.name in given else cut.blocks(p.name)) for p in plan), plan
+        folder,
+        ((p, iter([given[p.name].detach().cpu()]) if p.name in given else cut.blocks(p.name)) for p in plan),
+        plan,
     )
     config = cut.config
     config.dtype = next(t.dtype for t in plan)
@@ -231,7 +251,8 @@ def write_cut(cut: Cut, folder: Path, trained: Mapping[str, Tensor] | None = Non
     return Account(
         dense_parameters=sum(t.n_elements for t in dense), dense_bytes=sum(t.n_bytes for t in dense),
         narrow_parameters=sum(math.prod(t.shape) for t in plan), narrow_bytes=sum(t.n_bytes for t in plan),
-        table_parameters=next(math.prod(cut._shape(o)) for o in cut.origins.values() if o.part == "table"), untied=cut.checkpoint.tied and not cut.tied,
+        table_parameters=next(math.prod(cut._shape(o)) for o in cut.origins.values() if o.part == "table"),
+        untied=cut.checkpoint.tied and not cut.tied,
     )  # fmt: skip
 
 
@@ -251,4 +272,6 @@ def assemble(config: PretrainedConfig, state: Mapping[str, Tensor], placement: P
 
 def narrow_model(cut: Cut, placement: Placement) -> PreTrainedModel:
     """The narrow model in memory, as `write_cut` would write it and transformers load it."""
-    return assemble(cut.config, {p.name: torch.cat([b.to(p.dtype) for b in cut.blocks(p.name)]) for p in cut.plan()}, placement)
+    return assemble(
+        cut.config, {p.name: torch.cat([b.to(p.dtype) for b in cut.blocks(p.name)]) for p in cut.plan()}, placement
+    )

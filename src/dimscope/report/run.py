@@ -15,6 +15,8 @@ from dimscope.studies.damage_plan import DamageSettings
 from dimscope.studies.embedding import EmbeddingSettings, study_embedding
 from dimscope.studies.layer_plan import LayersSettings
 from dimscope.studies.layers import sharing, study_layers
+from dimscope.studies.narrowing_bench import NarrowSettings
+from dimscope.studies.narrowing_plan import plan_narrowing
 from dimscope.studies.provenance import fingerprint
 
 
@@ -57,6 +59,22 @@ def run_damage(
     """Studies what the model loses when its embedding table is changed: the facts, and the tables by name."""
     folder = ResultFolder(directory, fingerprint(checkpoint))
     facts, tables = study_damage(checkpoint, folder, settings, announce, watch)
+    _told(folder, facts)
+    return facts, tables
+
+
+def run_narrowing(
+    checkpoint: Checkpoint,
+    directory: Path,
+    settings: NarrowSettings,
+    *,
+    widths: Sequence[int] = (),
+    bases: Sequence[str] = (),
+    announce: Callable[[str], object] | None = None,
+) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
+    """Plans a narrowing of the model, without writing one: the facts, and the tables by name."""
+    folder = ResultFolder(directory, fingerprint(checkpoint))
+    facts, tables = plan_narrowing(checkpoint, folder, settings, widths=widths, bases=bases, announce=announce)
     _told(folder, facts)
     return facts, tables
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,44 +21,26 @@ from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dimscope.checkpoints.model import Placement, load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
-from dimscope.evaluation.judging import Judgement, baseline, judge
 from dimscope.evaluation.throughput import Throughput, throughput
-from dimscope.interventions.perturbations import TableSummary, summarise
-from dimscope.narrowing.bases import FROM_TEXT, check_basis, make_basis
-from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains
+from dimscope.narrowing.bases import FROM_TABLE, LEARNED, check_basis, make_basis
 from dimscope.narrowing.card import model_card
+from dimscope.narrowing.exports import check_export
+from dimscope.narrowing.healing import Healed
 from dimscope.narrowing.layouts import check_width, layout_of
 from dimscope.narrowing.projection import Account, plan_cut, write_cut
-from dimscope.representations.embedding import open_table
 from dimscope.representations.hidden_states import run_batch
 from dimscope.representations.windows import Window, middle_windows
 from dimscope.results import check_folder
 from dimscope.studies.damage_measures import BITS, KL, LOSS, TOP_1, TOP_5
-from dimscope.studies.reading import named_texts, window_length, windows_at_once
+from dimscope.studies.narrowing_bench import LENGTH, Bench, Candidate, NarrowSettings, table_summary
+from dimscope.studies.reading import named_texts, window_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LENGTH, WINDOWS = 512, 16  # tokens of a window, and windows: every other one calibrates, the rest judge
 EXACT = 1e-4  # share of the largest logit by which a rotation in float32 may change one
-
-
-@dataclass(frozen=True, slots=True)
-class NarrowSettings:
-    """What is asked."""
-
-    width: int
-    basis: str = "normalised"
-    texts: tuple[str, ...] = ("builtin:prose",)
-    windows: int | None = None  # of the texts together; None is WINDOWS, or as many as there are
-    length: int | None = None
-    judged: bool = True  # judged and timed beside the dense model
-    export: str | None = None  # the family that is written; None is the model's own
-    tied: bool = False  # one table for both, as the dense model has
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-    trust_remote_code: bool = False
+JUDGED = {"loss": LOSS, "bits_per_byte": BITS, "kl": KL, "top_1": TOP_1, "top_5": TOP_5}
+TIMED = {"prefill": "prefill, tokens per second", "decode": "decode, tokens per second"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +65,19 @@ def verify_rotation(checkpoint: Checkpoint, settings: NarrowSettings) -> Verific
     """
     dim = checkpoint.input_table.shape[1]
     layout = layout_of(checkpoint)
-    turned = make_basis("random", _summary(checkpoint), dim, centred=layout.centred, seed=settings.seed)
-    cut = plan_cut(checkpoint, turned, dtype=torch.float32, export=settings.export)
+    turn = make_basis("random", table_summary(checkpoint), dim, centred=layout.centred, seed=settings.seed)
+    cut = plan_cut(checkpoint, turn, dtype=torch.float32, export=settings.export, tied=settings.tied or False)
     placement = Placement("float32", place(checkpoint, device=settings.device).device)
-    [window] = _windows(checkpoint, settings, 1)
+    text = next(iter(named_texts(settings.texts).values()))
+    length = window_length(checkpoint, settings.length, LENGTH)
+    [window] = middle_windows(text, require_tokenizer(checkpoint.source), length=length, count=1)
     with tempfile.TemporaryDirectory(prefix="dimscope-") as temporary:
         write_cut(cut, Path(temporary))
         dense = _logits(load_model(checkpoint, placement, trust_remote_code=settings.trust_remote_code), window)
-        after = _logits(load_model(open_checkpoint(temporary), placement), window)
+        turned = _logits(load_model(open_checkpoint(temporary), placement), window)
     return Verification(
-        float((dense - after).abs().max()), float(dense.abs().max()),
-        float((dense.argmax(dim=1) == after.argmax(dim=1)).double().mean()), len(dense),
+        float((dense - turned).abs().max()), float(dense.abs().max()),
+        float((dense.argmax(dim=1) == turned.argmax(dim=1)).double().mean()), len(dense),
     )  # fmt: skip
 
 
@@ -106,42 +90,65 @@ def _logits(model: PreTrainedModel, window: Window) -> Float[Tensor, "t v"]:
 def narrow(
     checkpoint: Checkpoint,
     out: Path,
+    width: int,
     settings: NarrowSettings,
     command: str,
     announce: Callable[[str], object] | None = None,
-) -> tuple[dict[str, Any], pl.DataFrame]:
-    """Writes the narrow checkpoint to a folder that is not there yet, or empty; returns the facts and what was measured.
+) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
+    """Writes the narrow checkpoint to a folder that is not there yet, or empty; returns the facts, and tables by name.
 
-    Calibration and judging take every other window of the texts each. Raises InvalidArgument, and what opening,
-    running and reading raise; then there is no folder.
+    `measured` has the dense and the narrow model side by side, `training` the held-out KL on the way. What training has
+    reached is kept in a hidden folder beside `out` until that is there, and the same call goes on from it.
+    Raises InvalidArgument, and what opening, running and reading raise; then there is no folder.
     """
     began = time.monotonic()
     say = announce or (lambda line: None)
-    layout = layout_of(checkpoint)
-    check_width(checkpoint, layout, settings.width)
+    check_width(checkpoint, layout_of(checkpoint), width, check_export(checkpoint, settings.export))
     check_basis(settings.basis)
     check_free(out)
-    wanted = settings.judged or settings.basis in FROM_TEXT
-    windows = _windows(checkpoint, settings, settings.windows) if wanted else []
-    placement = place(checkpoint, dtype=settings.dtype, device=settings.device)
-    batch = windows_at_once(placement, len(windows[0].ids)) if windows else 1
-    dense = load_model(checkpoint, placement, trust_remote_code=settings.trust_remote_code) if wanted else None
-    calibration = None
-    if settings.basis in FROM_TEXT and dense is not None:
-        say(f"calibrating on {len(windows[::2])} windows of {len(windows[0].ids)} tokens")
-        calibration = calibrate(dense, layout, windows[::2], batch)
-    basis, gains = _basis(checkpoint, settings, calibration)
-    cut = plan_cut(checkpoint, basis, gains)
+    trains = settings.basis == LEARNED or settings.heal > 0
+    tables: dict[str, pl.DataFrame] = {}
+    facts = _facts(checkpoint, width, settings, command)
+    store = _hidden(out, "training")
+    if trains or settings.judged or settings.basis not in FROM_TABLE:
+        bench = Bench(checkpoint, settings, trains=trains, announce=announce)
+        made = bench.candidate(settings.basis, width, store=store / "basis")
+        facts |= {"tied": made.cut.tied, "calibrated_on": _on(bench, bench.reading.calibration)}
+        if made.cut.tied:
+            facts["tie_cost"] = bench.tie_cost(settings.basis, width)
+            say(f"keeping one table for both sides costs {facts['tie_cost']:+.4f} nats of KL")
+        healed = bench.heal(made, width, store=store / "healing") if settings.heal else None
+        if trains:
+            tables["training"] = _training(made, healed)
+            facts |= {"trained_on": _on(bench, bench.reading.training), "healed": bool(healed and healed.trained)}
+        cut, trained = made.cut, healed.trained if healed else {}
+    else:
+        bench, trained = None, {}
+        known = table_summary(checkpoint)
+        directions = make_basis(settings.basis, known, width, centred=layout_of(checkpoint).centred, seed=settings.seed)
+        tied = checkpoint.tied and not layout_of(checkpoint).centred if settings.tied is None else settings.tied
+        cut = plan_cut(checkpoint, directions, export=settings.export, tied=tied)
+        facts["tied"] = cut.tied
     with _whole_folder(out) as folder:
         say(f"writing {sum(t.n_bytes for t in cut.plan()) / 1e9:.2f} GB")
-        account = write_cut(cut, folder)
-        measured = pl.DataFrame()
-        if dense is not None and settings.judged:
-            say(f"judging on {len(windows[1::2])} windows, and timing both models")
-            measured = _measured(dense, folder, placement, windows[1::2] or windows, batch, account)
-        facts = _facts(checkpoint, settings, account, windows, command)
-        (folder / "README.md").write_text(model_card(facts | {"measured": _told(measured)}), encoding="utf-8")
-    return facts | {"seconds": round(time.monotonic() - began, 1)}, measured
+        account = write_cut(cut, folder, trained)
+        facts["account"] = asdict(account)
+        if bench is not None and settings.judged:
+            say(f"judging on {len(bench.reading.judged)} windows, and timing both models")
+            tables["measured"] = _measured(bench, folder, account)
+            facts["judged_on"] = _on(bench, bench.reading.judged)
+        told = _told(tables["measured"]) if "measured" in tables else []
+        (folder / "README.md").write_text(model_card(facts | {"measured": told}), encoding="utf-8")
+    shutil.rmtree(store, ignore_errors=True)
+    return facts | {"seconds": round(time.monotonic() - began, 1)}, tables
+
+
+def _training(made: Candidate, healed: Healed | None) -> pl.DataFrame:
+    """Held-out KL on the way, stage by stage."""
+    stages = {"basis": made.learned} | ({"norms": healed.norms, "weights": healed.weights} if healed else {})
+    rows = [(stage, p.step, p.held_out, p.training) for stage, points in stages.items() for p in points]
+    schema = {"stage": pl.String, "step": pl.Int64, "held_out_kl": pl.Float64, "training_kl": pl.Float64}
+    return pl.DataFrame(rows, schema=schema, orient="row")
 
 
 def check_free(out: Path) -> None:
@@ -151,11 +158,15 @@ def check_free(out: Path) -> None:
         raise InvalidArgument(f"{out}: is not empty, and a checkpoint is written whole; give a new folder")
 
 
+def _hidden(out: Path, what: str) -> Path:
+    out = out.absolute()
+    return out.with_name(f".{out.name}.{what}")
+
+
 @contextmanager
 def _whole_folder(out: Path) -> Generator[Path]:
     """A folder beside `out` that takes its place once everything in it is on disk; what an interrupted run left there goes first."""
-    out = out.absolute()
-    partial = out.with_name(f".{out.name}.partial")
+    out, partial = out.absolute(), _hidden(out, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -174,56 +185,27 @@ def _whole_folder(out: Path) -> Generator[Path]:
         raise
 
 
-def _summary(checkpoint: Checkpoint) -> TableSummary:
-    return summarise(open_table(checkpoint, advice="a model with such a table is not narrowed"))
+# ---- what is told of it ---------------------------------------------------------------------------------------------
 
 
-def _basis(
-    checkpoint: Checkpoint, settings: NarrowSettings, calibration: Calibration | None
-) -> tuple[Float[Tensor, "d k"], dict[str, float] | None]:
-    """The basis, and the gains of the norms where a calibration pass tells them."""
-    if calibration is None:
-        return FROM_TABLE[settings.basis](_summary(checkpoint), settings.width, settings.seed), None
-    basis = FROM_TEXT[settings.basis](calibration, settings.width)
-    return basis, calibrated_gains(calibration, basis)
-
-
-def _windows(checkpoint: Checkpoint, settings: NarrowSettings, count: int | None) -> list[Window]:
-    tokenizer = require_tokenizer(checkpoint.source)
-    length = window_length(checkpoint, settings.length, LENGTH)
-    texts = named_texts(settings.texts).values()
-    return [w for text in texts for w in middle_windows(text, tokenizer, length=length, count=count, most=WINDOWS)]
-
-
-def _measured(
-    dense: PreTrainedModel, folder: Path, placement: Placement, windows: Sequence[Window], batch: int, account: Account
-) -> pl.DataFrame:
-    """One row per number: of the dense model and of the narrow one, judged on the same windows and timed in turns."""
-    base = baseline(dense, windows, batch)
-    small = load_model(open_checkpoint(folder), placement)
-    was, now = judge(dense, base), judge(small, base)
-    speed = throughput({"dense": dense, "narrow": small}, read=min(512, len(windows[0].ids)))
+def _measured(bench: Bench, folder: Path, account: Account) -> pl.DataFrame:
+    """One row per number: of the dense model and of the narrow one as it is on disk, on the same windows, timed in turns."""
+    small = load_model(open_checkpoint(folder), bench.placement)
+    was, now = bench.judge(bench.dense), bench.judge(small)
+    speed = throughput({"dense": bench.dense, "narrow": small}, read=min(LENGTH, bench.length))
     rows = [
         ("parameters", account.dense_parameters, account.narrow_parameters),
         ("bytes", account.dense_bytes, account.narrow_bytes),
-        *_judged(was, now),
-        *_timed(speed["dense"], speed["narrow"]),
+        *((told, getattr(was, name), getattr(now, name)) for name, told in JUDGED.items()),
+        *_timed(speed),
     ]
     return pl.DataFrame(
         rows, schema={"metric": pl.String, "dense": pl.Float64, "narrow": pl.Float64}, orient="row", strict=False
     )
 
 
-def _judged(was: Judgement, now: Judgement) -> list[tuple[str, float, float]]:
-    names = {"loss": LOSS, "bits_per_byte": BITS, "kl": KL, "top_1": TOP_1, "top_5": TOP_5}
-    return [(told, getattr(was, name), getattr(now, name)) for name, told in names.items()]
-
-
-def _timed(was: Throughput, now: Throughput) -> list[tuple[str, float, float]]:
-    return [
-        ("prefill, tokens per second", was.prefill, now.prefill),
-        ("decode, tokens per second", was.decode, now.decode),
-    ]
+def _timed(speed: Mapping[str, Throughput]) -> list[tuple[str, float, float]]:
+    return [(told, getattr(speed["dense"], name), getattr(speed["narrow"], name)) for name, told in TIMED.items()]
 
 
 def _told(measured: pl.DataFrame) -> list[dict[str, str]]:
@@ -231,13 +213,13 @@ def _told(measured: pl.DataFrame) -> list[dict[str, str]]:
     return [{"metric": r["metric"], "dense": f"{r['dense']:.4g}", "narrow": f"{r['narrow']:.4g}"} for r in rows]
 
 
-def _facts(
-    checkpoint: Checkpoint, settings: NarrowSettings, account: Account, windows: Sequence[Window], command: str
-) -> dict[str, Any]:
-    judged = windows[1::2] or windows
-    text = ", ".join(settings.texts)
-    on = f"{len(judged)} windows of {len(judged[0].ids)} tokens of {text}" if settings.judged and judged else None
+def _on(bench: Bench, windows: Sequence[Window]) -> str:
+    return f"{len(windows):,} windows of {bench.length} tokens of {', '.join(bench.texts)}"
+
+
+def _facts(checkpoint: Checkpoint, width: int, settings: NarrowSettings, command: str) -> dict[str, Any]:
     return {
-        "model": checkpoint.name, "title": checkpoint.title, "dim": checkpoint.input_table.shape[1],
-        "width": settings.width, "basis": settings.basis, "account": asdict(account), "command": command, "judged_on": on,
+        "model": checkpoint.name, "title": checkpoint.title, "dim": checkpoint.input_table.shape[1], "width": width,
+        "basis": settings.basis, "steps": settings.learn if settings.basis == LEARNED else None, "heal": settings.heal,
+        "lora": settings.lora, "export": check_export(checkpoint, settings.export), "command": command,
     }  # fmt: skip

@@ -1,0 +1,102 @@
+"""A basis that is learned: which directions to keep is asked of the model's own predictions, all weights a function of them.
+
+P = qr(A) and the gains of the norms are trained by forward KL to the dense model; every other weight stays a fixed
+function of P, so that the result is still one orthonormal map, and its checkpoint a standard one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dimscope.narrowing.bases import directions_of, fitted
+from dimscope.narrowing.projection import Cut, narrow_model
+from dimscope.narrowing.training import Goal, Point, Schedule, distance, mean_distance, minimise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dimscope.checkpoints.model import Placement
+    from dimscope.representations.windows import Window
+
+RATE = 5e-3
+
+
+def learn_basis(
+    dense: PreTrainedModel,
+    cut: Cut,
+    training: Sequence[Window],
+    held_out: Sequence[Window],
+    schedule: Schedule,
+    placement: Placement,
+    *,
+    store: Path | None = None,
+    recipe: str = "",
+    announce: Callable[[Point], object] = lambda point: None,
+) -> tuple[Cut, list[Point]]:
+    """The cut with the basis and gains that predict held-out text best, and the way there. It begins with those of `cut`.
+
+    Source: P as the Q of a QR, a retraction of the Stiefel manifold (Absil, Mahony, Sepulchre, Optimization Algorithms on
+    Matrix Manifolds, 2008, 4.1.1), trained without constraints.
+    """
+    from dimscope.checkpoints.model import Placement
+
+    student = narrow_model(cut, Placement("float32", placement.device))
+    device = next(student.parameters()).device
+    raw = directions_of(cut.basis, cut.layout.centred).to(device, torch.float32).requires_grad_()
+    norms = [o.source for o in cut.origins.values() if o.part == "gain" and o.source is not None]
+    usual = torch.tensor(cut.usual_gain)
+    gains = {n: cut.gains.get(n, usual).detach().clone().to(device, torch.float32).requires_grad_() for n in norms}
+    before = {
+        o.norm: g.to(device, torch.float32) for o in cut.origins.values() if (g := cut.gain_before(o)) is not None
+    }
+
+    def weights() -> dict[str, Tensor]:
+        """The weights of the narrow model that depend on the basis or the gains."""
+        basis = fitted(raw, cut.layout.centred)
+        found = {}
+        for name, origin in cut.origins.items():
+            if origin.part in ("zeros", "shift", "kept", "reader bias"):
+                continue
+            assert origin.source is not None
+            if origin.part == "gain":
+                found[name] = (gains[origin.source] - cut.layout.gain_offset).expand(basis.shape[1])
+                continue
+            whole = cut.third_of(dense.get_parameter(origin.source).detach().to(device, torch.float32), origin.third)
+            if origin.part == "writer":
+                found[name] = basis.T @ whole
+            else:
+                found[name] = whole @ cut.right(origin, before.get(origin.norm), basis)
+        return found
+
+    def place(found: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in found.items():
+                student.get_parameter(name).copy_(value)
+
+    def backward(ids: Int[Tensor, "b t"]) -> float:
+        found = weights()
+        place(found)
+        student.zero_grad(set_to_none=True)
+        loss = distance(student, dense, ids)
+        torch.autograd.backward(list(found.values()), [student.get_parameter(name).grad for name in found])
+        return loss
+
+    @torch.no_grad()
+    def look() -> float:
+        place(weights())
+        return mean_distance(student, dense, held_out, schedule.batch)
+
+    points = minimise(
+        Goal([raw, *gains.values()], backward, look), training, schedule, store=store, recipe=recipe, announce=announce
+    )
+    with torch.no_grad():
+        basis: Float[Tensor, "d k"] = fitted(raw.double().cpu(), cut.layout.centred)
+    learned = {name: gain.detach().double().cpu() for name, gain in gains.items()}
+    return replace(cut, basis=basis, gains=learned), points

@@ -1,0 +1,251 @@
+"""What all candidates of a narrowing share: texts dealt out, the dense model with its baseline, and one calibration pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from dimscope.checkpoints.checkpoint import Checkpoint
+from dimscope.checkpoints.model import DTYPES, Placement, load_model, place
+from dimscope.checkpoints.vocabulary import require_tokenizer
+from dimscope.errors import InvalidArgument
+from dimscope.evaluation.judging import Baseline, Judgement, baseline, judge
+from dimscope.interventions.maps import RowQuantisation
+from dimscope.interventions.perturbations import TableSummary, summarise
+from dimscope.narrowing.bases import FROM_TABLE, LEARNED, make_basis
+from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains, final_temperature
+from dimscope.narrowing.exports import without_blocks
+from dimscope.narrowing.healing import Healed, heal, heal_rate, require_peft
+from dimscope.narrowing.layouts import layout_of
+from dimscope.narrowing.learning import RATE, learn_basis
+from dimscope.narrowing.projection import Cut, assemble, narrow_model, plan_cut
+from dimscope.narrowing.training import TOKENS, Point, Schedule, mean_distance
+from dimscope.representations.embedding import open_table
+from dimscope.representations.windows import Window, middle_windows
+from dimscope.studies.provenance import fingerprint
+from dimscope.studies.reading import named_texts, window_length, windows_at_once
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LENGTH, WINDOWS = 512, 8  # tokens of a window, and windows to judge on
+MOST = 4096  # windows of each text, where something is trained
+EVERY = 20  # steps between two looks at held-out text
+
+
+@dataclass(frozen=True, slots=True)
+class NarrowSettings:
+    """What is asked, of one narrow model or of many."""
+
+    basis: str = "normalised"
+    texts: tuple[str, ...] = ("builtin:prose",)
+    windows: int = WINDOWS  # to judge on; as many to calibrate on, and to hold out where something is trained
+    length: int | None = None
+    judged: bool = True  # judged and timed beside the dense model
+    learn: int = 150  # steps of a learned basis
+    heal: int = 0  # steps
+    lora: int | None = None  # rank; None trains the weights themselves
+    export: str | None = None  # the family that is written; None is the model's own
+    tied: bool | None = None  # one table for both; None is as the dense model has it
+    prompts: tuple[str, ...] = ()  # that the dense and the narrow model go on with, in a plan
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Windows of the texts by what they are for. Nothing that is judged or held out is trained or calibrated on."""
+
+    calibration: list[Window]
+    judged: list[Window]
+    held_out: list[Window]  # empty where nothing is trained
+    training: list[Window]
+
+
+def deal(windows: Sequence[Window], each: int, trains: bool, names: Sequence[str]) -> Reading:
+    """Windows dealt out evenly over the texts, `each` of a kind or as many as there are; training takes the rest too.
+
+    Raises InvalidArgument where there is not one of each kind.
+    """
+    kinds = 3 if trains else 2
+    each = min(each, len(windows) // kinds)
+    if not each:
+        wanted = (
+            "one to calibrate on, one to hold out and one to judge on"
+            if trains
+            else "one to calibrate on, one to judge on"
+        )
+        raise InvalidArgument(
+            f"{', '.join(names)}: {len(windows)} windows of {len(windows[0].ids)} tokens are too few ({wanted}): give a "
+            "longer text or a smaller --length"
+        )
+    picked = [(2 * i + 1) * len(windows) // (2 * kinds * each) for i in range(kinds * each)]
+    judged, held_out = (picked[n::kinds] if n < kinds else [] for n in (1, 2))
+    apart = {*judged, *held_out}
+    return Reading(
+        [windows[i] for i in picked[0::kinds]], [windows[i] for i in judged], [windows[i] for i in held_out],
+        [w for i, w in enumerate(windows) if i not in apart],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A narrow model that might be written."""
+
+    cut: Cut
+    model: PreTrainedModel
+    learned: list[Point]  # held-out KL while its basis was learned
+
+
+class Bench:
+    """One dense model and one text on which candidates are made and judged; each part is there once it is needed."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: NarrowSettings,
+        *,
+        trains: bool,
+        announce: Callable[[str], object] | None = None,
+    ) -> None:
+        self.checkpoint, self.settings = checkpoint, settings
+        self.layout = layout_of(checkpoint)
+        if settings.lora is not None:
+            require_peft()
+        self.say = announce or (lambda line: None)
+        self.placement = place(checkpoint, dtype=settings.dtype, device=settings.device)
+        self.texts = named_texts(settings.texts)
+        self.reading = self._read(trains)
+        self.length = len(self.reading.judged[0].ids)
+        self.batch = windows_at_once(self.placement, self.length)
+        self.tied = checkpoint.tied and not self.layout.centred if settings.tied is None else settings.tied
+
+    def _read(self, trains: bool) -> Reading:
+        settings, tokenizer = self.settings, require_tokenizer(self.checkpoint.source)
+        length = window_length(self.checkpoint, settings.length, LENGTH)
+        most = MOST if trains else -(-2 * settings.windows // len(self.texts))
+        windows = [
+            w
+            for text in self.texts.values()
+            for w in middle_windows(text, tokenizer, length=length, count=None, most=most)
+        ]
+        return deal(windows, settings.windows, trains, list(self.texts))
+
+    @cached_property
+    def dense(self) -> PreTrainedModel:
+        return load_model(self.checkpoint, self.placement, trust_remote_code=self.settings.trust_remote_code)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        windows = self.reading.calibration
+        self.say(f"calibrating on {len(windows)} windows of {self.length} tokens")
+        return calibrate(self.dense, self.layout, windows, self.batch)
+
+    @cached_property
+    def table(self) -> TableSummary:
+        return table_summary(self.checkpoint)
+
+    @cached_property
+    def baseline(self) -> Baseline:
+        return baseline(self.dense, self.reading.judged, self.batch)
+
+    def judge(self, model: PreTrainedModel) -> Judgement:
+        """A model beside the dense one, on the windows that nothing was fitted to."""
+        return judge(model, self.baseline)
+
+    def schedule(self, steps: int, rate: float) -> Schedule:
+        """Steps of as many tokens whatever the length of a window."""
+        return Schedule(steps, rate, min(EVERY, steps), batch=max(1, TOKENS // self.length), seed=self.settings.seed)
+
+    def candidate(self, basis: str, width: int, *, tied: bool | None = None, store: Path | None = None) -> Candidate:
+        """The narrow model of a basis and width: gains calibrated, the final one fitted as a temperature, learned where asked.
+
+        Raises InvalidArgument for a width that the family cannot have.
+        """
+        known = self.table if basis in FROM_TABLE else self.calibration
+        settings = self.settings
+        directions = make_basis(basis, known, width, centred=self.layout.centred, seed=settings.seed)
+        gains = calibrated_gains(self.calibration, directions)
+        tied = self.tied if tied is None else tied
+        cut = plan_cut(self.checkpoint, directions, gains, export=settings.export, tied=tied)
+        model = narrow_model(cut, self.placement)
+        final = f"{self.layout.final_norm}.weight"
+        factor = final_temperature(model, self.dense, self.reading.calibration, self.batch)
+        cut = replace(cut, gains={**cut.gains, final: cut.gains[final] * factor})
+        points: list[Point] = []
+        if basis == LEARNED:
+            schedule = self.schedule(settings.learn, RATE)
+            self.say(f"learning a basis of {width}: {schedule.steps} steps of {schedule.batch * self.length} tokens")
+            cut, points = learn_basis(
+                self.dense, cut, self.reading.training, self.reading.held_out, schedule, self.placement,
+                store=store, recipe=self.recipe(width, tied), announce=self.tell,
+            )  # fmt: skip
+        return Candidate(cut, narrow_model(cut, self.placement), points)
+
+    def heal(self, made: Candidate, width: int, *, store: Path | None = None) -> Healed:
+        """A candidate trained in float32, computed with in the dtype of the run. Raises MissingExtra for LoRA without peft."""
+        settings, low = self.settings, DTYPES[self.placement.dtype]
+        schedule = self.schedule(settings.heal, heal_rate(width, settings.lora))
+        self.say(f"healing: {schedule.steps} steps of {schedule.batch * self.length} tokens")
+        return heal(
+            narrow_model(made.cut, Placement("float32", self.placement.device)), self.dense, self.reading.training,
+            self.reading.held_out, schedule, lora=settings.lora, low=None if low == torch.float32 else low, store=store,
+            recipe=self.recipe(width, made.cut.tied), announce=self.tell,
+        )  # fmt: skip
+
+    def tie_cost(self, basis: str, width: int) -> float:
+        """How much more KL one table for both sides costs than two, on the text of the calibration; before any training."""
+        start = "normalised" if basis == LEARNED else basis
+        models = [self.candidate(start, width, tied=tied).model for tied in (True, False)]
+        kl = [mean_distance(model, self.dense, self.reading.calibration, self.batch) for model in models]
+        return kl[0] - kl[1]
+
+    def tell(self, point: Point) -> None:
+        """Says how far training is."""
+        self.say(f"step {point.step}: held-out KL {point.held_out:.4f}")
+
+    def recipe(self, width: int, tied: bool) -> str:
+        """What training depends on, beside its own schedule."""
+        texts = {name: text.fingerprint for name, text in self.texts.items()}
+        return repr(
+            (fingerprint(self.checkpoint), texts, width, tied, asdict(self.settings) | {"heal": 0, "lora": None})
+        )
+
+    def without(self, n: int) -> PreTrainedModel:
+        """The dense model without the `n` consecutive blocks that change the stream the least, as seen while calibrating.
+
+        Least angle between what enters the first and what leaves the last. Source: Gromov et al., The Unreasonable
+        Ineffectiveness of the Deeper Layers, 2024 (arXiv 2403.17887).
+        """
+        seen = [rows for name, rows in self.calibration.samples.items() if "post_attention" not in name]
+        angles = [
+            float(torch.nn.functional.cosine_similarity(before, after, dim=1).clamp(-1, 1).arccos().mean())
+            for before, after in zip(seen[:-n], seen[n:], strict=True)
+        ]
+        first = angles.index(min(angles))
+        held = dict(self.dense.named_parameters())
+        config, names = without_blocks(self.dense.config, held, range(first, first + n))
+        return assemble(config, {name: held[own].detach() for name, own in names.items()}, self.placement)
+
+    @torch.no_grad()
+    def quantised(self, bits: int) -> PreTrainedModel:
+        """The dense model with every row of its matrices rounded to so many bits, and computed with as before."""
+        model, change = deepcopy(self.dense), RowQuantisation(bits)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                for rows in parameter.split(4096):
+                    rows.copy_(change(rows, torch.arange(len(rows))))
+        return model
+
+
+def table_summary(checkpoint: Checkpoint) -> TableSummary:
+    """The moments of the input table. Raises CorruptCheckpoint for one with NaN or Inf."""
+    return summarise(open_table(checkpoint, advice="a model with such a table is not narrowed"))
