@@ -151,7 +151,10 @@ def _verified(checkpoint: Checkpoint, model: str, settings: NarrowSettings) -> O
 
 
 def _plan(checkpoint: Checkpoint, options: NarrowOptions, settings: NarrowSettings, common: Common) -> None:
+    import polars as pl
+
     from dimscope.report.run import run_narrowing
+    from dimscope.studies.narrowing_plan import candidate_name
 
     with common.folder() as directory:
         facts, tables = run_narrowing(
@@ -159,8 +162,11 @@ def _plan(checkpoint: Checkpoint, options: NarrowOptions, settings: NarrowSettin
         )
     told = {"model": facts["model"], "seconds": facts["seconds"]}
     told |= {} if common.out is None else {"page": common.out / "index.html"}
-    told |= {"advice": " ".join(facts["study"]["narrowing"]["advice"])}
-    common.print(Output(told, {"plan": tables["plan"]}, files_only={n: t for n, t in tables.items() if n != "plan"}))
+    told |= {"advice": ". ".join(line.rstrip(".") for line in facts["study"]["narrowing"]["advice"]) + "."}
+    names = [candidate_name(row) for row in tables["plan"].iter_rows(named=True)]
+    shown = ("parameters", "loss_rise", "kl", "top_1", "prefill_ratio", "kl_dropping")
+    summary = tables["plan"].select(pl.Series("candidate", names), *shown)
+    common.print(Output(told, {"candidates": summary}, files_only=tables))
 
 
 def _cut(checkpoint: Checkpoint, options: NarrowOptions, settings: NarrowSettings, common: Common) -> None:

@@ -18,7 +18,8 @@ PROMPT = "Once upon a time"  # which any language model can go on with
 ROOM = 128  # tokens that a model must read at once to be asked
 
 Studies = Annotated[
-    tuple[Literal["embedding", "layers", "damage"], ...], Parameter(name="--with", consume_multiple=True, negative=())
+    tuple[Literal["embedding", "layers", "damage", "narrowing"], ...],
+    Parameter(name="--with", consume_multiple=True, negative=()),
 ]
 
 
@@ -45,7 +46,8 @@ def report(
     ----------
     with_
         Studies to run: embedding reads the embedding tables only, layers runs the model on texts, damage runs it with
-        changed tables (on prose, unless texts are given; `dimscope damage` has the options).
+        changed tables (on prose, unless texts are given; `dimscope damage` has the options), narrowing says what every
+        smaller width would cost (`dimscope narrow --plan`).
     full_knn
         Precompute the neighbours of every token for the map, not of a sample. V x V x d work: minutes for 150,000 tokens.
     sample
@@ -53,15 +55,16 @@ def report(
     seed
         Seed of samples, shuffles and nulls.
     """
-    from dimscope.report.run import run_damage, run_layers, run_report
+    from dimscope.report.run import run_damage, run_layers, run_narrowing, run_report
     from dimscope.studies.damage_plan import DamageSettings
     from dimscope.studies.embedding import EmbeddingSettings
+    from dimscope.studies.narrowing_bench import NarrowSettings
     from dimscope.studies.reading import context_of
 
     if common.out is None:
         raise InvalidArgument("give the folder of the report: dimscope report MODEL -o DIR")
     check_seed(seed)
-    check_given("--with", with_, "studies (embedding, layers, damage)")
+    check_given("--with", with_, "studies (embedding, layers, damage, narrowing)")
     if sample < 1:
         raise InvalidArgument(f"--sample is at least 1, not {sample}")
     settings = options.settings(common, seed)
@@ -84,6 +87,16 @@ def report(
                 dtype=settings.dtype, device=settings.device, prompts=(PROMPT,) if room >= ROOM else (), seed=seed,
                 trust_remote_code=common.trust_remote_code,
             ), announce,
+        )  # fmt: skip
+    if "narrowing" in with_:
+        base, room = NarrowSettings(), context_of(checkpoint) or ROOM
+        facts, _ = run_narrowing(
+            checkpoint, common.out, replace(
+                base, texts=settings.texts if options.text else base.texts, length=settings.length,
+                windows=settings.windows if isinstance(settings.windows, int) else base.windows, dtype=settings.dtype,
+                device=settings.device, prompts=(PROMPT,) if room >= ROOM else (), seed=seed,
+                trust_remote_code=common.trust_remote_code,
+            ), announce=announce,
         )  # fmt: skip
     told = {"model": facts["model"], "seconds": facts["seconds"]}
     if waiting := facts.get("waiting"):

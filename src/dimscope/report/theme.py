@@ -85,6 +85,16 @@ KIND_MARKS: dict[str, Mark] = {
     "rotate": Mark("#82878f", "pentagon"),
 }
 
+# Ways to choose the directions that are kept. What an embedding table gives has the marks of the changes of tables.
+BASIS_MARKS: dict[str, Mark] = {
+    "learned": Mark("#c45a9c", "star"),
+    "normalised": Mark("#009e73", "diamond"),
+    "raw": Mark("#a8703a", "triangle-up", "dash"),
+    "embedding": KIND_MARKS["truncate"],
+    "coordinates": KIND_MARKS["coordinates"],
+    "random": KIND_MARKS["project"],
+}
+
 ROLE_COLOURS: dict[str, str] = {
     "input embedding": "#3f86cf",
     "output embedding": "#8d79d6",
@@ -200,6 +210,11 @@ def series_mark(index: int) -> Mark:
 def kind_mark(kind: str) -> Mark:
     """Return how a kind of change is drawn; one that is not listed, or a chain of several, gets one by its name."""
     return KIND_MARKS.get(kind) or series_mark(sum(kind.encode()))
+
+
+def basis_mark(basis: str) -> Mark:
+    """Return how a basis of a narrowing is drawn."""
+    return BASIS_MARKS.get(basis) or series_mark(sum(basis.encode()))
 
 
 def tint(colour: str, alpha: float) -> str:

@@ -130,13 +130,23 @@ def plan_narrowing(
         "advice": list(advice(plan)), "texts": list(bench.texts), "window_length": bench.length, "tied": bench.tied,
         "widths": list(chosen), "bases": list(kinds), "dim": checkpoint.input_table.shape[1], "n_layers": n_layers,
         "n_windows": {name: len(getattr(bench.reading, name)) for name in ("calibration", "judged", "training")},
-        "export": export, "shown": {"basis": shown["basis"], "width": shown["width"]}, "heal": settings.heal, **asdict(bench.placement),
+        "export": export, "shown": {"basis": shown["basis"], "width": shown["width"]}, "heal": settings.heal,
+        "kv_bytes_per_token": _cache(bench),
+        **asdict(bench.placement),
     }  # fmt: skip
     facts = checkpoint_facts(checkpoint) | {
         "study": {"narrowing": told}, "tables": {"narrowing": list(tables)}, "warnings": [],
         "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
     return facts, tables
+
+
+def _cache(bench: Bench) -> int:
+    """Bytes of keys and values of a token in the dtype of the checkpoint: the same at every width."""
+    config: Any = bench.checkpoint.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * DTYPES[bench.checkpoint.input_table.dtype].itemsize
 
 
 def _dropped(n_layers: int) -> list[int]:
@@ -225,16 +235,27 @@ def with_equal_size(plan: pl.DataFrame) -> pl.DataFrame:
     return plan.with_columns(columns)
 
 
-def _at(plan: pl.DataFrame, method: str, basis: str | None, value: str, parameters: float) -> float | None:
-    """A value of one way at a number of parameters, on the line between its neighbours and the dense model."""
+def _at(
+    plan: pl.DataFrame, method: str, basis: str | None, value: str, place: float, x: str = "parameters"
+) -> float | None:
+    """A value of one way at a number of parameters (or a speed), on the line between its neighbours and the dense model."""
     own = plan.filter(pl.col("method") == method)
     own = own if basis is None else own.filter(pl.col("basis") == basis)
     dense = plan.filter(pl.col("method") == DENSE)
-    curve = pl.concat([own, dense]).sort("parameters").select("parameters", value).rows()
+    curve = pl.concat([own, dense]).drop_nulls(x).sort(x).select(x, value).rows()
     for (low, before), (high, after) in pairwise(curve):
-        if low <= parameters <= high and high > low:
-            return before + (after - before) * (parameters - low) / (high - low)
+        if low <= place <= high and high > low:
+            return before + (after - before) * (place - low) / (high - low)
     return None
+
+
+def candidate_name(row: Mapping[str, Any]) -> str:
+    """How a row of the plan is called: "width 224, raw", "5 layers", "8-bit weights"."""
+    named = {
+        DENSE: "dense", NARROW: f"width {row['width']}, {row['basis']}", HEALED: f"width {row['width']}, {row['basis']}, healed",
+        DROP: f"{row['layers']} layers", ROUND: f"{row['bits']}-bit weights",
+    }  # fmt: skip
+    return named[row["method"]]
 
 
 def best_basis(plan: pl.DataFrame) -> str:
@@ -266,31 +287,48 @@ def advice(plan: pl.DataFrame) -> list[str]:
         f"changes the loss by {quantised['loss_rise']:+.4f} nats."
     )
     if not smaller:
-        return [
-            "Do not narrow this model: no width that was tried makes it smaller, since its two tables weigh more than its one did.",
-            instead,
-        ]
-    compared = _compared(plan, basis, dense["parameters"], smaller[0])
+        why = "No width that was tried makes it smaller: its two tables weigh more than its one did."
+        return ["Do not narrow this model", why, instead]
+    compared = [_compared(plan, basis, dense["parameters"], smaller[0])]
+    compared += [t for t in (_after_healing(plan, dense["parameters"]), instead) if t]
     better = [row for row in smaller if row["kl_dropping"] is None or row["kl"] < row["kl_dropping"]]
     good = [row for row in better if row["loss_rise"] <= TOLERATED]
     if good:
         row = good[-1]
-        faster = "" if row["prefill_ratio"] is None else f", a prompt is read {row['prefill_ratio']:.2f} times as fast"
+        faster = _faster(plan, row)
         return [
-            f"Narrow it to {row['width']}: {row['parameters'] / dense['parameters'] - 1:+.0%} parameters{faster}, and the loss rises by "
-            f"{row['loss_rise']:.3f} nats (up to {TOLERATED:g} counts as tolerable here). Healing would take some of that back.",
-            *compared, instead,
+            f"Narrow it to {row['width']}: {1 - row['parameters'] / dense['parameters']:.0%} fewer parameters, "
+            f"{row['loss_rise']:+.3f} nats of loss",
+            f"Up to {TOLERATED:g} nats count as tolerable here, before any healing.{faster}", *compared,
         ]  # fmt: skip
     if better:
-        return [
-            f"Do not narrow this model as it is: every smaller width costs more than {TOLERATED:g} nats of loss. "
-            "Narrowed and healed it may do: --heal tells.",
-            *compared, instead,
-        ]  # fmt: skip
-    return ["Do not narrow this model: dropping layers, or rounding weights, loses less.", *compared, instead]
+        why = f"Every smaller width costs more than {TOLERATED:g} nats of loss. Narrowed and then healed it may do."
+        return ["Do not narrow this model without healing it", why, *compared]
+    return ["Do not narrow this model: dropping layers loses less", *compared]
 
 
-def _compared(plan: pl.DataFrame, basis: str, parameters: int, first: Mapping[str, Any]) -> list[str]:
+def _faster(plan: pl.DataFrame, row: Mapping[str, Any]) -> str:
+    """How fast a candidate reads, and whether as much speed is to be had for less."""
+    if row["prefill_ratio"] is None:
+        return ""
+    dropping = _at(plan, DROP, None, "kl", row["prefill_ratio"], "prefill_ratio")
+    cheaper = dropping is not None and dropping < row["kl"]
+    rest = f"; dropping layers is as fast for less ({dropping:.3f} nats of KL, not {row['kl']:.3f})" if cheaper else ""
+    return f" A prompt is read {row['prefill_ratio']:.2f} times as fast{rest}."
+
+
+def _after_healing(plan: pl.DataFrame, parameters: int) -> str | None:
+    healed = plan.filter(pl.col("method") == HEALED)
+    if healed.is_empty():
+        return None
+    row = healed.row(0, named=True)
+    return (
+        f"Narrowed to {row['width']} ({1 - row['parameters'] / parameters:.0%} fewer parameters) and healed, it changes the loss "
+        f"by {row['loss_rise']:+.3f} nats."
+    )
+
+
+def _compared(plan: pl.DataFrame, basis: str, parameters: int, first: Mapping[str, Any]) -> str:
     """Narrowing beside dropping layers at a tenth fewer parameters, or at the size of the widest candidate."""
     size = TENTH * parameters
     own, dropping = _at(plan, NARROW, basis, "loss_rise", size), _at(plan, DROP, None, "loss_rise", size)
@@ -298,6 +336,4 @@ def _compared(plan: pl.DataFrame, basis: str, parameters: int, first: Mapping[st
         size, own = first["parameters"], first["loss_rise"]
         dropping = _at(plan, DROP, None, "loss_rise", size)
     other = "" if dropping is None else f", dropping layers {dropping:+.3f}"
-    return [
-        f"At {size / parameters - 1:+.0%} parameters narrowing ({basis}) changes the loss by {own:+.3f} nats{other}."
-    ]
+    return f"With {1 - size / parameters:.0%} fewer parameters narrowing ({basis}) changes the loss by {own:+.3f} nats{other}."

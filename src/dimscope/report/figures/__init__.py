@@ -26,6 +26,7 @@ from dimscope.report.figures.layers import (
     preprocessings,
     texts_profile,
 )
+from dimscope.report.figures.narrowing import narrowing_plan
 from dimscope.report.figures.states import (
     confidence,
     cumulative_scree,
@@ -64,6 +65,7 @@ __all__ = [
     "layer_axis",
     "layer_profile",
     "models_profile",
+    "narrowing_plan",
     "norms_by_category",
     "norms_by_id",
     "operator_block",

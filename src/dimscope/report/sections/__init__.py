@@ -3,7 +3,17 @@
 from collections.abc import Callable
 
 from dimscope.report.section import Facts, Section, SectionMaker, Tables
-from dimscope.report.sections import answers, clouds, contrasts, damage, directions, errors, layers, rows
+from dimscope.report.sections import (
+    answers,
+    clouds,
+    contrasts,
+    damage,
+    directions,
+    errors,
+    layers,
+    narrowing,
+    rows,
+)
 
 # The order of the page. A maker returns None where its tables are missing.
 _EMBEDDING: tuple[SectionMaker, ...] = (
@@ -45,6 +55,9 @@ _DAMAGE: tuple[SectionMaker, ...] = (
 )
 
 
+_NARROWING: tuple[SectionMaker, ...] = (narrowing.plan_section, narrowing.before_after_section)
+
+
 def embedding_sections(tables: Tables, facts: Facts) -> list[Section]:
     """Tell the embedding study; a section whose tables are missing is left out."""
     return _told(_EMBEDDING, tables, facts)
@@ -60,6 +73,11 @@ def damage_sections(tables: Tables, facts: Facts) -> list[Section]:
     return _told(_DAMAGE, tables, facts)
 
 
+def narrowing_sections(tables: Tables, facts: Facts) -> list[Section]:
+    """Tell the plan of a narrowing; a section whose tables are missing or empty is left out."""
+    return _told(_NARROWING, tables, facts)
+
+
 def _told(makers: tuple[SectionMaker, ...], tables: Tables, facts: Facts) -> list[Section]:
     made = (make(tables, facts) for make in makers)
     return [section for section in made if section is not None]
@@ -69,4 +87,5 @@ STUDIES: dict[str, Callable[[Tables, Facts], list[Section]]] = {
     "embedding": embedding_sections,
     "layers": layer_sections,
     "damage": damage_sections,
+    "narrowing": narrowing_sections,
 }
