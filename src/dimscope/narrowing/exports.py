@@ -5,7 +5,6 @@ A GPT-NeoX whose blocks read and write in parallel is, once its norms are folded
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -182,20 +181,3 @@ def origins_of(
     target.tie_word_embeddings = tied
     setattr(target, layout.eps, getattr(config, layout.eps) * dim / width)
     return target, origins
-
-
-def without_blocks(config: Any, names: Mapping[str, Any], blocks: range) -> tuple[PretrainedConfig, dict[str, str]]:
-    """The config of a model that lacks some blocks, and the name that each parameter has in the whole one."""
-    kept = [i for i in range(config.num_hidden_layers) if i not in blocks]
-    less: Any = deepcopy(config)
-    less.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        less.layer_types = [config.layer_types[i] for i in kept]
-    found: dict[str, str] = {}
-    for name in names:
-        match = re.match(r"(.*\.layers\.)(\d+)(\..*)", name)
-        if match is None:
-            found[name] = name
-        elif int(match[2]) in kept:
-            found[f"{match[1]}{kept.index(int(match[2]))}{match[3]}"] = name
-    return less, found

@@ -20,11 +20,11 @@ from dimscope.interventions.maps import RowQuantisation
 from dimscope.interventions.perturbations import TableSummary, summarise
 from dimscope.narrowing.bases import FROM_TABLE, LEARNED, make_basis
 from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains, final_temperature
-from dimscope.narrowing.exports import without_blocks
+from dimscope.narrowing.depth import least_blocks, without_blocks
 from dimscope.narrowing.healing import Healed, heal, heal_rate, require_peft
 from dimscope.narrowing.layouts import layout_of
 from dimscope.narrowing.learning import RATE, learn_basis
-from dimscope.narrowing.projection import Cut, assemble, narrow_model, plan_cut
+from dimscope.narrowing.projection import Cut, narrow_model, plan_cut
 from dimscope.narrowing.training import TOKENS, Point, Schedule, mean_distance
 from dimscope.representations.embedding import open_table
 from dimscope.representations.windows import Window, middle_windows
@@ -220,20 +220,8 @@ class Bench:
         )
 
     def without(self, n: int) -> PreTrainedModel:
-        """The dense model without the `n` consecutive blocks that change the stream the least, as seen while calibrating.
-
-        Least angle between what enters the first and what leaves the last. Source: Gromov et al., The Unreasonable
-        Ineffectiveness of the Deeper Layers, 2024 (arXiv 2403.17887).
-        """
-        seen = [rows for name, rows in self.calibration.samples.items() if "post_attention" not in name]
-        angles = [
-            float(torch.nn.functional.cosine_similarity(before, after, dim=1).clamp(-1, 1).arccos().mean())
-            for before, after in zip(seen[:-n], seen[n:], strict=True)
-        ]
-        first = angles.index(min(angles))
-        held = dict(self.dense.named_parameters())
-        config, names = without_blocks(self.dense.config, held, range(first, first + n))
-        return assemble(config, {name: held[own].detach() for name, own in names.items()}, self.placement)
+        """The dense model without the `n` consecutive blocks that change the stream the least, as seen while calibrating."""
+        return without_blocks(self.dense, least_blocks(self.calibration, n), self.placement)
 
     @torch.no_grad()
     def quantised(self, bits: int) -> PreTrainedModel:
