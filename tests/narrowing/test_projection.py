@@ -134,7 +134,7 @@ def test_a_widened_model_narrowed_again_is_what_it_was(dense, tmp_path, family, 
 
 @pytest.mark.parametrize("attention_bias", [True, False])
 def test_a_neox_as_a_phi_is_narrowed_as_that_phi_is(dense, tmp_path, attention_bias):
-    folder, model = dense("gpt_neox", attention_bias=attention_bias, rotary_pct=0.5)
+    folder, model = dense("gpt_neox", attention_bias=attention_bias, rotary_pct=0.25)
     turn, basis = basis_for("phi", 32, 32, 1), basis_for("phi", 32, 20, 2)
     phi, account = cut(folder, tmp_path / "phi", turn)
     exact = logits(model)

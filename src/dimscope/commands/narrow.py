@@ -154,7 +154,7 @@ def _plan(checkpoint: Checkpoint, options: NarrowOptions, settings: NarrowSettin
     import polars as pl
 
     from dimscope.report.run import run_narrowing
-    from dimscope.studies.narrowing_plan import candidate_name
+    from dimscope.studies.narrowing_advice import candidate_name
 
     with common.folder() as directory:
         facts, tables = run_narrowing(

@@ -45,18 +45,20 @@ def calibrate(model: PreTrainedModel, layout: Layout, windows: Iterable[Window],
     norms = [name for name, _ in model.named_parameters() if layout.part(name)[0] == "gain"]
     listed = list(windows)
     n_tokens = sum(len(w.ids) for w in listed)
-    dim, step = model.config.hidden_size, max(1, n_tokens // KEPT)
+    dim, step = model.config.hidden_size, max(1, n_tokens // KEPT) | 1
+    # An odd step from its middle on: first tokens are unlike all others, and must not be met more often than they are.
     raw, normalised = (torch.zeros(dim, dim, dtype=torch.float64) for _ in range(2))
     samples: dict[str, list[Tensor]] = {name: [] for name in norms}
     eps = getattr(model.config, layout.eps)
 
     def seen(name: str) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].reshape(-1, dim).double()
+            flat = args[0].reshape(-1, dim)
+            rows = (flat.cpu() if flat.device.type == "mps" else flat).double()  # Apple's GPU has no float64
             rows = rows - rows.mean(dim=1, keepdim=True) if layout.centred else rows
             raw.add_(upper_gram(rows).cpu())
             normalised.add_(upper_gram(rms_normed(rows, eps)).cpu())
-            samples[name].append(rows[::step].float().cpu())
+            samples[name].append(rows[step // 2 :: step].float().cpu())
 
         return hook
 
@@ -112,13 +114,13 @@ def final_temperature(
     for _ in range(NEWTON):
         slope = curvature = 0.0
         for rows in position_blocks(torch.arange(len(wide)), len(heads[0].weight)):
-            p = heads[0](wide[rows]).float().softmax(dim=1)
+            p = heads[0](wide[rows]).float().softmax(dim=1).to(narrow.device)
             z = torch.nn.functional.linear(narrow[rows], heads[1].weight).float()
             bias = 0.0 if heads[1].bias is None else heads[1].bias.float()
             q = (factor * z + bias).softmax(dim=1)
             mean = (q * z).sum(dim=1)
-            slope += float((mean - (p * z).sum(dim=1)).double().sum())
-            curvature += float((q * (z - mean[:, None]).square()).sum(dim=1).double().sum())
+            slope += float((mean - (p * z).sum(dim=1)).sum())
+            curvature += float((q * (z - mean[:, None]).square()).sum())
         step = slope / curvature if curvature > 0 else 0.0
         factor = min(
             max(factor - step, factor / 2), factor * 2

@@ -9,9 +9,18 @@ GGUF_Q8, GGUF_K = 32, 256  # numbers in a block of the formats of llama.cpp
 TILE = 64  # that GPUs multiply at full speed
 
 
-def hints(width: int) -> list[str]:
+HARD_WIRED = ("qwen2", "phi", "gpt_neox")  # families whose engines often take the head size for width / heads
+
+
+def hints(width: int, family: str) -> list[str]:
     """What engines beside transformers make of a width."""
     told = []
+    if family in HARD_WIRED:
+        rather = " `--as llama` writes the same model in a family that has one." if family == "qwen2" else ""
+        told.append(
+            "transformers takes the head size from the config (`head_dim`). Engines that compute it as width / heads for this "
+            f"family (llama.cpp for Qwen2, vLLM for Phi) read the checkpoint wrong.{rather}"
+        )
     if width % GGUF_Q8:
         told.append(f"GGUF: Q8_0 needs a multiple of {GGUF_Q8}, so this width cannot be quantised with it.")
     elif width % GGUF_K:
@@ -31,7 +40,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """The text of README.md from what was measured; parts that were not measured are left out."""
     account, dense = facts["account"], facts["model"]
     lines = [
-        "---", "library_name: transformers", f"base_model: {dense}", "tags: [dimscope, narrowed]", "---", "",
+        "---", "library_name: transformers", *([f"base_model: {dense}"] if facts["on_hub"] else []),
+        "tags: [dimscope, narrowed]", "---", "",
         f"# {facts['title']}, {facts['width']} of {facts['dim']} dimensions", "",
         f"The hidden size of `{dense}` cut from {facts['dim']} to {facts['width']} by one orthonormal map on the residual stream, "
         "with the gains of its norms folded in. A standard checkpoint: stock `transformers` loads it, without custom code.", "",
@@ -49,7 +59,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "Heads, head size, KV cache, rotary embeddings and the work of attention over positions are as before: only the width of "
         "the residual stream shrank.", "",
     ]  # fmt: skip
-    lines += [*(f"* {hint}" for hint in hints(facts["width"])), ""]
+    lines += [*(f"* {hint}" for hint in hints(facts["width"], facts["family"])), ""]
     lines += ["Made with:", "", f"    {facts['command']}", ""]
     return "\n".join(lines)
 

@@ -60,7 +60,8 @@ def _llama_config(config: Any) -> PretrainedConfig:
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
             "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout")  # fmt: skip
-    return LlamaConfig(**{name: deepcopy(getattr(config, name)) for name in kept}, attention_bias=True)
+    copied = {name: deepcopy(getattr(config, name)) for name in kept}
+    return LlamaConfig(**copied, attention_bias=True, architectures=["LlamaForCausalLM"])
 
 
 def _llama_origins(layout: Layout, shapes: Mapping[str, Any], config: Any) -> Origins:
@@ -81,7 +82,8 @@ def _phi_config(config: Any) -> PretrainedConfig:
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
             "max_position_embeddings", "layer_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id",
             "pad_token_id", "attention_dropout", "rope_parameters")  # fmt: skip
-    return PhiConfig(**{name: deepcopy(getattr(config, name)) for name in kept})
+    copied = {name: deepcopy(getattr(config, name)) for name in kept}
+    return PhiConfig(**copied, architectures=["PhiForCausalLM"])
 
 
 def _phi_origins(layout: Layout, shapes: Mapping[str, Any], config: Any) -> Origins:
@@ -148,6 +150,18 @@ def check_export(checkpoint: Checkpoint, export: str | None) -> str | None:
     return export
 
 
+def keeps_tie(checkpoint: Checkpoint, layout: Layout, tied: bool | None) -> bool:
+    """Whether one table serves both sides of the narrow model: as asked, else as in the dense model where that can be.
+
+    Raises InvalidArgument where it cannot be.
+    """
+    possible = checkpoint.tied and not layout.centred
+    if tied and not possible:
+        reason = "takes the mean out in its final norm, and its table does not" if checkpoint.tied else "has two tables"
+        raise InvalidArgument(f"--tied: {checkpoint.title} {reason}")
+    return possible if tied is None else tied
+
+
 def origins_of(
     checkpoint: Checkpoint, layout: Layout, width: int, *, export: str | None = None, tied: bool = False
 ) -> tuple[PretrainedConfig, Origins]:
@@ -166,15 +180,12 @@ def origins_of(
     origins = (other.origins if other else same_family)(layout, skeleton.shapes, config)
     target: Any = other.config(config) if other else config
     head = "lm_head.weight"
-    if tied:
-        if not skeleton.tied or layout.centred:
-            reason = (
-                "takes the mean out in its final norm, and its table does not" if skeleton.tied else "has two tables"
-            )
-            raise InvalidArgument(f"--tied: {checkpoint.title} {reason}")
+    if keeps_tie(checkpoint, layout, tied):
         origins.pop(head, None)
     elif head not in origins:
         origins[head] = Origin("head", head, layout.final_norm)
+    if getattr(target, "auto_map", None):
+        target.auto_map = None  # its code is not copied, and not needed
     dim = config.hidden_size
     target.head_dim = getattr(config, "head_dim", None) or dim // config.num_attention_heads
     target.hidden_size = width

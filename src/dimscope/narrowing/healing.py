@@ -80,7 +80,6 @@ def heal(
     first = max(1, round(schedule.steps * NORM_SHARE))
     names = {name for name, p in student.named_parameters() if p.ndim == 1 and "norm" in name}
     chosen = [p for name, p in student.named_parameters() if name in names]
-    begun = {name: p.detach().clone() for name, p in student.named_parameters()}
 
     def trained(model: Any, leaves: Sequence[Tensor], steps: int, rate: float, stage: str) -> list[Point]:
         for p in model.parameters():
@@ -98,7 +97,7 @@ def heal(
             training,
             own,
             store=store and store / stage,
-            recipe=f"{recipe} {stage} {lora} {low}",
+            recipe=f"{recipe} {stage} {schedule.steps} {lora} {low}",
             announce=announce,
         )
 
@@ -117,13 +116,9 @@ def heal(
         adapted.merge_and_unload()
     for p in student.parameters():
         p.requires_grad_(False)
-    healed = Healed(norms, weights or norms[:1], student, dict(student.named_parameters()))
-    if healed.after < healed.before:
-        return healed
-    with torch.no_grad():
-        for name, p in student.named_parameters():
-            p.copy_(begun[name])
-    return replace(healed, trained={})
+    # Where no look was better, both stages have put back what they began with.
+    better = min(best_point(points).held_out for points in (norms, weights or norms)) < norms[0].held_out
+    return Healed(norms, weights or norms[:1], student, dict(student.named_parameters()) if better else {})
 
 
 def require_peft() -> None:

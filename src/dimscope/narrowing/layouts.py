@@ -125,7 +125,12 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
             f"{checkpoint.name}: gpt_neox models are narrowed as Phi, whose attention and MLP read the same stream; here "
             "one comes after the other (use_parallel_residual is false)"
         )
-    if adapters := [name for name in checkpoint.tensors if ".lora_" in name]:
+    if kind == "phi" and config.qk_layernorm:
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.name}: this Phi has norms on queries and keys, whose size transformers takes from the width"
+        )
+    beside = ["adapter_config.json"] if "adapter_config.json" in checkpoint.source.files else []
+    if adapters := [*beside, *(name for name in checkpoint.tensors if ".lora_" in name)]:
         raise UnsupportedCheckpoint(f"{checkpoint.name}: it holds adapters ({adapters[0]}); merge them first")
     return LAYOUTS[kind]
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dimscope.narrowing.bases import directions_of, fitted
+from dimscope.narrowing.exports import Origin
 from dimscope.narrowing.projection import Cut, narrow_model
 from dimscope.narrowing.training import Goal, Point, Schedule, distance, mean_distance, minimise
 
@@ -57,40 +58,37 @@ def learn_basis(
         o.norm: g.to(device, torch.float32) for o in cut.origins.values() if (g := cut.gain_before(o)) is not None
     }
 
-    def weights() -> dict[str, Tensor]:
-        """The weights of the narrow model that depend on the basis or the gains."""
-        basis = fitted(raw, cut.layout.centred)
-        found = {}
-        for name, origin in cut.origins.items():
-            if origin.part in ("zeros", "shift", "kept", "reader bias"):
-                continue
-            assert origin.source is not None
-            if origin.part == "gain":
-                found[name] = (gains[origin.source] - cut.layout.gain_offset).expand(basis.shape[1])
-                continue
-            whole = cut.third_of(dense.get_parameter(origin.source).detach().to(device, torch.float32), origin.third)
-            if origin.part == "writer":
-                found[name] = basis.T @ whole
-            else:
-                found[name] = whole @ cut.right(origin, before.get(origin.norm), basis)
-        return found
+    changed = {n: o for n, o in cut.origins.items() if o.part not in ("zeros", "shift", "kept", "reader bias")}
 
-    def place(found: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in found.items():
-                student.get_parameter(name).copy_(value)
+    def weight(origin: Origin, basis: Float[Tensor, "d k"]) -> Tensor:
+        """A weight of the narrow model as a function of the basis and the gains."""
+        assert origin.source is not None
+        if origin.part == "gain":
+            return (gains[origin.source] - cut.layout.gain_offset).expand(basis.shape[1])
+        whole = cut.third_of(dense.get_parameter(origin.source).detach().to(device, torch.float32), origin.third)
+        if origin.part == "writer":
+            return basis.T @ whole
+        return whole @ cut.right(origin, before.get(origin.norm), basis)
+
+    @torch.no_grad()
+    def place(basis: Float[Tensor, "d k"]) -> None:
+        for name, origin in changed.items():
+            student.get_parameter(name).copy_(weight(origin, basis))
 
     def backward(ids: Int[Tensor, "b t"]) -> float:
-        found = weights()
-        place(found)
+        basis = fitted(raw, cut.layout.centred)
+        leaf = basis.detach().requires_grad_()
+        place(leaf)
         student.zero_grad(set_to_none=True)
         loss = distance(student, dense, ids)
-        torch.autograd.backward(list(found.values()), [student.get_parameter(name).grad for name in found])
+        for name, origin in changed.items():  # one by one: their graphs would take the memory of the model again
+            torch.autograd.backward(weight(origin, leaf), student.get_parameter(name).grad)
+        torch.autograd.backward(basis, leaf.grad)
         return loss
 
     @torch.no_grad()
     def look() -> float:
-        place(weights())
+        place(fitted(raw, cut.layout.centred))
         return mean_distance(student, dense, held_out, schedule.batch)
 
     points = minimise(

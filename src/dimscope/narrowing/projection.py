@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from dimscope.checkpoints.tensors import TensorInfo
 
 NUMBERS = 1 << 22  # of a tensor computed at once: 32 MiB in float64
-BESIDE = ("tokenizer", "special_tokens_map", "vocab.", "merges.", "added_tokens", "chat_template", "generation_config")
+BESIDE = (
+    "tokenizer", "special_tokens_map", "vocab.", "merges.", "added_tokens", "chat_template", "generation_config", "LICENSE",
+    "NOTICE",
+)  # fmt: skip
 
 Gains = Mapping[str, Tensor]
 
@@ -205,8 +208,9 @@ def plan_cut(
     skeleton = checkpoint.skeleton
     assert skeleton is not None, checkpoint.name  # layout_of refuses what has none
     files: dict[str, TensorInfo] = {}
+    named = {parameter: name for name, parameter in skeleton.parameters_of(checkpoint.tensors).items()}
     for parameter in skeleton.shapes:
-        held = skeleton.file_name(parameter, checkpoint.tensors)
+        held = named.get(parameter) or skeleton.file_name(parameter, checkpoint.tensors)
         if held is None:
             raise CorruptCheckpoint(f"{checkpoint.name}: the weights hold no {parameter}")
         files[parameter] = checkpoint.tensors[held]
@@ -245,9 +249,11 @@ def write_cut(cut: Cut, folder: Path, trained: Mapping[str, Tensor] | None = Non
     config.dtype = next(t.dtype for t in plan)
     config.save_pretrained(folder)
     source = cut.checkpoint.source
-    for file in sorted(f for f in source.files if f.startswith(BESIDE)):
+    for file in sorted(f for f in source.files if f.startswith(BESIDE) and not f.endswith(".py")):
         (folder / file).write_bytes(source.fetch(file).read_bytes())
-    dense = cut.checkpoint.tensors.values()
+    skeleton = cut.checkpoint.skeleton
+    assert skeleton is not None, cut.checkpoint.name
+    dense = [cut.files[parameter] for parameter in skeleton.shapes]  # no buffers, and no table twice
     return Account(
         dense_parameters=sum(t.n_elements for t in dense), dense_bytes=sum(t.n_bytes for t in dense),
         narrow_parameters=sum(math.prod(t.shape) for t in plan), narrow_bytes=sum(t.n_bytes for t in plan),
@@ -267,7 +273,15 @@ def assemble(config: PretrainedConfig, state: Mapping[str, Tensor], placement: P
         None, config=config, state_dict=dict(state), dtype=DTYPES[placement.dtype], output_loading_info=True
     )
     assert not info["missing_keys"], info
-    return model.to("cpu" if placement.device == "map" else placement.device).eval()
+    return model.to(placement.device).eval()
+
+
+def set_gain(model: PreTrainedModel, cut: Cut, norm: str) -> None:
+    """Gives a norm of a narrow model in memory the gain that the cut has now, rounded as in the files."""
+    name, origin = next((n, o) for n, o in cut.origins.items() if o.part == "gain" and o.source == norm)
+    stored = next(planned.dtype for planned in cut.plan() if planned.name == name)
+    with torch.no_grad():
+        model.get_parameter(name).copy_(cut.gain_after(origin).to(stored))
 
 
 def narrow_model(cut: Cut, placement: Placement) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 TOKENS = 2560  # of a step
 LONGEST_NORM = 1.0  # of a gradient
 WARM_UP = 10  # steps
+KEEPING = 20  # times as long as writing a state took passes before the next one is written: a twentieth of the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +118,8 @@ def minimise(
 ) -> list[Point]:
     """Trains the leaves in place, and leaves the best of what was looked at on held-out text in them; the way it began counts.
 
-    With `store`, a folder, the state is written there at every look, and a run with the same recipe goes on from it, to
-    the same numbers. Raises InvalidArgument where it cannot be written.
+    With `store`, a folder, the state is written there at a look, unless that would take too much of the time, and a run with
+    the same recipe goes on from it, to the same numbers. Raises InvalidArgument where it cannot be written.
     """
     optimiser = torch.optim.Adam(goal.leaves, lr=schedule.rate)
     best = [leaf.detach().clone() for leaf in goal.leaves]
@@ -129,6 +131,7 @@ def minimise(
         announce(points[0])
     order = _order(len(windows), schedule)
     losses: list[float] = []
+    next_kept = 0.0
     for step in range(schedule.steps):
         chosen = next(order)
         if step < points[-1].step:
@@ -147,7 +150,9 @@ def minimise(
             announce(points[-1])
             if _stale(points) == 0:
                 best = [leaf.detach().clone() for leaf in goal.leaves]
-            _keep(store, recipe, goal.leaves, optimiser, best, points)
+            if store is not None and time.monotonic() >= next_kept:
+                spent = _keep(store, recipe, goal.leaves, optimiser, best, points)
+                next_kept = time.monotonic() + KEEPING * spent
     with torch.no_grad():
         for leaf, value in zip(goal.leaves, best, strict=True):
             leaf.copy_(value)
@@ -182,22 +187,23 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of Adam
 
 
 def _keep(
-    store: Path | None,
+    store: Path,
     recipe: str,
     leaves: Sequence[Tensor],
     optimiser: torch.optim.Adam,
     best: list[Tensor],
     points: list[Point],
-) -> None:
+) -> float:
+    """Writes the state, and says how long that took."""
     from safetensors.torch import save_file
 
-    if store is None:
-        return
+    began = time.monotonic()
     held = {f"{i}.{name}": t for i, leaf in enumerate(leaves) for name, t in optimiser.state[leaf].items()}
     held |= {f"{i}.now": leaf.detach() for i, leaf in enumerate(leaves)} | {f"{i}.best": t for i, t in enumerate(best)}
     told = {"recipe": recipe, "points": json.dumps([asdict(p) for p in points])}
     with whole_file(store / STATE) as temporary:
         save_file({name: t.contiguous() for name, t in held.items()}, temporary, metadata=told)
+    return time.monotonic() - began
 
 
 def _restored(

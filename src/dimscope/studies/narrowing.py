@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +23,15 @@ from dimscope.errors import InvalidArgument
 from dimscope.evaluation.throughput import Throughput, throughput
 from dimscope.narrowing.bases import FROM_TABLE, LEARNED, check_basis, make_basis
 from dimscope.narrowing.card import model_card
-from dimscope.narrowing.exports import check_export
-from dimscope.narrowing.healing import Healed
+from dimscope.narrowing.exports import check_export, keeps_tie
 from dimscope.narrowing.layouts import check_width, layout_of
-from dimscope.narrowing.projection import Account, plan_cut, write_cut
+from dimscope.narrowing.projection import Account, Cut, narrow_model, plan_cut, write_cut
+from dimscope.narrowing.training import Point
 from dimscope.representations.hidden_states import run_batch
 from dimscope.representations.windows import Window, middle_windows
-from dimscope.results import check_folder
+from dimscope.results import alone, check_folder
 from dimscope.studies.damage_measures import BITS, KL, LOSS, TOP_1, TOP_5
-from dimscope.studies.narrowing_bench import LENGTH, Bench, Candidate, NarrowSettings, table_summary
+from dimscope.studies.narrowing_bench import LENGTH, Bench, NarrowSettings, table_summary
 from dimscope.studies.reading import named_texts, window_length
 
 if TYPE_CHECKING:
@@ -65,16 +64,15 @@ def verify_rotation(checkpoint: Checkpoint, settings: NarrowSettings) -> Verific
     """
     dim = checkpoint.input_table.shape[1]
     layout = layout_of(checkpoint)
+    tied = keeps_tie(checkpoint, layout, settings.tied)
     turn = make_basis("random", table_summary(checkpoint), dim, centred=layout.centred, seed=settings.seed)
-    cut = plan_cut(checkpoint, turn, dtype=torch.float32, export=settings.export, tied=settings.tied or False)
+    cut = plan_cut(checkpoint, turn, dtype=torch.float32, export=settings.export, tied=tied)
     placement = Placement("float32", place(checkpoint, device=settings.device).device)
     text = next(iter(named_texts(settings.texts).values()))
     length = window_length(checkpoint, settings.length, LENGTH)
     [window] = middle_windows(text, require_tokenizer(checkpoint.source), length=length, count=1)
-    with tempfile.TemporaryDirectory(prefix="dimscope-") as temporary:
-        write_cut(cut, Path(temporary))
-        dense = _logits(load_model(checkpoint, placement, trust_remote_code=settings.trust_remote_code), window)
-        turned = _logits(load_model(open_checkpoint(temporary), placement), window)
+    dense = _logits(load_model(checkpoint, placement, trust_remote_code=settings.trust_remote_code), window)
+    turned = _logits(narrow_model(cut, placement), window)
     return Verification(
         float((dense - turned).abs().max()), float(dense.abs().max()),
         float((dense.argmax(dim=1) == turned.argmax(dim=1)).double().mean()), len(dense),
@@ -103,49 +101,70 @@ def narrow(
     """
     began = time.monotonic()
     say = announce or (lambda line: None)
-    check_width(checkpoint, layout_of(checkpoint), width, check_export(checkpoint, settings.export))
+    layout, export = layout_of(checkpoint), check_export(checkpoint, settings.export)
+    check_width(checkpoint, layout, width, export)
+    tied = keeps_tie(checkpoint, layout, settings.tied)
     check_basis(settings.basis)
+    out = out.resolve()
     check_free(out)
     trains = settings.basis == LEARNED or settings.heal > 0
     tables: dict[str, pl.DataFrame] = {}
-    facts = _facts(checkpoint, width, settings, command)
-    store = _hidden(out, "training")
+    facts = _facts(checkpoint, width, settings, command) | {"tied": tied, "export": export}
     if trains or settings.judged or settings.basis not in FROM_TABLE:
         bench = Bench(checkpoint, settings, trains=trains, announce=announce)
-        made = bench.candidate(settings.basis, width, store=store / "basis")
-        facts |= {"tied": made.cut.tied, "calibrated_on": _on(bench, bench.reading.calibration)}
-        if made.cut.tied:
-            facts["tie_cost"] = bench.tie_cost(settings.basis, width)
-            say(f"keeping one table for both sides costs {facts['tie_cost']:+.4f} nats of KL")
-        healed = bench.heal(made, width, store=store / "healing") if settings.heal else None
-        if trains:
-            tables["training"] = _training(made, healed)
-            facts |= {"trained_on": _on(bench, bench.reading.training), "healed": bool(healed and healed.trained)}
-        cut, trained = made.cut, healed.trained if healed else {}
     else:
-        bench, trained = None, {}
-        known = table_summary(checkpoint)
-        directions = make_basis(settings.basis, known, width, centred=layout_of(checkpoint).centred, seed=settings.seed)
-        tied = checkpoint.tied and not layout_of(checkpoint).centred if settings.tied is None else settings.tied
-        cut = plan_cut(checkpoint, directions, export=settings.export, tied=tied)
-        facts["tied"] = cut.tied
-    with _whole_folder(out) as folder:
-        say(f"writing {sum(t.n_bytes for t in cut.plan()) / 1e9:.2f} GB")
-        account = write_cut(cut, folder, trained)
-        facts["account"] = asdict(account)
-        if bench is not None and settings.judged:
-            say(f"judging on {len(bench.reading.judged)} windows, and timing both models")
-            tables["measured"] = _measured(bench, folder, account)
-            facts["judged_on"] = _on(bench, bench.reading.judged)
-        told = _told(tables["measured"]) if "measured" in tables else []
-        (folder / "README.md").write_text(model_card(facts | {"measured": told}), encoding="utf-8")
-    shutil.rmtree(store, ignore_errors=True)
+        bench = None
+    store = _hidden(out, "training")
+    with alone(store) if trains else nullcontext():
+        if bench is not None:
+            cut, trained, told, tables = _made(bench, width, store)
+            facts |= told
+        else:
+            directions = make_basis(
+                settings.basis, table_summary(checkpoint), width, centred=layout.centred, seed=settings.seed
+            )
+            cut, trained = plan_cut(checkpoint, directions, export=settings.export, tied=tied), {}
+        with _whole_folder(out) as folder:
+            say(f"writing {sum(t.n_bytes for t in cut.plan()) / 1e9:.2f} GB")
+            with _writing(out):
+                account = write_cut(cut, folder, trained)
+            del trained  # a model in float32
+            facts |= {"account": asdict(account), "family": cut.config.model_type}
+            if bench is not None and settings.judged:
+                say(f"judging on {len(bench.reading.judged)} windows, and timing both models")
+                tables["measured"] = _measured(bench, folder, account)
+                facts["judged_on"] = _on(bench, bench.reading.judged)
+            measured = _told(tables["measured"]) if "measured" in tables else []
+            with _writing(out):
+                (folder / "README.md").write_text(model_card(facts | {"measured": measured}), encoding="utf-8")
+        if trains:
+            shutil.rmtree(store, ignore_errors=True)
     return facts | {"seconds": round(time.monotonic() - began, 1)}, tables
 
 
-def _training(made: Candidate, healed: Healed | None) -> pl.DataFrame:
+def _made(
+    bench: Bench, width: int, store: Path
+) -> tuple[Cut, Mapping[str, Tensor], dict[str, Any], dict[str, pl.DataFrame]]:
+    """What is to be written: the cut, the weights that were trained, what to tell of them, and the table of the training."""
+    settings = bench.settings
+    made = bench.candidate(settings.basis, width, store=store / "basis")
+    told: dict[str, Any] = {"calibrated_on": _on(bench, bench.reading.calibration)}
+    if made.cut.tied:
+        told["tie_cost"] = bench.tie_cost(made, settings.basis)
+        bench.say(f"keeping one table for both sides costs {told['tie_cost']:+.4f} nats of KL")
+    cut, learned = made.cut, made.learned
+    del made  # its model is one too many beside those of healing
+    healed = bench.heal(cut, store=store / "healing") if settings.heal else None
+    if not bench.trains:
+        return cut, {}, told, {}
+    told |= {"trained_on": _on(bench, bench.reading.training), "healed": bool(healed and healed.trained)}
+    told |= {"steps": learned[-1].step} if learned else {}
+    stages = {"basis": learned} | ({"norms": healed.norms, "weights": healed.weights} if healed else {})
+    return cut, healed.trained if healed else {}, told, {"training": _training(stages)}
+
+
+def _training(stages: Mapping[str, Sequence[Point]]) -> pl.DataFrame:
     """Held-out KL on the way, stage by stage."""
-    stages = {"basis": made.learned} | ({"norms": healed.norms, "weights": healed.weights} if healed else {})
     rows = [(stage, p.step, p.held_out, p.training) for stage, points in stages.items() for p in points]
     schema = {"stage": pl.String, "step": pl.Int64, "held_out_kl": pl.Float64, "training_kl": pl.Float64}
     return pl.DataFrame(rows, schema=schema, orient="row")
@@ -159,30 +178,37 @@ def check_free(out: Path) -> None:
 
 
 def _hidden(out: Path, what: str) -> Path:
-    out = out.absolute()
     return out.with_name(f".{out.name}.{what}")
 
 
 @contextmanager
 def _whole_folder(out: Path) -> Generator[Path]:
     """A folder beside `out` that takes its place once everything in it is on disk; what an interrupted run left there goes first."""
-    out, partial = out.absolute(), _hidden(out, "partial")
+    partial = _hidden(out, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        with _writing(out):
+            partial.mkdir(parents=True)
         yield partial
-        for path in partial.iterdir():
-            with path.open("rb+") as f:
-                os.fsync(f.fileno())
-        if out.exists():
-            out.rmdir()  # empty: `check_free`
-        partial.replace(out)
-    except OSError as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise InvalidArgument(f"{out} cannot be written: {e.strerror or e}") from e
+        with _writing(out):
+            for path in partial.iterdir():
+                with path.open("rb+") as f:
+                    os.fsync(f.fileno())
+            if out.exists():
+                out.rmdir()  # empty: `check_free`
+            partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _writing(out: Path) -> Generator[None]:
+    """Turns what the system says into one line."""
+    try:
+        yield
+    except OSError as e:
+        raise InvalidArgument(f"{out} cannot be written: {e.strerror or e}") from e
 
 
 # ---- what is told of it ---------------------------------------------------------------------------------------------
@@ -220,6 +246,6 @@ def _on(bench: Bench, windows: Sequence[Window]) -> str:
 def _facts(checkpoint: Checkpoint, width: int, settings: NarrowSettings, command: str) -> dict[str, Any]:
     return {
         "model": checkpoint.name, "title": checkpoint.title, "dim": checkpoint.input_table.shape[1], "width": width,
-        "basis": settings.basis, "steps": settings.learn if settings.basis == LEARNED else None, "heal": settings.heal,
-        "lora": settings.lora, "export": check_export(checkpoint, settings.export), "command": command,
+        "basis": settings.basis, "heal": settings.heal, "lora": settings.lora, "command": command,
+        "on_hub": checkpoint.revision is not None,
     }  # fmt: skip

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dimscope.checkpoints.checkpoint import Checkpoint
-from dimscope.checkpoints.model import DTYPES, Placement, load_model, place
+from dimscope.checkpoints.model import Placement, load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
 from dimscope.evaluation.judging import Baseline, Judgement, baseline, judge
@@ -21,10 +23,11 @@ from dimscope.interventions.perturbations import TableSummary, summarise
 from dimscope.narrowing.bases import FROM_TABLE, LEARNED, make_basis
 from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains, final_temperature
 from dimscope.narrowing.depth import least_blocks, without_blocks
+from dimscope.narrowing.exports import keeps_tie
 from dimscope.narrowing.healing import Healed, heal, heal_rate, require_peft
 from dimscope.narrowing.layouts import layout_of
 from dimscope.narrowing.learning import RATE, learn_basis
-from dimscope.narrowing.projection import Cut, narrow_model, plan_cut
+from dimscope.narrowing.projection import Cut, narrow_model, plan_cut, set_gain
 from dimscope.narrowing.training import TOKENS, Point, Schedule, mean_distance
 from dimscope.representations.embedding import open_table
 from dimscope.representations.windows import Window, middle_windows
@@ -116,28 +119,33 @@ class Bench:
         trains: bool,
         announce: Callable[[str], object] | None = None,
     ) -> None:
-        self.checkpoint, self.settings = checkpoint, settings
+        self.checkpoint, self.settings, self.trains = checkpoint, settings, trains
         self.layout = layout_of(checkpoint)
+        self.tied = keeps_tie(checkpoint, self.layout, settings.tied)
         if settings.lora is not None:
             require_peft()
         self.say = announce or (lambda line: None)
         self.placement = place(checkpoint, dtype=settings.dtype, device=settings.device)
+        if self.placement.device == "map":
+            raise InvalidArgument(
+                "--device map: a model is calibrated and judged on one device; take cpu or cuda, or cut by the table alone: "
+                "--basis embedding --no-judge"
+            )
         self.texts = named_texts(settings.texts)
-        self.reading = self._read(trains)
+        self.reading = self._read()
         self.length = len(self.reading.judged[0].ids)
         self.batch = windows_at_once(self.placement, self.length)
-        self.tied = checkpoint.tied and not self.layout.centred if settings.tied is None else settings.tied
 
-    def _read(self, trains: bool) -> Reading:
+    def _read(self) -> Reading:
         settings, tokenizer = self.settings, require_tokenizer(self.checkpoint.source)
         length = window_length(self.checkpoint, settings.length, LENGTH)
-        most = MOST if trains else -(-2 * settings.windows // len(self.texts))
+        most = MOST if self.trains else -(-2 * settings.windows // len(self.texts))
         windows = [
-            w
+            window
             for text in self.texts.values()
-            for w in middle_windows(text, tokenizer, length=length, count=None, most=most)
+            for window in middle_windows(text, tokenizer, length=length, count=None, most=most)
         ]
-        return deal(windows, settings.windows, trains, list(self.texts))
+        return deal(windows, settings.windows, self.trains, list(self.texts))
 
     @cached_property
     def dense(self) -> PreTrainedModel:
@@ -165,59 +173,80 @@ class Bench:
         """Steps of as many tokens whatever the length of a window."""
         return Schedule(steps, rate, min(EVERY, steps), batch=max(1, TOKENS // self.length), seed=self.settings.seed)
 
-    def candidate(self, basis: str, width: int, *, tied: bool | None = None, store: Path | None = None) -> Candidate:
-        """The narrow model of a basis and width: gains calibrated, the final one fitted as a temperature, learned where asked.
+    def start(self, basis: str, width: int, *, tied: bool | None = None) -> Candidate:
+        """The narrow model of a basis and width, gains calibrated, the final one fitted as a temperature; nothing is trained.
 
         Raises InvalidArgument for a width that the family cannot have.
         """
         known = self.table if basis in FROM_TABLE else self.calibration
-        settings = self.settings
-        directions = make_basis(basis, known, width, centred=self.layout.centred, seed=settings.seed)
-        gains = calibrated_gains(self.calibration, directions)
-        tied = self.tied if tied is None else tied
-        cut = plan_cut(self.checkpoint, directions, gains, export=settings.export, tied=tied)
+        directions = make_basis(basis, known, width, centred=self.layout.centred, seed=self.settings.seed)
+        cut = plan_cut(
+            self.checkpoint, directions, calibrated_gains(self.calibration, directions), export=self.settings.export,
+            tied=self.tied if tied is None else tied,
+        )  # fmt: skip
         model = narrow_model(cut, self.placement)
         final = f"{self.layout.final_norm}.weight"
         factor = final_temperature(model, self.dense, self.reading.calibration, self.batch)
         cut = replace(cut, gains={**cut.gains, final: cut.gains[final] * factor})
-        points: list[Point] = []
-        if basis == LEARNED:
-            schedule = self.schedule(settings.learn, RATE)
-            self.say(f"learning a basis of {width}: {schedule.steps} steps of {schedule.batch * self.length} tokens")
-            cut, points = learn_basis(
-                self.dense, cut, self.reading.training, self.reading.held_out, schedule, self.placement,
-                store=store, recipe=self.recipe(width, tied), announce=self.tell,
-            )  # fmt: skip
+        set_gain(model, cut, final)
+        return Candidate(cut, model, [])
+
+    def candidate(self, basis: str, width: int, *, store: Path | None = None) -> Candidate:
+        """The narrow model of a basis and width, learned where that is asked; `store` is where learning is kept."""
+        begun = self.start(basis, width)
+        if basis != LEARNED:
+            return begun
+        schedule = self.schedule(self.settings.learn, RATE)
+        self.say(f"learning a basis of {width}: {schedule.steps} steps of {schedule.batch * self.length} tokens")
+        cut, points = learn_basis(
+            self.dense, begun.cut, self.reading.training, self.reading.held_out, schedule, self.placement, store=store,
+            recipe=self._training_recipe(begun.cut), announce=self.tell,
+        )  # fmt: skip
         return Candidate(cut, narrow_model(cut, self.placement), points)
 
-    def heal(self, made: Candidate, width: int, *, store: Path | None = None) -> Healed:
-        """A candidate trained in float32, computed with in the dtype of the run. Raises MissingExtra for LoRA without peft."""
-        settings, low = self.settings, DTYPES[self.placement.dtype]
+    def heal(self, cut: Cut, *, store: Path | None = None) -> Healed:
+        """A cut trained in float32, computed with in the dtype of the run."""
+        settings, width = self.settings, cut.basis.shape[1]
         schedule = self.schedule(settings.heal, heal_rate(width, settings.lora))
         self.say(f"healing: {schedule.steps} steps of {schedule.batch * self.length} tokens")
+        # The gradients of a small KL are too small for float16, not for bfloat16.
+        low = None if self.placement.dtype == "float32" else torch.bfloat16
         return heal(
-            narrow_model(made.cut, Placement("float32", self.placement.device)), self.dense, self.reading.training,
-            self.reading.held_out, schedule, lora=settings.lora, low=None if low == torch.float32 else low, store=store,
-            recipe=self.recipe(width, made.cut.tied), announce=self.tell,
+            narrow_model(cut, Placement("float32", self.placement.device)), self.dense, self.reading.training,
+            self.reading.held_out, schedule, lora=settings.lora, low=low, store=store,
+            recipe=self._training_recipe(cut), announce=self.tell,
         )  # fmt: skip
 
-    def tie_cost(self, basis: str, width: int) -> float:
+    def tie_cost(self, made: Candidate, basis: str) -> float:
         """How much more KL one table for both sides costs than two, on the text of the calibration; before any training."""
-        start = "normalised" if basis == LEARNED else basis
-        models = [self.candidate(start, width, tied=tied).model for tied in (True, False)]
-        kl = [mean_distance(model, self.dense, self.reading.calibration, self.batch) for model in models]
-        return kl[0] - kl[1]
+        width = made.cut.basis.shape[1]
+        kept = self.start(basis, width, tied=True) if made.learned else made
+        one = self._calibration_kl(kept.model)
+        return one - self._calibration_kl(self.start(basis, width, tied=False).model)
+
+    def _calibration_kl(self, model: PreTrainedModel) -> float:
+        return mean_distance(model, self.dense, self.reading.calibration, self.batch)
 
     def tell(self, point: Point) -> None:
         """Says how far training is."""
         self.say(f"step {point.step}: held-out KL {point.held_out:.4f}")
 
-    def recipe(self, width: int, tied: bool) -> str:
-        """What training depends on, beside its own schedule."""
-        texts = {name: text.fingerprint for name, text in self.texts.items()}
-        return repr(
-            (fingerprint(self.checkpoint), texts, width, tied, asdict(self.settings) | {"heal": 0, "lora": None})
-        )
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """What every candidate depends on: the model, the text and how it is dealt out, and where it runs."""
+        settings = self.settings
+        return {
+            "model": fingerprint(self.checkpoint), "texts": {name: t.fingerprint for name, t in self.texts.items()},
+            "windows": [settings.windows, self.length, self.trains], "seed": settings.seed, "tied": self.tied,
+            "export": settings.export, **asdict(self.placement),
+        }  # fmt: skip
+
+    def _training_recipe(self, cut: Cut) -> str:
+        """What training depends on, beside its schedule: all of that, and where it begins."""
+        digest = hashlib.sha256(cut.basis.contiguous().numpy().tobytes())
+        for name in sorted(cut.gains):
+            digest.update(cut.gains[name].contiguous().numpy().tobytes())
+        return json.dumps([self.recipe, digest.hexdigest()], sort_keys=True)
 
     def without(self, n: int) -> PreTrainedModel:
         """The dense model without the `n` consecutive blocks that change the stream the least, as seen while calibrating."""

@@ -6,11 +6,11 @@ All candidates share one calibration pass and one pass of the dense model, and a
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -23,10 +23,21 @@ from dimscope.evaluation.generation import Decoding, Prompt, check_room, generat
 from dimscope.evaluation.throughput import Throughput, throughput
 from dimscope.narrowing.bases import LEARNED, check_basis
 from dimscope.narrowing.exports import check_export
-from dimscope.narrowing.healing import Healed
 from dimscope.narrowing.layouts import check_width, layout_of, width_step
 from dimscope.results import ResultFolder
-from dimscope.studies.narrowing_bench import LENGTH, Bench, NarrowSettings
+from dimscope.studies.narrowing_advice import (
+    DENSE,
+    DROP,
+    HEALED,
+    NARROW,
+    ROUND,
+    SCHEMA,
+    SPEEDS,
+    advice,
+    shown_candidate,
+    with_equal_size,
+)
+from dimscope.studies.narrowing_bench import LENGTH, Bench, Candidate, NarrowSettings
 from dimscope.studies.provenance import checkpoint_facts
 from dimscope.studies.reading import context_of
 
@@ -37,18 +48,7 @@ SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)  # of the width, where none are asked for
 ALIGNED = (64, 32, 16, 8)  # what widths are rounded to a multiple of: the first that is an eighth of the width at most
 PLANNED = ("random", "raw", "normalised")  # bases, where none are asked for
 BITS = 8
-NARROW, HEALED, DROP, ROUND, DENSE = "narrow", "narrow, healed", "drop layers", "quantise", "dense"
 DECODING = Decoding(max_new_tokens=64)
-TOLERATED = 0.05  # nats of loss: 5% of perplexity
-SPEEDS = ("prefill", "decode", "prefill_ratio", "decode_ratio")
-TENTH = 0.9  # of the parameters, at which the ways are compared in words
-
-SCHEMA = {
-    "method": pl.String, "basis": pl.String, "width": pl.Int64, "layers": pl.Int64, "bits": pl.Int64, "parameters": pl.Int64,
-    "bytes": pl.Int64, "loss": pl.Float64, "loss_rise": pl.Float64, "loss_rise_stderr": pl.Float64, "kl": pl.Float64,
-    "kl_stderr": pl.Float64, "top_1": pl.Float64, "prefill": pl.Float64, "decode": pl.Float64,
-    "prefill_ratio": pl.Float64, "decode_ratio": pl.Float64, "n_tokens": pl.Int64,
-}  # fmt: skip
 
 
 def default_widths(checkpoint: Checkpoint, export: str | None = None) -> tuple[int, ...]:
@@ -83,48 +83,32 @@ def plan_narrowing(
         check_width(checkpoint, layout, width, export)
     if not chosen:
         raise InvalidArgument(f"{checkpoint.title}: no width below its {checkpoint.input_table.shape[1]} is allowed")
-    bench = Bench(checkpoint, settings, trains=LEARNED in kinds, announce=announce)
+    bench = Bench(checkpoint, settings, trains=LEARNED in kinds or settings.heal > 0, announce=announce)
     prompts = _prompts(bench)
     work = _Candidates(bench, folder)
-    rows = [work.row("dense", lambda: bench.dense, {"method": DENSE})]
-    for width in chosen:
-        for number, basis in enumerate(kinds):
-            made = {"method": NARROW, "basis": basis, "width": width}
-            timed = number == 0  # the directions make no difference to the speed
-            row = work.row(f"{basis}-{width}", lambda b=basis, w=width: bench.candidate(b, w).model, made, timed=timed)
-            rows.append(row if timed else row.with_columns(rows[-1].select(SPEEDS)))
     n_layers = int(checkpoint.config.num_hidden_layers) if checkpoint.config else 0
+    rows = [work.row("dense", lambda: bench.dense, {"method": DENSE, "tied": checkpoint.tied})]
+    rows += [row for width in chosen for row in work.of_width(width, kinds)]
     for n in _dropped(n_layers):
-        rows.append(work.row(f"without-{n}", lambda n=n: bench.without(n), {"method": DROP, "layers": n_layers - n}))
-    rows.append(work.row(f"bits-{BITS}", lambda: bench.quantised(BITS), {"method": ROUND, "bits": BITS}, timed=False))
+        what = {"method": DROP, "layers": n_layers - n, "tied": checkpoint.tied}
+        rows.append(work.row(f"without-{n}", lambda n=n: bench.without(n), what))
+    what = {"method": ROUND, "bits": BITS, "tied": checkpoint.tied}
+    rows.append(work.row(f"bits-{BITS}", lambda: bench.quantised(BITS), what, timed=False))
     shown = shown_candidate(pl.concat(rows))
-    healed: list[Healed] = []
-
-    def mended() -> PreTrainedModel:
-        healed.append(
-            bench.heal(bench.candidate(shown["basis"], shown["width"]), shown["width"], store=folder.path / "training")
-        )
-        return healed[0].model
-
     if settings.heal:
-        what = {"method": HEALED, "basis": shown["basis"], "width": shown["width"]}
-        rows.append(work.row(f"healed-{shown['width']}", mended, what | {"steps": settings.heal}))
+        rows.append(work.healed(shown))
     found = pl.concat(rows)
     tables = {"plan": folder.table("plan", {"rows": found.rows()}, lambda: with_equal_size(found))}
-    if settings.prompts:
-        made = {"healed": settings.heal, "basis": shown["basis"], "width": shown["width"], "prompts": settings.prompts}
-
-        def written() -> pl.DataFrame:
-            small = (
-                (healed[0].model if healed else mended())
-                if settings.heal
-                else bench.candidate(shown["basis"], shown["width"]).model
-            )
-            return _texts(bench, small, prompts)
-
-        tables["narrow_texts"] = folder.table("narrow_texts", made | {"recipe": bench.recipe(0, bench.tied)}, written)
+    if prompts:
+        given = work.given(shown["basis"], shown["width"], healed=True) | {
+            "prompts": [asdict(prompt) for prompt in prompts]
+        }
+        tables["narrow_texts"] = folder.table(
+            "narrow_texts", given, lambda: _texts(bench, work.shown(shown["basis"], shown["width"]), prompts)
+        )
     else:
         folder.drop("narrow_texts")
+    shutil.rmtree(work.store, ignore_errors=True)  # nothing is left to resume
     plan = tables["plan"]
     told = {
         "advice": list(advice(plan)), "texts": list(bench.texts), "window_length": bench.length, "tied": bench.tied,
@@ -158,14 +142,55 @@ class _Candidates:
     """Makes, judges and times one candidate after the other; each is on disk before the next begins."""
 
     def __init__(self, bench: Bench, folder: ResultFolder) -> None:
-        self.bench, self.folder = bench, folder
-        self.seconds: list[float] = []
+        self.bench, self.folder, self.store = bench, folder, folder.path / "training"
+
+    def given(self, basis: str, width: int, *, healed: bool = False) -> dict[str, Any]:
+        """What a narrow model depends on, beside what all depend on."""
+        settings = self.bench.settings
+        learned = {"learn": settings.learn} if basis == LEARNED else {}
+        mended = {"heal": settings.heal, "lora": settings.lora} if healed and settings.heal else {}
+        return {"basis": basis, "width": width, "recipe": self.bench.recipe, **learned, **mended}
 
     def row(
-        self, name: str, make: Callable[[], PreTrainedModel], what: Mapping[str, Any], *, timed: bool = True
+        self,
+        name: str,
+        make: Callable[[], PreTrainedModel],
+        what: Mapping[str, Any],
+        *,
+        timed: bool = True,
+        given: Mapping[str, Any] | None = None,
     ) -> pl.DataFrame:
-        given = {"recipe": self.bench.recipe(0, self.bench.tied), "timed": timed, **what}
-        return self.folder.table(f"candidates/{name}", given, lambda: self._measured(name, make(), what, timed))
+        """The row of a candidate: used again where it is there, with the same `given`, else made and measured."""
+        asked = {"recipe": self.bench.recipe, "timed": timed, **what, **(given or {})}
+        return self.folder.table(f"candidates/{name}", asked, lambda: self._measured(name, make(), what, timed))
+
+    def of_width(self, width: int, bases: Sequence[str]) -> list[pl.DataFrame]:
+        """One row for each basis; the directions make no difference to the speed, which the first is measured for."""
+        rows: list[pl.DataFrame] = []
+        for basis in bases:
+            what = {"method": NARROW, "basis": basis, "width": width, "tied": self.bench.tied}
+            row = self.row(
+                f"{basis}-{width}", lambda b=basis: self.made(b, width).model, what, timed=not rows,
+                given=self.given(basis, width),
+            )  # fmt: skip
+            rows.append(row.with_columns(rows[0].select(SPEEDS)) if rows else row)
+        return rows
+
+    def made(self, basis: str, width: int) -> Candidate:
+        return self.bench.candidate(basis, width, store=self.store / f"{basis}-{width}")
+
+    def healed(self, shown: Mapping[str, Any]) -> pl.DataFrame:
+        """The row of a candidate after healing; it is as fast as it was."""
+        basis, width = shown["basis"], shown["width"]
+        what = {"method": HEALED, "basis": basis, "width": width, "tied": self.bench.tied}
+        given = self.given(basis, width, healed=True)
+        row = self.row(f"{basis}-{width}-healed", lambda: self.shown(basis, width), what, timed=False, given=given)
+        return row.with_columns(pl.lit(shown[name]).alias(name) for name in SPEEDS)
+
+    def shown(self, basis: str, width: int) -> PreTrainedModel:
+        """The narrow model that is shown, healed where that is asked; made twice, training is resumed at its end."""
+        made = self.made(basis, width)
+        return self.bench.heal(made.cut, store=self.store / "healing").model if self.bench.settings.heal else made.model
 
     def _measured(self, name: str, model: PreTrainedModel, what: Mapping[str, Any], timed: bool) -> pl.DataFrame:
         bench = self.bench
@@ -218,122 +243,3 @@ def _texts(bench: Bench, small: PreTrainedModel, prompts: Sequence[Prompt]) -> p
     told = [generate(model, tokenizer, prompts, DECODING) for model in (bench.dense, small)]
     rows = [(prompt.text, dense.text, narrow.text) for prompt, dense, narrow in zip(prompts, *told, strict=True)]
     return pl.DataFrame(rows, schema=["prompt", "dense", "narrow"], orient="row")
-
-
-# ---- what it says ---------------------------------------------------------------------------------------------------
-
-
-def with_equal_size(plan: pl.DataFrame) -> pl.DataFrame:
-    """The plan with `kl_dropping` and `loss_rise_dropping`: what dropping layers costs at as many real parameters.
-
-    Read off the straight line between the two nearest numbers of layers; null beyond them.
-    """
-    columns = [
-        pl.Series(f"{value}_dropping", [_at(plan, DROP, None, value, n) for n in plan["parameters"]], dtype=pl.Float64)
-        for value in ("kl", "loss_rise")
-    ]
-    return plan.with_columns(columns)
-
-
-def _at(
-    plan: pl.DataFrame, method: str, basis: str | None, value: str, place: float, x: str = "parameters"
-) -> float | None:
-    """A value of one way at a number of parameters (or a speed), on the line between its neighbours and the dense model."""
-    own = plan.filter(pl.col("method") == method)
-    own = own if basis is None else own.filter(pl.col("basis") == basis)
-    dense = plan.filter(pl.col("method") == DENSE)
-    curve = pl.concat([own, dense]).drop_nulls(x).sort(x).select(x, value).rows()
-    for (low, before), (high, after) in pairwise(curve):
-        if low <= place <= high and high > low:
-            return before + (after - before) * (place - low) / (high - low)
-    return None
-
-
-def candidate_name(row: Mapping[str, Any]) -> str:
-    """How a row of the plan is called: "width 224, raw", "5 layers", "8-bit weights"."""
-    named = {
-        DENSE: "dense", NARROW: f"width {row['width']}, {row['basis']}", HEALED: f"width {row['width']}, {row['basis']}, healed",
-        DROP: f"{row['layers']} layers", ROUND: f"{row['bits']}-bit weights",
-    }  # fmt: skip
-    return named[row["method"]]
-
-
-def best_basis(plan: pl.DataFrame) -> str:
-    """The one with the lowest KL at most widths."""
-    narrow = plan.filter(pl.col("method") == NARROW)
-    winners = [rows.sort("kl")["basis"][0] for _, rows in narrow.group_by("width", maintain_order=True)]
-    return max(dict.fromkeys(winners), key=winners.count)
-
-
-def shown_candidate(plan: pl.DataFrame) -> dict[str, Any]:
-    """The candidate that is shown beside the dense model, and healed: of the best basis the widest that is a tenth smaller."""
-    narrow = plan.filter((pl.col("method") == NARROW) & (pl.col("basis") == best_basis(plan))).sort(
-        "width", descending=True
-    )
-    dense = plan.filter(pl.col("method") == DENSE)["parameters"][0]
-    smaller = narrow.filter(pl.col("parameters") <= TENTH * dense)
-    return (smaller if smaller.height else narrow[-1:]).row(0, named=True)
-
-
-def advice(plan: pl.DataFrame) -> list[str]:
-    """What to do with this model, in a few sentences: the first is the advice, the others say why."""
-    dense = plan.filter(pl.col("method") == DENSE).row(0, named=True)
-    basis = best_basis(plan)
-    narrow = plan.filter((pl.col("method") == NARROW) & (pl.col("basis") == basis)).sort("parameters", descending=True)
-    smaller = [row for row in narrow.iter_rows(named=True) if row["parameters"] < dense["parameters"]]
-    quantised = plan.filter(pl.col("method") == ROUND).row(0, named=True)
-    instead = (
-        f"Rounding the weights to {quantised['bits']} bits leaves {quantised['bytes'] / dense['bytes']:.0%} of the bytes and "
-        f"changes the loss by {quantised['loss_rise']:+.4f} nats."
-    )
-    if not smaller:
-        why = "No width that was tried makes it smaller: its two tables weigh more than its one did."
-        return ["Do not narrow this model", why, instead]
-    compared = [_compared(plan, basis, dense["parameters"], smaller[0])]
-    compared += [t for t in (_after_healing(plan, dense["parameters"]), instead) if t]
-    better = [row for row in smaller if row["kl_dropping"] is None or row["kl"] < row["kl_dropping"]]
-    good = [row for row in better if row["loss_rise"] <= TOLERATED]
-    if good:
-        row = good[-1]
-        faster = _faster(plan, row)
-        return [
-            f"Narrow it to {row['width']}: {1 - row['parameters'] / dense['parameters']:.0%} fewer parameters, "
-            f"{row['loss_rise']:+.3f} nats of loss",
-            f"Up to {TOLERATED:g} nats count as tolerable here, before any healing.{faster}", *compared,
-        ]  # fmt: skip
-    if better:
-        why = f"Every smaller width costs more than {TOLERATED:g} nats of loss. Narrowed and then healed it may do."
-        return ["Do not narrow this model without healing it", why, *compared]
-    return ["Do not narrow this model: dropping layers loses less", *compared]
-
-
-def _faster(plan: pl.DataFrame, row: Mapping[str, Any]) -> str:
-    """How fast a candidate reads, and whether as much speed is to be had for less."""
-    if row["prefill_ratio"] is None:
-        return ""
-    dropping = _at(plan, DROP, None, "kl", row["prefill_ratio"], "prefill_ratio")
-    cheaper = dropping is not None and dropping < row["kl"]
-    rest = f"; dropping layers is as fast for less ({dropping:.3f} nats of KL, not {row['kl']:.3f})" if cheaper else ""
-    return f" A prompt is read {row['prefill_ratio']:.2f} times as fast{rest}."
-
-
-def _after_healing(plan: pl.DataFrame, parameters: int) -> str | None:
-    healed = plan.filter(pl.col("method") == HEALED)
-    if healed.is_empty():
-        return None
-    row = healed.row(0, named=True)
-    return (
-        f"Narrowed to {row['width']} ({1 - row['parameters'] / parameters:.0%} fewer parameters) and healed, it changes the loss "
-        f"by {row['loss_rise']:+.3f} nats."
-    )
-
-
-def _compared(plan: pl.DataFrame, basis: str, parameters: int, first: Mapping[str, Any]) -> str:
-    """Narrowing beside dropping layers at a tenth fewer parameters, or at the size of the widest candidate."""
-    size = TENTH * parameters
-    own, dropping = _at(plan, NARROW, basis, "loss_rise", size), _at(plan, DROP, None, "loss_rise", size)
-    if own is None:
-        size, own = first["parameters"], first["loss_rise"]
-        dropping = _at(plan, DROP, None, "loss_rise", size)
-    other = "" if dropping is None else f", dropping layers {dropping:+.3f}"
-    return f"With {1 - size / parameters:.0%} fewer parameters narrowing ({basis}) changes the loss by {own:+.3f} nats{other}."

@@ -32,7 +32,7 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
     stamps = []
     if checkpoint.revision is None:
         files = {t.file for t in checkpoint.tensors.values()} | {
-            f for f in checkpoint.source.files if f.startswith("token")
+            f for f in checkpoint.source.files if f.startswith(("token", "config."))
         }
         stats = {f: checkpoint.source.fetch(f).stat() for f in sorted(files)}
         stamps = [[f, s.st_size, s.st_mtime_ns] for f, s in stats.items()]

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from dimscope.report.theme import GAUSSIAN_NULL, Mark, basis_mark, figure, log_ticks
-from dimscope.studies.narrowing_plan import DENSE, DROP, HEALED, NARROW
+from dimscope.studies.narrowing_advice import DENSE, DROP, HEALED, NARROW
 
 LEAST_KL = 1e-4  # below it, rounding is as large
 

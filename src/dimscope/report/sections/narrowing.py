@@ -9,7 +9,7 @@ from dimscope.report import figures
 from dimscope.report.section import Facts, Grid, Plot, Section, Tables
 from dimscope.report.sections.asked import table
 from dimscope.report.wording import count, number, share
-from dimscope.studies.narrowing_plan import DENSE, HEALED, candidate_name
+from dimscope.studies.narrowing_advice import DENSE, HEALED, candidate_name
 
 
 def plan_section(tables: Tables, facts: Facts) -> Section | None:
