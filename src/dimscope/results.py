@@ -36,14 +36,14 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Tensors as a safetensors file, whole or not at all."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with whole_file(path) as temporary:
         try:
-            save_file(dict(tensors), temporary)
+            save_file(dict(tensors), temporary, metadata=None if metadata is None else dict(metadata))
         except SafetensorError as e:  # its word for a full disk
             raise OSError(None, str(e)) from e
 

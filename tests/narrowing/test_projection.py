@@ -312,7 +312,7 @@ def test_what_a_family_is_not_written_as_is_refused(checkpoint):
     basis = orthonormal(32, 16)
     for family, export, reason in [
         ("qwen2", "phi", "a qwen2 model is written as llama"),
-        ("llama", "phi", "as what it is only"),
+        ("llama", "phi", "as a llama only"),
     ]:
         with pytest.raises(InvalidArgument, match=reason):
             plan_cut(open_checkpoint(checkpoint(family)), basis, export=export)

@@ -66,6 +66,7 @@ class NarrowOptions:
         check_seed(seed)
         for option, values, what in (
             ("--text", self.text, "texts"), ("--prompt", self.prompt, "prompts"), ("--basis", self.basis, "bases"),
+            ("--width", self.width, "widths"),
         ):  # fmt: skip
             check_given(option, values, what)
         for name, least in (("learn", 1), ("heal", 0), ("lora", 1), ("windows", 1)):
@@ -73,6 +74,8 @@ class NarrowOptions:
                 raise InvalidArgument(f"--{name} is at least {least}, not {value}")
         if self.plan and self.verify:
             raise InvalidArgument("--plan and --verify are two questions: give one of them")
+        if self.verify and self.width:
+            raise InvalidArgument("--verify rotates at full width, and takes no --width")
         if not (self.plan or self.verify):
             self._check_one()
         if self.lora and not self.heal:

@@ -103,7 +103,7 @@ class TableOptions:
 COMMON, TABLE = Common(), TableOptions()
 
 
-def check_given(option: str, values: tuple[str, ...] | None, kind: str) -> None:
+def check_given(option: str, values: tuple[object, ...] | None, kind: str) -> None:
     """Raises InvalidArgument for an option that stands there alone, as where a variable is not set."""
     if values == ():
         raise InvalidArgument(f"{option} takes {kind}, and none is given")

@@ -77,9 +77,9 @@ def _recipe(facts: Mapping[str, Any]) -> list[str]:
     if facts.get("heal"):
         what = f"low-rank changes (rank {facts['lora']})" if facts.get("lora") else "all weights"
         told.append(
-            f"* Healed by KL to the dense model in {facts['heal']} steps, the norms first, then {what}."
+            f"* Healed by KL to the dense model in {facts['healing_steps']} steps, the norms first, then {what}."
             if facts["healed"]
-            else f"* {facts['heal']} steps of healing made nothing better on held-out text, so the weights are as they were cut."
+            else f"* {facts['healing_steps']} steps of healing made nothing better on held-out text, so the weights are as they were cut."
         )
     if facts.get("trained_on"):
         told.append(f"* Trained on {facts['trained_on']}; the best of what was looked at on other windows was kept.")
@@ -93,7 +93,7 @@ def _tables(facts: Mapping[str, Any]) -> list[str]:
         measured = (
             "what that costs was not measured"
             if cost is None
-            else f"that costs {cost:+.4f} nats of KL beside two tables, before any training"
+            else f"that costs {round(cost, 4) + 0.0:+.4f} nats of KL beside two tables, before any training"
         )
         return [f"One table for reading and predicting, as in the dense model; {measured}.", ""]
     if account["untied"]:

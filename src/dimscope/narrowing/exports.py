@@ -143,7 +143,7 @@ def check_export(checkpoint: Checkpoint, export: str | None) -> str | None:
     if export in (None, kind):
         return None
     if export not in known:
-        others = f"as {', '.join(known)}" if known else "as what it is only"
+        others = f"as {', '.join(known)}" if known else f"as a {kind} only"
         raise InvalidArgument(f"--as {export}: a {kind} model is written {others}")
     if export == "llama" and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise InvalidArgument(f"--as llama: {checkpoint.title} has layers with sliding windows, and a Llama has none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -56,7 +57,12 @@ class Healed:
 
     @property
     def after(self) -> float:
-        return min(best_point(points).held_out for points in (self.norms, self.weights))
+        return best_point([*self.norms, *self.weights]).held_out
+
+    @property
+    def steps(self) -> int:
+        """How many were run: fewer than asked for where nothing became better any more."""
+        return sum(points[-1].step for points in (self.norms, self.weights) if points)
 
 
 def heal(
@@ -117,8 +123,8 @@ def heal(
     for p in student.parameters():
         p.requires_grad_(False)
     # Where no look was better, both stages have put back what they began with.
-    better = min(best_point(points).held_out for points in (norms, weights or norms)) < norms[0].held_out
-    return Healed(norms, weights or norms[:1], student, dict(student.named_parameters()) if better else {})
+    healed = Healed(norms, weights, student, dict(student.named_parameters()))
+    return healed if healed.after < healed.before else replace(healed, trained={})
 
 
 def require_peft() -> None:
@@ -130,6 +136,7 @@ def require_peft() -> None:
 def _adapted(student: PreTrainedModel, rank: int, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what peft asks of transformers has another name by now
         torch.default_generator.manual_seed(seed)
         return get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))

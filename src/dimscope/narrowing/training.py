@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dimscope.representations.hidden_states import final_states, input_device, logit_transform, position_blocks
 from dimscope.representations.windows import Window, grouped
-from dimscope.results import whole_file
+from dimscope.results import write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,7 +150,8 @@ def minimise(
             announce(points[-1])
             if _stale(points) == 0:
                 best = [leaf.detach().clone() for leaf in goal.leaves]
-            if store is not None and time.monotonic() >= next_kept:
+            ended = step + 1 == schedule.steps or _stale(points) >= schedule.patience
+            if store is not None and (ended or time.monotonic() >= next_kept):
                 spent = _keep(store, recipe, goal.leaves, optimiser, best, points)
                 next_kept = time.monotonic() + KEEPING * spent
     with torch.no_grad():
@@ -195,14 +196,11 @@ def _keep(
     points: list[Point],
 ) -> float:
     """Writes the state, and says how long that took."""
-    from safetensors.torch import save_file
-
     began = time.monotonic()
     held = {f"{i}.{name}": t for i, leaf in enumerate(leaves) for name, t in optimiser.state[leaf].items()}
     held |= {f"{i}.now": leaf.detach() for i, leaf in enumerate(leaves)} | {f"{i}.best": t for i, t in enumerate(best)}
     told = {"recipe": recipe, "points": json.dumps([asdict(p) for p in points])}
-    with whole_file(store / STATE) as temporary:
-        save_file({name: t.contiguous() for name, t in held.items()}, temporary, metadata=told)
+    write_tensors(store / STATE, {name: t.contiguous() for name, t in held.items()}, told)
     return time.monotonic() - began
 
 
@@ -219,13 +217,15 @@ def _restored(
             told = held.metadata() or {}
             if told.get("recipe") != recipe:
                 return None
-            with torch.no_grad():
-                for i, leaf in enumerate(leaves):
-                    leaf.copy_(held.get_tensor(f"{i}.now"))
-                    optimiser.state[leaf] = {m: held.get_tensor(f"{i}.{m}") for m in MOMENTS}
-                    for moment in MOMENTS[:2]:
-                        optimiser.state[leaf][moment] = optimiser.state[leaf][moment].to(leaf.device)
-            best = [held.get_tensor(f"{i}.best").to(leaf.device) for i, leaf in enumerate(leaves)]
-            return best, [Point(**p) for p in json.loads(told["points"])]
-    except SafetensorError:  # of another version, or damaged: begin anew
+            points = [Point(**p) for p in json.loads(told["points"])]
+            read = [{n: held.get_tensor(f"{i}.{n}") for n in ("now", "best", *MOMENTS)} for i in range(len(leaves))]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):  # of another version, or damaged: begin anew
         return None
+    if any(t["now"].shape != leaf.shape for t, leaf in zip(read, leaves, strict=True)):
+        return None
+    with torch.no_grad():
+        for leaf, tensors in zip(leaves, read, strict=True):
+            leaf.copy_(tensors["now"])
+            moments = {name: tensors[name].to(leaf.device) for name in MOMENTS[:2]}
+            optimiser.state[leaf] = {**moments, "step": tensors["step"]}
+    return [t["best"].to(leaf.device) for t, leaf in zip(read, leaves, strict=True)], points

@@ -158,6 +158,7 @@ def _made(
     if not bench.trains:
         return cut, {}, told, {}
     told |= {"trained_on": _on(bench, bench.reading.training), "healed": bool(healed and healed.trained)}
+    told |= {"healing_steps": healed.steps} if healed else {}
     told |= {"steps": learned[-1].step} if learned else {}
     stages = {"basis": learned} | ({"norms": healed.norms, "weights": healed.weights} if healed else {})
     return cut, healed.trained if healed else {}, told, {"training": _training(stages)}

@@ -19,7 +19,7 @@ from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.tensors import DTYPES
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
-from dimscope.evaluation.generation import Decoding, Prompt, check_room, generate, prepare_prompt
+from dimscope.evaluation.generation import Decoding, Prompt, generate, prepare_prompt
 from dimscope.evaluation.throughput import Throughput, throughput
 from dimscope.narrowing.bases import LEARNED, check_basis
 from dimscope.narrowing.exports import check_export
@@ -48,7 +48,7 @@ SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)  # of the width, where none are asked for
 ALIGNED = (64, 32, 16, 8)  # what widths are rounded to a multiple of: the first that is an eighth of the width at most
 PLANNED = ("random", "raw", "normalised")  # bases, where none are asked for
 BITS = 8
-DECODING = Decoding(max_new_tokens=64)
+NEW_TOKENS = 64  # of a text, as far as the context goes
 
 
 def default_widths(checkpoint: Checkpoint, export: str | None = None) -> tuple[int, ...]:
@@ -232,7 +232,12 @@ def _speeds(speed: Mapping[str, Throughput], name: str) -> dict[str, float]:
 def _prompts(bench: Bench) -> list[Prompt]:
     tokenizer = require_tokenizer(bench.checkpoint.source)
     prompts = [prepare_prompt(tokenizer, prompt) for prompt in bench.settings.prompts]
-    check_room(prompts, DECODING, context_of(bench.checkpoint))
+    context = context_of(bench.checkpoint)
+    for prompt in prompts:
+        if context is not None and len(prompt.ids) >= context:
+            raise InvalidArgument(
+                f"--prompt: {prompt.text[:40]!r} has {len(prompt.ids)} tokens, and the model reads {context} at most; shorten it"
+            )
     return prompts
 
 
@@ -240,6 +245,8 @@ def _texts(bench: Bench, small: PreTrainedModel, prompts: Sequence[Prompt]) -> p
     """What the dense model and a narrow one say to every prompt, greedily."""
     tokenizer = require_tokenizer(bench.checkpoint.source)
     small.generation_config = deepcopy(bench.dense.generation_config)  # it knows where a text ends
-    told = [generate(model, tokenizer, prompts, DECODING) for model in (bench.dense, small)]
+    context = context_of(bench.checkpoint)
+    room = NEW_TOKENS if context is None else min(NEW_TOKENS, context - max(len(prompt.ids) for prompt in prompts))
+    told = [generate(model, tokenizer, prompts, Decoding(max_new_tokens=room)) for model in (bench.dense, small)]
     rows = [(prompt.text, dense.text, narrow.text) for prompt, dense, narrow in zip(prompts, *told, strict=True)]
     return pl.DataFrame(rows, schema=["prompt", "dense", "narrow"], orient="row")

@@ -1,0 +1,347 @@
+"""Narrowing: which directions are best to keep, against other ways to a smaller model, and how fast and lean it is.
+
+    python -m benchmarks.narrowing --model builtin --model FOLDER     (an hour and a half on 2 cores)
+    python -m benchmarks.narrowing --quick                            (seconds: does it run? nothing is written)
+    python -m benchmarks.narrowing --only speed memory
+
+Quality is held-out KL on text that each model writes itself, with windows of their own to calibrate and train, to choose
+(the best look of a training) and to judge; every seed has its own text, random subspace and order. Ratios are of one run.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from benchmarks.measure import VOCAB_SIZE, in_child
+from benchmarks.slicegpt import n_parameters, sliced
+from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dimscope.checkpoints.model import Placement, load_model
+from dimscope.checkpoints.vocabulary import require_tokenizer
+from dimscope.evaluation.generation import sample_windows
+from dimscope.evaluation.throughput import throughput
+from dimscope.narrowing.bases import FROM_TABLE, make_basis
+from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains, final_temperature
+from dimscope.narrowing.depth import least_blocks, without_blocks
+from dimscope.narrowing.healing import heal, heal_rate
+from dimscope.narrowing.layouts import layout_of
+from dimscope.narrowing.learning import RATE, learn_basis
+from dimscope.narrowing.projection import Cut, narrow_model, plan_cut
+from dimscope.narrowing.training import Point, Schedule, mean_distance
+from dimscope.narrowing.writing import Planned, write_safetensors
+from dimscope.representations.windows import Window
+from dimscope.studies.narrowing_bench import table_summary
+from dimscope.studies.narrowing_plan import default_widths
+
+CPU = Placement("float32", "cpu")
+BASES = ("random", "raw", "normalised", "learned")
+RESULTS = Path(__file__).parent / "results" / "narrowing.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is done."""
+
+    seeds: int = 3
+    length: int = 160
+    training: int = 768  # windows
+    others: int = 48  # windows to choose on, and to judge on
+    batch: int = 16
+    learn: int = 120  # steps
+    heal: int = 24  # steps
+    layers: int = 24  # of the model that is timed
+    big_layers: int = 16  # of the checkpoint whose narrowing is watched
+    big_width: int = 4096
+
+
+QUICK = Size(seeds=1, length=24, training=32, others=4, batch=4, learn=2, heal=2, layers=1, big_layers=2, big_width=256)
+
+
+# ---- quality --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Lab:
+    """A model and text of its own by what it is for."""
+
+    checkpoint: Checkpoint
+    dense: PreTrainedModel
+    training: Sequence[Window]
+    chosen_on: Sequence[Window]
+    judged_on: Sequence[Window]
+    calibration: Calibration
+    seed: int
+    size: Size
+
+    def kl(self, model: PreTrainedModel) -> float:
+        with torch.no_grad():
+            return mean_distance(model, self.dense, self.judged_on, self.size.batch)
+
+    def cut(self, basis: str, width: int, *, tied: bool | None = None) -> Cut:
+        """Gains calibrated, the final one fitted; nothing is trained."""
+        checkpoint, layout = self.checkpoint, layout_of(self.checkpoint)
+        known = table_summary(checkpoint) if basis in FROM_TABLE else self.calibration
+        directions = make_basis(basis, known, width, centred=layout.centred, seed=self.seed)
+        keep = checkpoint.tied if tied is None else tied
+        cut = plan_cut(checkpoint, directions, calibrated_gains(self.calibration, directions), tied=keep)
+        factor = final_temperature(
+            narrow_model(cut, CPU), self.dense, self.training[: self.size.others], self.size.batch
+        )
+        final = f"{layout.final_norm}.weight"
+        return replace(cut, gains={**cut.gains, final: cut.gains[final] * factor})
+
+    def schedule(self, steps: int, rate: float) -> Schedule:
+        return Schedule(steps, rate, max(1, steps // 6), batch=self.size.batch, seed=self.seed)
+
+    def learned(self, width: int, *, tied: bool | None = None) -> tuple[Cut, list[Point]]:
+        begun = self.cut("learned", width, tied=tied)
+        return learn_basis(self.dense, begun, self.training, self.chosen_on, self.schedule(self.size.learn, RATE), CPU)
+
+    def healed(self, cut: Cut) -> PreTrainedModel:
+        schedule = self.schedule(self.size.heal, heal_rate(cut.basis.shape[1], None))
+        return heal(narrow_model(cut, CPU), self.dense, self.training, self.chosen_on, schedule).model
+
+
+def make_lab(name: str, seed: int, size: Size) -> Lab:
+    checkpoint = open_checkpoint(name)
+    dense = load_model(checkpoint, CPU)
+    windows = sample_windows(
+        dense,
+        require_tokenizer(checkpoint.source),
+        count=size.training + 2 * size.others,
+        length=size.length,
+        seed=seed,
+    )
+    judged_on, chosen_on, training = (
+        windows[: size.others],
+        windows[size.others : 2 * size.others],
+        windows[2 * size.others :],
+    )
+    calibration = calibrate(dense, layout_of(checkpoint), training[: size.others], size.batch)
+    return Lab(checkpoint, dense, training, chosen_on, judged_on, calibration, seed, size)
+
+
+def bench_quality(name: str, size: Size) -> dict[str, Any]:
+    """KL by basis and width, untrained and after healing of equal steps, over seeds; the curve of each learned basis."""
+    rows, curves = [], []
+    for seed in range(size.seeds):
+        lab = make_lab(name, seed, size)
+        for width in default_widths(lab.checkpoint):
+            for basis in BASES:
+                began = time.monotonic()
+                cut, points = lab.learned(width) if basis == "learned" else (lab.cut(basis, width), [])
+                plain, healed = lab.kl(narrow_model(cut, CPU)), lab.kl(lab.healed(cut))
+                row = {
+                    "model": lab.checkpoint.title,
+                    "seed": seed,
+                    "width": width,
+                    "basis": basis,
+                    "kl": plain,
+                    "healed": healed,
+                }
+                rows.append(row | {"seconds": time.monotonic() - began})
+                print(json.dumps(rows[-1]), flush=True)
+                if points:
+                    curves.append({"seed": seed, "width": width, "points": [(p.step, p.held_out) for p in points]})
+    return {"rows": rows, "curves": curves, "order": _order(rows)}
+
+
+def _order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means and standard deviations over seeds, and whether every seed has the bases in the expected order."""
+    told = []
+    for width in sorted({r["width"] for r in rows}, reverse=True):
+        for stage in ("kl", "healed"):
+            by = {b: [r[stage] for r in rows if r["width"] == width and r["basis"] == b] for b in BASES}
+            best_first = [by[b] for b in reversed(BASES)]
+            holds = sum(all(a <= b for a, b in pairwise(s)) for s in zip(*best_first, strict=True))
+            spread = {b: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else math.nan) for b, v in by.items()}
+            told.append(
+                {"width": width, "stage": stage, "spread": spread, "seeds_in_order": holds, "seeds": len(by["raw"])}
+            )
+    return told
+
+
+# ---- at equal size --------------------------------------------------------------------------------------------------
+
+
+def bench_size(name: str, size: Size) -> dict[str, Any]:
+    """KL of ways that change size differently, read off each one's curve at the parameters of our narrow models."""
+    lab = make_lab(name, 0, size)
+    count = n_parameters
+    widths = default_widths(lab.checkpoint)
+    curves: dict[str, list[tuple[int, float]]] = {}
+
+    def add(way: str, model: PreTrainedModel) -> None:
+        curves.setdefault(way, []).append((count(model), lab.kl(model)))
+        print(json.dumps([way, *curves[way][-1]]), flush=True)
+
+    for width in widths:
+        add("narrow, normalised", narrow_model(lab.cut("normalised", width), CPU))
+        add("narrow, learned", narrow_model(lab.learned(width)[0], CPU))
+        if lab.checkpoint.tied:
+            add("narrow, normalised, two tables", narrow_model(lab.cut("normalised", width, tied=False), CPU))
+    dim = lab.checkpoint.input_table.shape[1]
+    exact = lab.kl(sliced(lab.dense, lab.training[: size.others], dim))
+    assert exact < 1e-6, f"SliceGPT at full width is not the dense model: KL {exact}"
+    for width in sorted({*widths, *(round(dim * share) for share in (0.95, 0.8, 0.7, 0.4, 0.3))}, reverse=True):
+        add("SliceGPT", sliced(lab.dense, lab.training[: size.others], width))
+    for n in range(1, lab.dense.config.num_hidden_layers // 2 + 1):
+        add("layers left out", without_blocks(lab.dense, least_blocks(lab.calibration, n), CPU))
+    dense = count(lab.dense)
+    places = [n for n, _ in curves["narrow, normalised"]]
+    equal = [
+        {"parameters": n, "share": n / dense, **{way: _at(sorted(curve), n) for way, curve in curves.items()}}
+        for n in places
+    ]
+    return {"model": lab.checkpoint.title, "dense": dense, "curves": curves, "equal": equal}
+
+
+def _at(curve: list[tuple[int, float]], n: int) -> float | None:
+    """On the straight line between two neighbours; nothing beyond the ends."""
+    for (low, before), (high, after) in pairwise(curve):
+        if low <= n <= high:
+            return before + (after - before) * (n - low) / (high - low)
+    return next((kl for size, kl in curve if size == n), None)
+
+
+# ---- speed and memory -----------------------------------------------------------------------------------------------
+
+
+def bench_speed(size: Size) -> dict[str, Any]:
+    """Prefill and decoding of the shape of Qwen2.5-0.5B at three quarters of its width against the whole, in turns."""
+    shape: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE if size.layers > 1 else 4096, "intermediate_size": 4864, "num_hidden_layers": size.layers,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    models = {
+        name: Qwen2ForCausalLM(Qwen2Config(hidden_size=width, **shape)).eval()
+        for name, width in (("dense", 896), ("narrow", 672))
+    }
+    found = []
+    for _ in range(3):
+        speed = throughput(models)
+        found.append(
+            {
+                "prefill": speed["narrow"].prefill / speed["dense"].prefill, "decode": speed["narrow"].decode / speed["dense"].decode,
+                "tokens_per_second": {name: (s.prefill, s.decode) for name, s in speed.items()},
+            }
+        )  # fmt: skip
+        print(json.dumps(found[-1]), flush=True)
+    return {key: statistics.median(f[key] for f in found) for key in ("prefill", "decode")} | {"rounds": found}
+
+
+WATCHED = """
+import json, sys, threading, time
+from pathlib import Path
+from dimscope.cli import main
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) / 1e6
+
+peak, done = 0.0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.02)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+began = time.monotonic()
+code = main(["narrow", sys.argv[1], "--width", sys.argv[2], "--basis", sys.argv[3], "--no-judge", "-o", sys.argv[4], "--json"])
+done = True
+watcher.join()
+print(json.dumps({"peak_anonymous_gb": peak, "seconds": time.monotonic() - began, "code": code}))
+"""
+
+
+def random_checkpoint(folder: Path, config: Any) -> tuple[int, int]:
+    """A sharded bfloat16 checkpoint of a config with random weights, written tensor by tensor: its bytes and the largest tensor's."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    plan = [Planned(name, tuple(p.shape), torch.bfloat16) for name, p in model.named_parameters()]
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(shape: tuple[int, ...]) -> Any:
+        first, *rest = shape
+        for start in range(0, first, 4096):
+            yield 0.02 * torch.randn(min(4096, first - start), *rest, generator=generator)
+
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    write_safetensors(folder, ((p, rows(p.shape)) for p in plan), plan)
+    return sum(p.n_bytes for p in plan), max(p.n_bytes for p in plan)
+
+
+def bench_memory(size: Size) -> list[dict[str, Any]]:
+    """Cutting checkpoints without a calibration: seconds, and the peak of anonymous memory (mapped files are not counted)."""
+    qwen = Qwen2Config(
+        vocab_size=VOCAB_SIZE if size.layers > 1 else 4096, hidden_size=896, intermediate_size=4864,
+        num_hidden_layers=size.layers, num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    d = size.big_width
+    llama = LlamaConfig(
+        vocab_size=32_000, hidden_size=d, intermediate_size=d * 43 // 16, num_hidden_layers=size.big_layers,
+        num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    rows = []
+    for name, config, width in (("Qwen2.5-0.5B", qwen, 672), (f"Llama, width {d}", llama, d * 3 // 4)):
+        with tempfile.TemporaryDirectory(prefix="dimscope-") as temporary:
+            folder = Path(temporary)
+            total, largest = random_checkpoint(folder / "dense", config)
+            for basis in ("embedding", "random"):
+                found = in_child(WATCHED, str(folder / "dense"), str(width), basis, str(folder / basis))
+                bound = 1 + 3 * largest / 1e9
+                rows.append(
+                    {
+                        "shape": name,
+                        "basis": basis,
+                        "gb": total / 1e9,
+                        "largest_gb": largest / 1e9,
+                        "bound_gb": bound,
+                        **found,
+                    }
+                )
+                print(json.dumps(rows[-1]), flush=True)
+                assert found["code"] == 0
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", action="append", help="for quality and size: builtin, or the folder of a Llama")
+    parser.add_argument("--only", nargs="+", choices=("quality", "size", "speed", "memory"))
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    size = QUICK if given.quick else Size()
+    models = given.model or ["builtin"]
+    makers = {
+        "quality": lambda: {m: bench_quality(m, size) for m in models}, "size": lambda: {m: bench_size(m, size) for m in models},
+        "speed": lambda: bench_speed(size), "memory": lambda: bench_memory(size),
+    }  # fmt: skip
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in given.only or makers:
+        found = makers[name]()
+        print(json.dumps({name: found}, indent=1))
+        if not given.quick:
+            before[name] = found
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(before, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
