@@ -47,7 +47,7 @@ class NarrowOptions:
     judge: bool = True
     "Judge and time the narrow model beside the dense one."
     text: Given = None
-    "Texts to calibrate, train and judge on, each on windows of its own (builtin:prose)."
+    "Texts to calibrate, train and judge on, each on windows of its own (builtin:prose), or generated: the model's own."
     windows: int | None = None
     "Windows to judge on, and as many to calibrate on; training takes the rest of the text (8)."
     length: int | None = None

@@ -8,7 +8,8 @@ from dimscope.report.profiles import finite
 from dimscope.report.section import Tables
 from dimscope.studies.damage_claims import sides_of, texts_of
 from dimscope.studies.damage_measures import LOSS, RELATIVE
-from dimscope.studies.damage_plan import GENERATED, UNDAMAGED
+from dimscope.studies.damage_plan import UNDAMAGED
+from dimscope.studies.reading import GENERATED
 
 NAMES = {
     "truncate": "truncation by SVD", "truncate-centred": "centred truncation", "project": "random projection",

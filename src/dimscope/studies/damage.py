@@ -35,7 +35,6 @@ from dimscope.results import ResultFolder
 from dimscope.studies import damage_measures as measures
 from dimscope.studies.damage_claims import breaking_frame, claims_frame
 from dimscope.studies.damage_plan import (
-    GENERATED,
     LENGTH,
     WINDOWS,
     DamageSettings,
@@ -46,7 +45,7 @@ from dimscope.studies.damage_plan import (
 )
 from dimscope.studies.estimate import estimate_damage
 from dimscope.studies.provenance import checkpoint_facts
-from dimscope.studies.reading import context_of, named_texts, window_length, windows_at_once
+from dimscope.studies.reading import GENERATED, context_of, texts_or_written, window_length, windows_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,11 +112,7 @@ class DamageWork:
         check_room(self.prompts, settings.decoding, context_of(checkpoint))
         if GENERATED in settings.texts:
             room_after(begin_ids(self.tokenizer), self.length)  # now, not after a model is loaded
-        self.texts: dict[str, Text | None] = {GENERATED: None} if GENERATED in settings.texts else {}
-        if others := [source for source in settings.texts if source != GENERATED]:
-            self.texts = named_texts(others) | self.texts
-        if not self.texts:
-            raise InvalidArgument("give a text: --text FILE, builtin:prose or generated")
+        self.texts = texts_or_written(settings.texts)
         self.read = {name: self._cut(text) for name, text in self.texts.items() if text is not None}
         known = [max(p.ids) for p in self.prompts] + [int(w.ids.max()) for ws in self.read.values() for w in ws]
         require_rows(max(known, default=0), checkpoint.input_table.shape[0])

@@ -13,7 +13,6 @@ from dimscope.interventions.insertion import Side
 from dimscope.interventions.perturbations import check_strength, find_perturbation
 
 UNDAMAGED = "undamaged"
-GENERATED = "generated"  # as a text: what the model writes itself
 LENGTH, WINDOWS = 512, 4  # tokens of a window, and windows, where none are asked for
 
 Step = tuple[str, float]  # the name of a perturbation, and its strength

@@ -17,6 +17,7 @@ from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.model import Placement, load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
+from dimscope.evaluation.generation import sample_windows
 from dimscope.evaluation.judging import Baseline, Judgement, baseline, judge
 from dimscope.interventions.maps import RowQuantisation
 from dimscope.interventions.perturbations import TableSummary, summarise
@@ -32,13 +33,14 @@ from dimscope.narrowing.training import TOKENS, Point, Schedule, mean_distance
 from dimscope.representations.embedding import open_table
 from dimscope.representations.windows import Window, middle_windows
 from dimscope.studies.provenance import fingerprint
-from dimscope.studies.reading import named_texts, window_length, windows_at_once
+from dimscope.studies.reading import texts_or_written, window_length, windows_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LENGTH, WINDOWS = 512, 8  # tokens of a window, and windows to judge on
 MOST = 4096  # windows of each text, where something is trained
+WRITTEN, TOGETHER = 512, 64  # windows that a model writes itself at most, and at once
 EVERY = 20  # steps between two looks at held-out text
 
 
@@ -131,7 +133,7 @@ class Bench:
                 "--device map: a model is calibrated and judged on one device; take cpu or cuda, or cut by the table alone: "
                 "--basis embedding --no-judge"
             )
-        self.texts = named_texts(settings.texts)
+        self.texts = texts_or_written(settings.texts)
         self.reading = self._read()
         self.length = len(self.reading.judged[0].ids)
         self.batch = windows_at_once(self.placement, self.length)
@@ -140,12 +142,25 @@ class Bench:
         settings, tokenizer = self.settings, require_tokenizer(self.checkpoint.source)
         length = window_length(self.checkpoint, settings.length, LENGTH)
         most = MOST if self.trains else -(-2 * settings.windows // len(self.texts))
-        windows = [
-            window
-            for text in self.texts.values()
-            for window in middle_windows(text, tokenizer, length=length, count=None, most=most)
-        ]
+        windows: list[Window] = []
+        for text in self.texts.values():
+            if text is None:
+                windows += self._written(length, min(most, WRITTEN))
+            else:
+                windows += middle_windows(text, tokenizer, length=length, count=None, most=most)
         return deal(windows, settings.windows, self.trains, list(self.texts))
+
+    def _written(self, length: int, count: int) -> list[Window]:
+        """Windows that the model writes itself, some at once: each holds keys and values of its own."""
+        tokenizer, seed = require_tokenizer(self.checkpoint.source), self.settings.seed
+        self.say(f"writing {count} windows of {length} tokens")
+        parts = [
+            sample_windows(
+                self.dense, tokenizer, count=min(TOGETHER, count - start), length=length, seed=(seed * MOST + start) % 2**63
+            )
+            for start in range(0, count, TOGETHER)
+        ]  # fmt: skip
+        return [window for part in parts for window in part]
 
     @cached_property
     def dense(self) -> PreTrainedModel:
@@ -236,7 +251,7 @@ class Bench:
         """What every candidate depends on: the model, the text and how it is dealt out, and where it runs."""
         settings = self.settings
         return {
-            "model": fingerprint(self.checkpoint), "texts": {name: t.fingerprint for name, t in self.texts.items()},
+            "model": fingerprint(self.checkpoint), "texts": {name: t and t.fingerprint for name, t in self.texts.items()},
             "windows": [settings.windows, self.length, self.trains], "seed": settings.seed, "tied": self.tied,
             "export": settings.export, **asdict(self.placement),
         }  # fmt: skip

@@ -7,6 +7,7 @@ from dimscope.checkpoints.model import Placement, require_causal
 from dimscope.errors import InvalidArgument
 from dimscope.representations.texts import Text, open_text
 
+GENERATED = "generated"  # as a text: what the model writes itself
 CPU_BATCH, GPU_BATCH = 2048, 16384  # tokens at once
 
 
@@ -29,6 +30,18 @@ def named_texts(sources: Sequence[str]) -> dict[str, Text]:
         raise InvalidArgument("give a text: --text FILE, or builtin:prose")
     texts = [open_text(source) for source in sources]
     return dict(zip(distinct([t.name for t in texts], sources), texts, strict=True))
+
+
+def texts_or_written(sources: Sequence[str]) -> dict[str, Text | None]:
+    """The texts at the sources by the name that is shown; None for what the model writes itself, `GENERATED`.
+
+    Raises InvalidArgument for none, and what `open_text` raises.
+    """
+    if not sources:
+        raise InvalidArgument(f"give a text: --text FILE, builtin:prose or {GENERATED}")
+    others = [source for source in sources if source != GENERATED]
+    found: dict[str, Text | None] = {**named_texts(others)} if others else {}
+    return found | ({GENERATED: None} if GENERATED in sources else {})
 
 
 def context_of(checkpoint: Checkpoint) -> int | None:
