@@ -59,6 +59,7 @@ def test_links_lead_to_files(page):
         ("embeddings", "parameters are token embeddings"),
         ("hidden_layers", "after final norm"),
         ("damage", "first choice the same at"),
+        ("narrowing", "transformers counts"),
     ],
 )
 def test_the_example_runs(run_python, name, told):
