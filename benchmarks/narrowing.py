@@ -295,29 +295,24 @@ def bench_memory(size: Size) -> list[dict[str, Any]]:
     )  # fmt: skip
     d = size.big_width
     llama = LlamaConfig(
-        vocab_size=32_000, hidden_size=d, intermediate_size=d * 43 // 16, num_hidden_layers=size.big_layers,
+        vocab_size=8000, hidden_size=d, intermediate_size=d * 43 // 16, num_hidden_layers=size.big_layers,
         num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False,
     )  # fmt: skip
     rows = []
-    for name, config, width in (("Qwen2.5-0.5B", qwen, 672), (f"Llama, width {d}", llama, d * 3 // 4)):
+    jobs = (
+        ("Qwen2.5-0.5B", qwen, 672, "embedding"),
+        ("Qwen2.5-0.5B", qwen, 672, "random"),
+        ("Llama", llama, d // 4, "random"),
+    )
+    for name, config, width, basis in jobs:
         with tempfile.TemporaryDirectory(prefix="dimscope-") as temporary:
             folder = Path(temporary)
             total, largest = random_checkpoint(folder / "dense", config)
-            for basis in ("embedding", "random"):
-                found = in_child(WATCHED, str(folder / "dense"), str(width), basis, str(folder / basis))
-                bound = 1 + 3 * largest / 1e9
-                rows.append(
-                    {
-                        "shape": name,
-                        "basis": basis,
-                        "gb": total / 1e9,
-                        "largest_gb": largest / 1e9,
-                        "bound_gb": bound,
-                        **found,
-                    }
-                )
-                print(json.dumps(rows[-1]), flush=True)
-                assert found["code"] == 0
+            found = in_child(WATCHED, str(folder / "dense"), str(width), basis, str(folder / "narrow"))
+            sizes = {"gb": total / 1e9, "largest_gb": largest / 1e9, "bound_gb": 1 + 3 * largest / 1e9}
+            rows.append({"shape": name, "dim": config.hidden_size, "width": width, "basis": basis, **sizes, **found})
+            print(json.dumps(rows[-1]), flush=True)
+            assert found["code"] == 0
     return rows
 
 

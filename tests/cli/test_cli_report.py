@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,45 @@ def test_another_model_in_the_same_folder_takes_nothing_from_the_first(checkpoin
     shared, alone = read_tables(tmp_path / "shared"), read_tables(tmp_path / "alone")
     for name in TABLES:
         assert_frame_equal(shared[name], alone[name])
+
+
+# ---- narrowing -----------------------------------------------------------------------------------------------------
+
+
+def test_what_narrowing_would_cost_is_on_the_page_and_stays_when_another_study_joins(checkpoint, cli, digest, tmp_path):
+    folder, out = checkpoint("llama", max_position_embeddings=128), tmp_path / "report"
+    before = digest(folder)
+    ran = cli("report", folder, "--with", "narrowing", "-o", out)
+    assert ran.returncode == 0, ran.stderr
+    assert "index.html" in ran.stdout
+    anchors = re.compile(r'<section id="([^"]+)"')
+    assert anchors.findall((out / "index.html").read_text()) == ["narrowing", "narrow", "provenance"]
+    facts, alone = models.read_json(out / "report.json"), read_tables(out)
+    assert alone.keys() == {"plan", "narrow_texts"}
+    said = facts["study"]["narrowing"]
+    joined = cli("report", folder, "--with", "embedding", "--sample", "50", "-o", out)
+    assert joined.returncode == 0, joined.stderr
+    page = (out / "index.html").read_text()
+    assert {"map", "spectrum"} < {*anchors.findall(page)}
+    assert anchors.findall(page)[-3:] == ["narrowing", "narrow", "provenance"]
+    assert said["advice"][0] in page
+    for row in alone["plan"].filter(pl.col("method") == "narrow").iter_rows(named=True):
+        assert f"<bdi>width {row['width']}, {row['basis']}</bdi>" in page
+        assert f"<bdi>{row['kl']:.4f}</bdi>" in page
+    assert "<bdi>Once upon a time</bdi>" in page  # which a model with room for it goes on with
+    together = models.read_json(out / "report.json")
+    assert together["study"].keys() == {"narrowing", "embedding"}
+    assert together["study"]["narrowing"] == said
+    assert together["tables"]["narrowing"] == ["plan", "narrow_texts"]
+    tables = read_tables(out)
+    assert tables.keys() == TABLES | alone.keys()
+    for name, table in alone.items():
+        assert_frame_equal(tables[name], table)
+    assert digest(folder) == before
+
+
+def test_a_family_that_cannot_be_narrowed_is_refused(checkpoint, refuses):
+    refuses(checkpoint("gpt2"), "gpt2", "not narrowed", command="report", options=("--with", "narrowing"))
 
 
 # ---- violent ends --------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def dropped(layers: int, kl: float, **more: object) -> dict[str, Any]:
 
 
 def frame(*rows: Mapping[str, Any]) -> pl.DataFrame:
-    """Return the table `plan` of these rows, after those of the dense model and before that of its rounding to 8 bits."""
+    """Return the table `plan` of these rows, between those of the dense model and of its rounding to 8 bits."""
     rounded = row(ROUND, PARAMETERS, 0.002, bits=8) | {"bytes": 202_000_000}
     return with_equal_size(pl.DataFrame([dense(), *rows, rounded], schema=SCHEMA))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,7 @@ from dimscope.narrowing.projection import Cut, narrow_model, plan_cut, set_gain
 from dimscope.narrowing.training import TOKENS, Point, Schedule, mean_distance
 from dimscope.representations.embedding import open_table
 from dimscope.representations.windows import Window, middle_windows
+from dimscope.studies.estimate import duration
 from dimscope.studies.provenance import fingerprint
 from dimscope.studies.reading import texts_or_written, window_length, windows_at_once
 
@@ -212,10 +214,9 @@ class Bench:
         if basis != LEARNED:
             return begun
         schedule = self.schedule(self.settings.learn, RATE)
-        self.say(f"learning a basis of {width}: {schedule.steps} steps of {schedule.batch * self.length} tokens")
         cut, points = learn_basis(
             self.dense, begun.cut, self.reading.training, self.reading.held_out, schedule, self.placement, store=store,
-            recipe=self._training_recipe(begun.cut), announce=self.tell,
+            recipe=self._training_recipe(begun.cut), announce=self._teller(f"learning a basis of {width}", schedule),
         )  # fmt: skip
         return Candidate(cut, narrow_model(cut, self.placement), points)
 
@@ -223,13 +224,12 @@ class Bench:
         """A cut trained in float32, computed with in the dtype of the run."""
         settings, width = self.settings, cut.basis.shape[1]
         schedule = self.schedule(settings.heal, heal_rate(width, settings.lora))
-        self.say(f"healing: {schedule.steps} steps of {schedule.batch * self.length} tokens")
         # The gradients of a small KL are too small for float16, not for bfloat16.
         low = None if self.placement.dtype == "float32" else torch.bfloat16
         return heal(
             narrow_model(cut, Placement("float32", self.placement.device)), self.dense, self.reading.training,
             self.reading.held_out, schedule, lora=settings.lora, low=low, store=store,
-            recipe=self._training_recipe(cut), announce=self.tell,
+            recipe=self._training_recipe(cut), announce=self._teller("healing", schedule),
         )  # fmt: skip
 
     def tie_cost(self, made: Candidate, basis: str) -> float:
@@ -242,9 +242,20 @@ class Bench:
     def _calibration_kl(self, model: PreTrainedModel) -> float:
         return mean_distance(model, self.dense, self.reading.calibration, self.batch)
 
-    def tell(self, point: Point) -> None:
-        """Says how far training is."""
-        self.say(f"step {point.step}: held-out KL {point.held_out:.4f}")
+    def _teller(self, what: str, schedule: Schedule) -> Callable[[Point], object]:
+        """Says what begins, and then how far it is and how long it may still take."""
+        self.say(f"{what}: {schedule.steps} steps of {schedule.batch * self.length} tokens")
+        first: list[tuple[int, float]] = []
+
+        def tell(point: Point) -> None:
+            now = time.monotonic()
+            first.append((point.step, now))
+            done = point.step - first[0][0]
+            left = (now - first[0][1]) / done * (schedule.steps - point.step) if done else None
+            rest = "" if left is None else f", at most {duration(left)} left"
+            self.say(f"step {point.step}: held-out KL {point.held_out:.4f}{rest}")
+
+        return tell
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
