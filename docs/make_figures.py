@@ -1,11 +1,14 @@
 """Draws the figures of the README and the docs from a finished report.
 
-dimscope report builtin --with embedding layers damage -o report && python docs/make_figures.py report       (needs the `export` extra)
+dimscope report builtin --with embedding layers damage narrowing -o report
+python docs/make_figures.py report                                              (needs the `export` extra)
 """
 
+import json
 import sys
 from pathlib import Path
 
+import plotly.graph_objects as go
 import polars as pl
 
 from dimscope.report import figures, theme
@@ -16,6 +19,32 @@ spectrum = pl.read_parquet(folder / "tables/spectrum.parquet").filter(preprocess
 dimensions = pl.read_parquet(folder / "tables/dimensions.parquet").filter(preprocess="centred")
 layers = pl.read_parquet(folder / "tables/layers.parquet").filter(preprocess="raw", centred=True, text="builtin prose")
 damage = damages(pl.read_parquet(folder / "tables/damage.parquet"))[0]
+plan = pl.read_parquet(folder / "tables/plan.parquet")
+measured = json.loads((Path(__file__).parents[1] / "benchmarks/results/narrowing.json").read_text())["quality"][
+    "builtin"
+]
+
+
+def learning_curves(curves: list[dict]) -> go.Figure:
+    """Draw the held-out KL by the steps of a learned basis, one line for each width and seed."""
+    figure = theme.figure(
+        440,
+        xaxis={"title": {"text": "steps of 16 x 160 tokens"}},
+        yaxis={"title": {"text": "held-out KL to the dense model (nats)"}, "rangemode": "tozero"},
+    )
+    widths = sorted({curve["width"] for curve in curves}, reverse=True)
+    for curve in curves:
+        mark, first = theme.series_mark(widths.index(curve["width"])), curve["seed"] == 0
+        steps, values = zip(*curve["points"], strict=True)
+        figure.add_trace(
+            go.Scatter(
+                x=steps, y=values, name=f"width {curve['width']}", mode="lines+markers", showlegend=first,
+                line={"color": mark.colour, "dash": mark.dash}, marker={"color": mark.colour, "symbol": mark.symbol},
+            )
+        )  # fmt: skip
+    return figure
+
+
 images = Path(__file__).parent / "images"
 images.mkdir(exist_ok=True)
 for name, figure, title in (
@@ -31,6 +60,16 @@ for name, figure, title in (
         "The built-in model fills half to three quarters of the dimensions that noise would",
     ),
     ("damage", figures.damage_by_kept(damage), "Truncation does the least damage to the built-in model"),
+    (
+        "narrowing",
+        figures.narrowing_plan(plan, "parameters"),
+        "Narrowing the built-in model costs less than leaving out layers, if the directions are well chosen",
+    ),
+    (
+        "narrowing-learning",
+        learning_curves(measured["curves"]),
+        "A learned basis halves the KL within forty steps (three seeds each)",
+    ),
 ):
     figure.update_layout(
         template=theme.template("light"),
