@@ -21,6 +21,7 @@ bench: .venv/dev
 	$(BIN)/python -m benchmarks.embedding
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.damage
+	$(BIN)/python -m benchmarks.narrowing
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -52,19 +52,21 @@ RESULTS = Path(__file__).parent / "results" / "narrowing.json"
 class Size:
     """How much is done."""
 
-    seeds: int = 3
+    seeds: tuple[int, ...] = (0, 1, 2)
     length: int = 160
     training: int = 768  # windows
     others: int = 48  # windows to choose on, and to judge on
     batch: int = 16
-    learn: int = 120  # steps
-    heal: int = 24  # steps
+    learn: int = 80  # steps
+    heal: int = 16  # steps
     layers: int = 24  # of the model that is timed
     big_layers: int = 16  # of the checkpoint whose narrowing is watched
     big_width: int = 4096
 
 
-QUICK = Size(seeds=1, length=24, training=32, others=4, batch=4, learn=2, heal=2, layers=1, big_layers=2, big_width=256)
+QUICK = Size(
+    seeds=(0,), length=24, training=32, others=4, batch=4, learn=2, heal=2, layers=1, big_layers=2, big_width=256
+)
 
 
 # ---- quality --------------------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def make_lab(name: str, seed: int, size: Size) -> Lab:
 def bench_quality(name: str, size: Size) -> dict[str, Any]:
     """KL by basis and width, untrained and after healing of equal steps, over seeds; the curve of each learned basis."""
     rows, curves = [], []
-    for seed in range(size.seeds):
+    for seed in size.seeds:
         lab = make_lab(name, seed, size)
         for width in default_widths(lab.checkpoint):
             for basis in BASES:
@@ -153,7 +155,17 @@ def bench_quality(name: str, size: Size) -> dict[str, Any]:
                 print(json.dumps(rows[-1]), flush=True)
                 if points:
                     curves.append({"seed": seed, "width": width, "points": [(p.step, p.held_out) for p in points]})
-    return {"rows": rows, "curves": curves, "order": _order(rows)}
+    return {"rows": rows, "curves": curves}
+
+
+def merged(before: dict[str, Any], found: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """Results by model with those of other seeds that were there already, and what all of them say."""
+    told = dict(before)
+    for model, new in found.items():
+        old = before.get(model, {"rows": [], "curves": []})
+        both = {part: [r for r in old[part] if r["seed"] not in seeds] + new[part] for part in ("rows", "curves")}
+        told[model] = both | {"order": _order(both["rows"])}
+    return told
 
 
 def _order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -320,20 +332,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", action="append", help="for quality and size: builtin, or the folder of a Llama")
     parser.add_argument("--only", nargs="+", choices=("quality", "size", "speed", "memory"))
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the quality; results of others are kept (0 1 2)")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     size = QUICK if given.quick else Size()
+    size = replace(size, seeds=tuple(given.seeds)) if given.seeds else size
     models = given.model or ["builtin"]
     makers = {
-        "quality": lambda: {m: bench_quality(m, size) for m in models}, "size": lambda: {m: bench_size(m, size) for m in models},
+        "quality": lambda: {open_checkpoint(m).title: bench_quality(m, size) for m in models}, "size": lambda: {open_checkpoint(m).title: bench_size(m, size) for m in models},
         "speed": lambda: bench_speed(size), "memory": lambda: bench_memory(size),
     }  # fmt: skip
-    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in given.only or makers:
         found = makers[name]()
-        print(json.dumps({name: found}, indent=1))
         if not given.quick:
-            before[name] = found
+            before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # another process may have written too
+            before[name] = merged(before.get(name, {}), found, size.seeds) if name == "quality" else found
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(before, indent=1) + "\n")
 

@@ -29,7 +29,7 @@ def _star(kl: float = 0.004) -> dict[str, Any]:
 
 PLANS: dict[str, Callable[[], pl.DataFrame]] = {
     "a usual one": made.plan,
-    "widths and layers in rising order": lambda: made.plan((32, 48, 56), made.BASES, dict(sorted(made.DROPPED.items()))),
+    "widths and layers in rising order": lambda: made.plan((32, 48, 56), layers=dict(sorted(made.DROPPED.items()))),
     "a healed candidate": lambda: made.plan(made.WIDTHS, made.BASES, made.DROPPED, _star()),
     "one width": lambda: made.plan((48,)),
     "one basis": lambda: made.plan(bases=("raw",)),
@@ -85,7 +85,7 @@ def _trace(fig: go.Figure, name: str) -> Any:
 
 
 def _expected(plan: pl.DataFrame, x: str) -> dict[str, list[tuple[float, float]]]:
-    """Every narrow, healed and shallower candidate of the table, from wide to narrow; KL as if it were 1e-4 at least."""
+    """Every narrow, healed and shallower candidate of the table, from wide to narrow; KL is drawn as 1e-4 at least."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in sorted(plan.iter_rows(named=True), key=lambda row: -row["parameters"]):
         name = {NARROW: row["basis"], HEALED: f"{row['basis']}, healed", DROP: DROP}.get(row["method"])
@@ -280,8 +280,8 @@ def test_every_candidate_has_its_row_with_the_numbers_of_the_table(name):
         numbers = [
             ("parameters", " M", held["parameters"] / 1e6, 0.05), ("change", "%", 100 * change, 0.5),
             ("weights", " MB", held["bytes"] / 1e6, 0.5), ("reading", "×", held["prefill_ratio"], 5e-3),
-            ("writing", "×", held["decode_ratio"], 5e-3), ("loss", "", held["loss"], 5e-4), ("KL", "", held["kl"], 5e-5),
-            ("by layers", "", None if held["method"] == "dense" else dropping, 5e-5),
+            ("writing", "×", held["decode_ratio"], 5e-3), ("loss", "", held["loss"], 5e-4),
+            ("KL", "", held["kl"], 5e-5), ("by layers", "", None if held["method"] == "dense" else dropping, 5e-5),
         ]  # fmt: skip
         for column, unit, value, half in numbers:
             if value is None:
