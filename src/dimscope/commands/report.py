@@ -55,6 +55,7 @@ def report(
     seed
         Seed of samples, shuffles and nulls.
     """
+    from dimscope.narrowing.layouts import layout_of
     from dimscope.report.run import run_damage, run_layers, run_narrowing, run_report
     from dimscope.studies.damage_plan import DamageSettings
     from dimscope.studies.embedding import EmbeddingSettings
@@ -69,6 +70,8 @@ def report(
         raise InvalidArgument(f"--sample is at least 1, not {sample}")
     settings = options.settings(common, seed)
     checkpoint = common.open(model)
+    if "narrowing" in with_:
+        layout_of(checkpoint)  # refuses a family that is not narrowed now, not after the other studies
     facts = {}
     if "embedding" in with_:
         facts = run_report(

@@ -87,7 +87,7 @@ KIND_MARKS: dict[str, Mark] = {
 
 # Ways to choose the directions that are kept. What an embedding table gives has the marks of the changes of tables.
 BASIS_MARKS: dict[str, Mark] = {
-    "learned": Mark("#c45a9c", "star"),
+    "learned": Mark("#c45a9c", "circle"),
     "normalised": Mark("#009e73", "diamond"),
     "raw": Mark("#a8703a", "triangle-up", "dash"),
     "embedding": KIND_MARKS["truncate"],

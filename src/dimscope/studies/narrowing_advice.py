@@ -51,7 +51,7 @@ def candidate_name(row: Mapping[str, Any]) -> str:
     """How a row of the plan is called: "width 224, raw", "5 layers", "8-bit weights"."""
     named = {
         DENSE: "dense", NARROW: f"width {row['width']}, {row['basis']}", HEALED: f"width {row['width']}, {row['basis']}, healed",
-        DROP: f"{row['layers']} layers", ROUND: f"{row['bits']}-bit weights",
+        DROP: f"{row['layers']} layer{'' if row['layers'] == 1 else 's'}", ROUND: f"{row['bits']}-bit weights",
     }  # fmt: skip
     return named[row["method"]]
 
@@ -64,21 +64,38 @@ def best_basis(plan: pl.DataFrame) -> str:
 
 
 def shown_candidate(plan: pl.DataFrame) -> dict[str, Any]:
-    """The candidate that is shown beside the dense model, and healed: of the best basis the widest that is a tenth smaller."""
-    narrow = plan.filter((pl.col("method") == NARROW) & (pl.col("basis") == best_basis(plan))).sort(
-        "width", descending=True
-    )
-    dense = plan.filter(pl.col("method") == DENSE)["parameters"][0]
-    smaller = narrow.filter(pl.col("parameters") <= TENTH * dense)
-    return (smaller if smaller.height else narrow[-1:]).row(0, named=True)
+    """The candidate that is shown beside the dense model, and healed: the advised one, or the widest that is a tenth smaller."""
+    good = _tolerable_rows(plan)
+    narrow = _best_rows(plan)
+    smaller = [row for row in narrow if row["parameters"] <= TENTH * _dense(plan)["parameters"]]
+    return good[-1] if good else (smaller or narrow[-1:])[0]
+
+
+def _dense(plan: pl.DataFrame) -> dict[str, Any]:
+    return plan.filter(pl.col("method") == DENSE).row(0, named=True)
+
+
+def _best_rows(plan: pl.DataFrame) -> list[dict[str, Any]]:
+    """The candidates of the best basis, the largest first."""
+    own = plan.filter((pl.col("method") == NARROW) & (pl.col("basis") == best_basis(plan)))
+    return own.sort("parameters", descending=True).rows(named=True)
+
+
+def _better_rows(plan: pl.DataFrame) -> list[dict[str, Any]]:
+    """Those that are smaller than the dense model, and lose less than leaving out layers at their size."""
+    limit, told = _dense(plan)["parameters"], plan if "kl_dropping" in plan.columns else with_equal_size(plan)
+    smaller = [row for row in _best_rows(told) if row["parameters"] < limit]
+    return [row for row in smaller if row["kl_dropping"] is None or row["kl"] < row["kl_dropping"]]
+
+
+def _tolerable_rows(plan: pl.DataFrame) -> list[dict[str, Any]]:
+    return [row for row in _better_rows(plan) if row["loss_rise"] <= TOLERATED]
 
 
 def advice(plan: pl.DataFrame) -> list[str]:
     """What to do with this model, in a few sentences: the first is the advice, the others say why."""
-    dense = plan.filter(pl.col("method") == DENSE).row(0, named=True)
-    basis = best_basis(plan)
-    narrow = plan.filter((pl.col("method") == NARROW) & (pl.col("basis") == basis)).sort("parameters", descending=True)
-    smaller = [row for row in narrow.iter_rows(named=True) if row["parameters"] < dense["parameters"]]
+    dense, basis = _dense(plan), best_basis(plan)
+    smaller = [row for row in _best_rows(plan) if row["parameters"] < dense["parameters"]]
     compared = [t for t in (_rounded(plan),) if t]
     if not smaller:
         return [
@@ -87,8 +104,7 @@ def advice(plan: pl.DataFrame) -> list[str]:
             *compared,
         ]
     compared = [_compared(plan, basis, dense["parameters"], smaller[0]), *compared]
-    better = [row for row in smaller if row["kl_dropping"] is None or row["kl"] < row["kl_dropping"]]
-    good = [row for row in better if row["loss_rise"] <= TOLERATED]
+    better, good = _better_rows(plan), _tolerable_rows(plan)
     healed = plan.filter(pl.col("method") == HEALED)
     mended = healed.row(0, named=True) if healed.height else None
     if mended and mended["loss_rise"] <= TOLERATED and (not good or mended["parameters"] <= good[-1]["parameters"]):
@@ -120,7 +136,7 @@ def _rounded(plan: pl.DataFrame) -> str | None:
     rows = plan.filter(pl.col("method") == ROUND)
     if rows.is_empty():
         return None
-    row, dense = rows.row(0, named=True), plan.filter(pl.col("method") == DENSE).row(0, named=True)
+    row, dense = rows.row(0, named=True), _dense(plan)
     return (
         f"For the bytes alone, round the weights: {row['bits']} bits leave {row['bytes'] / dense['bytes']:.0%} of them and change "
         f"the loss by {row['loss_rise']:+.4f} nats."

@@ -9,7 +9,7 @@ from dimscope.report import figures
 from dimscope.report.section import Facts, Grid, Plot, Section, Tables
 from dimscope.report.sections.asked import table
 from dimscope.report.wording import count, number, share
-from dimscope.studies.narrowing_advice import DENSE, HEALED, candidate_name
+from dimscope.studies.narrowing_advice import DENSE, HEALED, ROUND, candidate_name
 
 
 def plan_section(tables: Tables, facts: Facts) -> Section | None:
@@ -19,7 +19,7 @@ def plan_section(tables: Tables, facts: Facts) -> Section | None:
         return None
     first, *rest = said["advice"]
     judged, length = said["n_windows"]["judged"], said["window_length"]
-    star = f" A star is a candidate after {said['heal']} steps of healing." if said.get("heal") else ""
+    star = f" A star is a candidate after {count(said['heal'], 'step')} of healing." if said.get("heal") else ""
     return Section(
         anchor="narrowing",
         name="Narrowing",
@@ -49,10 +49,10 @@ def _candidates(plan: pl.DataFrame) -> Grid:
     dense = plan.filter(pl.col("method") == DENSE).row(0, named=True)
     rows = tuple(
         (
-            candidate_name(row), f"{row['parameters'] / 1e6:,.1f} M", f"{row['parameters'] / dense['parameters'] - 1:+.0%}",
-            f"{row['bytes'] / 1e6:,.0f} MB", _times(row["prefill_ratio"]), _times(row["decode_ratio"]),
+            candidate_name(row), f"{row['parameters']:,}", f"{row['parameters'] / dense['parameters'] - 1:+.0%}",
+            _size(row["bytes"]), _times(row["prefill_ratio"]), _times(row["decode_ratio"]),
             f"{row['loss']:.3f}", f"{row['kl']:.4f}", share(row["top_1"]),
-            "–" if row["method"] == DENSE or row["kl_dropping"] is None else f"{row['kl_dropping']:.4f}",
+            "–" if row["method"] in (DENSE, ROUND) or row["kl_dropping"] is None else f"{row['kl_dropping']:.4f}",
         )
         for row in plan.iter_rows(named=True)
     )  # fmt: skip
@@ -72,6 +72,11 @@ def _candidates(plan: pl.DataFrame) -> Grid:
     return Grid(caption, header, rows, frozenset(range(1, len(header))))
 
 
+def _size(n_bytes: int) -> str:
+    unit, name = (1e9, "GB") if n_bytes >= 1e9 else (1e6, "MB") if n_bytes >= 1e6 else (1e3, "kB")
+    return f"{n_bytes / unit:,.3g} {name}"
+
+
 def _times(ratio: float | None) -> str:
     return "–" if ratio is None else f"{ratio:.2f}×"
 
@@ -83,6 +88,8 @@ def before_after_section(tables: Tables, facts: Facts) -> Section | None:
         return None
     shown = said["shown"]
     own = plan.filter((pl.col("basis") == shown["basis"]) & (pl.col("width") == shown["width"]))
+    if own.is_empty():
+        return None
     healed = own.filter(pl.col("method") == HEALED)
     after = (healed if healed.height else own).row(0, named=True)
     before = plan.filter(pl.col("method") == DENSE).row(0, named=True)
