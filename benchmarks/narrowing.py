@@ -339,9 +339,11 @@ def main() -> None:
     size = replace(size, seeds=tuple(given.seeds)) if given.seeds else size
     models = given.model or ["builtin"]
     makers = {
-        "quality": lambda: {open_checkpoint(m).title: bench_quality(m, size) for m in models}, "size": lambda: {open_checkpoint(m).title: bench_size(m, size) for m in models},
-        "speed": lambda: bench_speed(size), "memory": lambda: bench_memory(size),
-    }  # fmt: skip
+        "quality": lambda: {open_checkpoint(m).title: bench_quality(m, size) for m in models},
+        "size": lambda: {open_checkpoint(m).title: bench_size(m, size) for m in models},
+        "speed": lambda: bench_speed(size),
+        "memory": lambda: bench_memory(size),
+    }
     for name in given.only or makers:
         found = makers[name]()
         if not given.quick:
