@@ -57,7 +57,7 @@ class NarrowOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     "What to run in; the checkpoint keeps the dtype in which it is stored."
     device: str | None = None
-    "auto, cpu, cuda, cuda:1, mps, or map: spread over all devices by accelerate."
+    "auto, cpu, cuda, cuda:1 or mps."
 
     def settings(self, common: Common, seed: int) -> NarrowSettings:
         """What is asked. Raises InvalidArgument for what does not make sense whatever the model."""
