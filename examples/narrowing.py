@@ -23,7 +23,9 @@ with tempfile.TemporaryDirectory() as folder:
     facts, tables = dimscope.narrow(checkpoint, out, dim * 3 // 4, settings, command="examples/narrowing.py")
     model = AutoModelForCausalLM.from_pretrained(out)  # stock transformers: no dimscope is needed from here on
     account = facts["account"]
-    print(f"{facts['width']} of {dim} dimensions: {account['narrow_parameters']:,} of {account['dense_parameters']:,} parameters")
+    print(
+        f"{facts['width']} of {dim} dimensions: {account['narrow_parameters']:,} of {account['dense_parameters']:,} parameters"
+    )
     print(f"transformers counts {model.num_parameters():,}")
     for row in tables["measured"].iter_rows(named=True):
         print(f"{row['metric']:>28} {row['dense']:14,.4g} {row['narrow']:14,.4g}")
