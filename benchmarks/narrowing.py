@@ -187,11 +187,15 @@ def _order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def bench_size(name: str, size: Size) -> dict[str, Any]:
-    """KL of ways that change size differently, read off each one's curve at the parameters of our narrow models."""
+    """KL of ways that change size differently, read off each one's curve at the parameters of our narrow models.
+
+    Learned bases of the first seed are those of `bench_quality`, on the same windows, where that has been run.
+    """
     lab = make_lab(name, 0, size)
     count = n_parameters
     widths = default_widths(lab.checkpoint)
-    curves: dict[str, list[tuple[int, float]]] = {}
+    known = _known(lab.checkpoint.title, "learned") if size.layers > 1 else {}
+    curves: dict[str, list[tuple[int, float]]] = {"layers left out": [(count(lab.dense), 0.0)]}
 
     def add(way: str, model: PreTrainedModel) -> None:
         curves.setdefault(way, []).append((count(model), lab.kl(model)))
@@ -199,7 +203,10 @@ def bench_size(name: str, size: Size) -> dict[str, Any]:
 
     for width in widths:
         add("narrow, normalised", narrow_model(lab.cut("normalised", width), CPU))
-        add("narrow, learned", narrow_model(lab.learned(width)[0], CPU))
+        if width in known:
+            curves.setdefault("narrow, learned", []).append((curves["narrow, normalised"][-1][0], known[width]))
+        else:
+            add("narrow, learned", narrow_model(lab.learned(width)[0], CPU))
         if lab.checkpoint.tied:
             add("narrow, normalised, two tables", narrow_model(lab.cut("normalised", width, tied=False), CPU))
     dim = lab.checkpoint.input_table.shape[1]
@@ -216,6 +223,12 @@ def bench_size(name: str, size: Size) -> dict[str, Any]:
         for n in places
     ]
     return {"model": lab.checkpoint.title, "dense": dense, "curves": curves, "equal": equal}
+
+
+def _known(model: str, basis: str) -> dict[int, float]:
+    """KL by width of the first seed, as measured before."""
+    found = json.loads(RESULTS.read_text()).get("quality", {}).get(model, {}) if RESULTS.exists() else {}
+    return {r["width"]: r["kl"] for r in found.get("rows", ()) if r["seed"] == 0 and r["basis"] == basis}
 
 
 def _at(curve: list[tuple[int, float]], n: int) -> float | None:
