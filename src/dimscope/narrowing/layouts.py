@@ -154,4 +154,4 @@ def width_step(checkpoint: Checkpoint, export: str | None = None) -> int | None:
     """What every width is a multiple of, where the config of the family is refused otherwise."""
     config = checkpoint.config
     assert config is not None, checkpoint.name
-    return int(config.num_attention_heads) if "llama" in (export, config.model_type) and export != "phi" else None
+    return int(config.num_attention_heads) if "llama" in (export, config.model_type) else None
