@@ -98,27 +98,15 @@ def heal(
 
         goal = Goal(leaves, backward, lambda: mean_distance(student, dense, held_out, schedule.batch))
         own = replace(schedule, steps=steps, rate=rate, every=min(schedule.every, steps))
-        return minimise(
-            goal,
-            training,
-            own,
-            store=store and store / stage,
-            recipe=f"{recipe} {stage} {schedule.steps} {lora} {low}",
-            announce=announce,
-        )
+        told = f"{recipe} {stage} {schedule.steps} {lora} {low}"
+        return minimise(goal, training, own, store=store and store / stage, recipe=told, announce=announce)
 
     norms = trained(student, chosen, first, NORM_RATE, "norms")
-    if lora is None:
-        leaves = list(student.parameters())
-        weights = (
-            trained(student, leaves, schedule.steps - first, schedule.rate, "weights") if schedule.steps > first else []
-        )
-    else:
-        adapted = _adapted(student, lora, schedule.seed)
-        leaves = [p for p in adapted.parameters() if p.requires_grad]
-        weights = (
-            trained(adapted, leaves, schedule.steps - first, schedule.rate, "lora") if schedule.steps > first else []
-        )
+    adapted: Any = student if lora is None else _adapted(student, lora, schedule.seed)
+    leaves = [p for p in adapted.parameters() if lora is None or p.requires_grad]
+    rest, stage = schedule.steps - first, "weights" if lora is None else "lora"
+    weights = trained(adapted, leaves, rest, schedule.rate, stage) if rest else []
+    if lora is not None:
         adapted.merge_and_unload()
     for p in student.parameters():
         p.requires_grad_(False)
