@@ -31,15 +31,16 @@ from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.evaluation.generation import sample_windows
 from dimscope.evaluation.throughput import throughput
 from dimscope.narrowing.bases import FROM_TABLE, make_basis
-from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains, final_temperature
+from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains
 from dimscope.narrowing.depth import least_blocks, without_blocks
 from dimscope.narrowing.healing import heal, heal_rate
 from dimscope.narrowing.layouts import layout_of
 from dimscope.narrowing.learning import RATE, learn_basis
-from dimscope.narrowing.projection import Cut, narrow_model, plan_cut
+from dimscope.narrowing.projection import Cut, fitted_model, narrow_model, plan_cut
 from dimscope.narrowing.training import Point, Schedule, mean_distance
 from dimscope.narrowing.writing import Planned, write_safetensors
 from dimscope.representations.windows import Window
+from dimscope.studies.narrowing_advice import between
 from dimscope.studies.narrowing_bench import table_summary
 from dimscope.studies.narrowing_plan import default_widths
 
@@ -86,8 +87,7 @@ class Lab:
     size: Size
 
     def kl(self, model: PreTrainedModel) -> float:
-        with torch.no_grad():
-            return mean_distance(model, self.dense, self.judged_on, self.size.batch)
+        return mean_distance(model, self.dense, self.judged_on, self.size.batch)
 
     def cut(self, basis: str, width: int, *, tied: bool | None = None) -> Cut:
         """Gains calibrated, the final one fitted; nothing is trained."""
@@ -96,11 +96,7 @@ class Lab:
         directions = make_basis(basis, known, width, centred=layout.centred, seed=self.seed)
         keep = checkpoint.tied if tied is None else tied
         cut = plan_cut(checkpoint, directions, calibrated_gains(self.calibration, directions), tied=keep)
-        factor = final_temperature(
-            narrow_model(cut, CPU), self.dense, self.training[: self.size.others], self.size.batch
-        )
-        final = f"{layout.final_norm}.weight"
-        return replace(cut, gains={**cut.gains, final: cut.gains[final] * factor})
+        return fitted_model(cut, self.dense, self.training[: self.size.others], CPU, self.size.batch)[0]
 
     def schedule(self, steps: int, rate: float) -> Schedule:
         return Schedule(steps, rate, max(1, steps // 6), batch=self.size.batch, seed=self.seed)
@@ -219,7 +215,7 @@ def bench_size(name: str, size: Size) -> dict[str, Any]:
     dense = count(lab.dense)
     places = [n for n, _ in curves["narrow, normalised"]]
     equal = [
-        {"parameters": n, "share": n / dense, **{way: _at(sorted(curve), n) for way, curve in curves.items()}}
+        {"parameters": n, "share": n / dense, **{way: between(sorted(curve), n) for way, curve in curves.items()}}
         for n in places
     ]
     return {"model": lab.checkpoint.title, "dense": dense, "curves": curves, "equal": equal}
@@ -229,14 +225,6 @@ def _known(model: str, basis: str) -> dict[int, float]:
     """KL by width of the first seed, as measured before."""
     found = json.loads(RESULTS.read_text()).get("quality", {}).get(model, {}) if RESULTS.exists() else {}
     return {r["width"]: r["kl"] for r in found.get("rows", ()) if r["seed"] == 0 and r["basis"] == basis}
-
-
-def _at(curve: list[tuple[int, float]], n: int) -> float | None:
-    """On the straight line between two neighbours; nothing beyond the ends."""
-    for (low, before), (high, after) in pairwise(curve):
-        if low <= n <= high:
-            return before + (after - before) * (n - low) / (high - low)
-    return next((kl for size, kl in curve if size == n), None)
 
 
 # ---- speed and memory -----------------------------------------------------------------------------------------------

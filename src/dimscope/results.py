@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,22 +52,54 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 @contextmanager
 def whole_file(path: Path) -> Generator[Path]:
     """A temporary path to write a file to; it takes the place of `path` once all its bytes are on disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _written(path):
+    temporary = beside(path, "tmp")
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb+") as f:
-            os.fsync(f.fileno())
+        _sync(temporary)
         temporary.replace(path)
 
 
 @contextmanager
-def _written(path: Path) -> Generator[None]:
+def whole_folder(out: Path) -> Generator[Path]:
+    """A hidden folder beside `out`, not there yet or empty, that takes its place once all files in it are on disk.
+
+    What an interrupted run left in it goes first; nothing of it is left where anything is raised.
+    """
+    partial = beside(out, "partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with writing(out):
+            partial.mkdir(parents=True)
+        yield partial
+        with writing(out):
+            for path in partial.iterdir():
+                _sync(path)
+            if out.exists():
+                out.rmdir()
+            partial.replace(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def beside(path: Path, what: str) -> Path:
+    """A hidden name in the same folder."""
+    return path.with_name(f".{path.name}.{what}")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as f:
+        os.fsync(f.fileno())
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
     """Turns what the system says (disk full, no permission, a file in the way) into one line."""
     try:
         yield
     except OSError as e:
-        raise InvalidArgument(f"{path} cannot be written: {e.strerror}") from e
+        raise InvalidArgument(f"{path} cannot be written: {e.strerror or e}") from e
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -100,7 +133,7 @@ class ResultFolder:
         finished = _read_json(provenance)
         if finished.get("made_by") == wanted and parquet.exists() and finished.get("sha256") == _digest(parquet):
             return pl.read_parquet(parquet)
-        with _written(provenance):
+        with writing(provenance):
             provenance.unlink(missing_ok=True)  # from here to the end of the write there is no finished table
         table = compute()
         write_table(parquet, table)
@@ -120,7 +153,7 @@ def alone(path: Path) -> Generator[None]:
     from filelock import FileLock
 
     lock = FileLock(path / "lock")
-    with _written(path):
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:

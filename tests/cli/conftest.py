@@ -8,7 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,29 @@ def hub_cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServe
     with ExitStack() as stack:
         hub = stack.enter_context(HubServer())
         yield hub, stack.enter_context(forked_cli(folder, hub.environment(folder / "hf_home")))
+
+
+@pytest.fixture
+def killed(clean_environment: dict[str, str]) -> Callable[..., None]:
+    """Return `killed(arguments, reached)`: a command by itself, ended by kill -9 once `reached()` is true."""
+
+    def kill(arguments: Iterable[object], reached: Callable[[], object]) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dimscope", *map(str, arguments)],
+            env={**clean_environment, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        deadline = time.monotonic() + 60
+        while not reached():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+
+    return kill
 
 
 def refusal(result: Result[str], *named: object) -> str:

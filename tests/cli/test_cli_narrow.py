@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,22 +162,11 @@ def test_verifying_says_that_a_rotation_changes_nothing_and_writes_nothing(check
     assert {p.name for p in tmp_path.iterdir()} <= {"text.txt", "hf_home"}
 
 
-def test_kill_9_leaves_no_folder_that_looks_complete(checkpoint, cli, clean_environment, tmp_path):
+def test_kill_9_leaves_no_folder_that_looks_complete(checkpoint, cli, killed, tmp_path):
     folder, out = checkpoint("llama", hidden_size=256, vocab_size=40_000, tokenizer=None), tmp_path / "narrow"
     arguments = (folder, "--width", 128, "--basis", "random", "--no-judge", "-o", out)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dimscope", "narrow", *map(str, arguments)],
-        env=clean_environment,
-        stderr=subprocess.PIPE,
-    )
     partial = tmp_path / ".narrow.partial"
-    deadline = time.monotonic() + 60
-    while not list(partial.glob("*.safetensors")):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    killed(("narrow", *arguments), lambda: list(partial.glob("*.safetensors")))
     assert not out.exists()
     assert partial.exists()
     assert cli("narrow", *arguments).returncode == 0
@@ -286,29 +271,16 @@ def marked(state: Path, value: float) -> None:
 
 
 def test_kill_9_while_healing_leaves_nothing_that_looks_complete_and_the_same_command_goes_on_to_the_same_weights(
-    checkpoint, cli, clean_environment, prose, tmp_path
+    checkpoint, cli, killed, prose, tmp_path
 ):
     def arguments(name: str) -> tuple[object, ...]:
         cut = ("--width", 16, "--basis", "random", "--heal", 75, "--no-judge", "--text", prose, *FEW)
         return ("narrow", checkpoint("qwen2"), *cut, "-o", tmp_path / name, "--json")
 
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dimscope", *map(str, arguments("narrow"))],
-        env={**clean_environment, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
     states = [
         tmp_path / ".narrow.training" / "healing" / stage / "training.safetensors" for stage in ("norms", "weights")
     ]
-    deadline = time.monotonic() + 60
-    while not all(state.exists() for state in states):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    killed(arguments("narrow"), lambda: all(state.exists() for state in states))
     assert not (tmp_path / "narrow").exists()
     assert not list(tmp_path.rglob("config.json"))
     assert {p.name for p in tmp_path.rglob("*.safetensors")} == {"training.safetensors"}

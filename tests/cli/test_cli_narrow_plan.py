@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -310,25 +306,12 @@ def test_what_was_healed_by_weights_is_not_taken_for_healed_by_low_rank_changes(
 
 
 def test_kill_9_in_the_middle_keeps_what_is_finished_and_the_same_command_goes_on(
-    cli, clean_environment, model, usual, prose, tmp_path
+    cli, killed, model, usual, prose, tmp_path
 ):
     out = tmp_path / "plan"
     arguments = ("narrow", model, "--plan", "--text", prose, *READ, "-o", out, "--json")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dimscope", *map(str, arguments)],
-        env={**clean_environment, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    deadline = time.monotonic() + 60
     provenance = out / "tables" / "candidates"
-    while len(list(provenance.glob("*.json"))) < 4:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    killed(arguments, lambda: len(list(provenance.glob("*.json"))) >= 4)
     finished = {p.stem for p in provenance.glob("*.json")}
     before = {name: at for name, at in files(out).items() if name in finished}
     assert 4 <= len(before) < len(usual.rows)

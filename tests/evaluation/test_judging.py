@@ -112,6 +112,19 @@ def test_an_unchanged_model_loses_nothing(case):
     assert (found.top_1, found.top_5) == (1, 1)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_model_that_is_not_changed_is_judged_by_the_pass_of_its_baseline_bit_for_bit(case, family, batch):
+    model, windows = case(family)
+    base = baseline(model, windows, batch)
+    passes = []
+    with_pass = judge(model, base)
+    handle = model.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    assert judge(model, base, changed=False) == with_pass
+    handle.remove()
+    assert passes == []
+
+
 def test_the_baseline_outlives_a_table_put_in_its_place(case):
     model, windows = case("qwen2")
     base = baseline(model, windows)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from strong_models import random_windows
 
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.model import load_model
@@ -18,9 +19,7 @@ D = 32
 
 @pytest.fixture(scope="module")
 def windows() -> list[Window]:
-    ids = torch.randint(3, 400, (4, 20), generator=torch.Generator().manual_seed(1))
-    ones = torch.ones(20, dtype=torch.int64)
-    return [Window(i, row, ones.cumsum(0), ones, 0) for i, row in enumerate(ids)]
+    return random_windows(4, 1, 20)
 
 
 @pytest.fixture(scope="module")

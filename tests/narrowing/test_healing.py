@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from strong_models import random_windows, strengthen
 from transformers import AutoModelForCausalLM
 
 from dimscope.checkpoints.checkpoint import open_checkpoint
@@ -17,7 +18,6 @@ from dimscope.narrowing.healing import heal, heal_rate
 from dimscope.narrowing.layouts import LAYOUTS
 from dimscope.narrowing.projection import Cut, narrow_model, plan_cut, write_cut
 from dimscope.narrowing.training import Point, Schedule, best_point, mean_distance
-from dimscope.representations.windows import Window
 
 # peft asks transformers by a name that is to go; neither is ours.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -39,13 +39,7 @@ def kept_at_every_look(monkeypatch):
     monkeypatch.setattr(training, "KEEPING", 0)
 
 
-def windows(n: int, seed: int, length: int = 16) -> list[Window]:
-    ones = torch.ones(length, dtype=torch.int64)
-    ids = torch.randint(3, 400, (n, length), generator=torch.Generator().manual_seed(seed))
-    return [Window(i, row, ones.cumsum(0), ones, 0) for i, row in enumerate(ids)]
-
-
-TRAINING, HELD_OUT = windows(12, 1), windows(5, 2)
+TRAINING, HELD_OUT = random_windows(12, 1), random_windows(5, 2)
 
 
 @pytest.fixture
@@ -57,15 +51,7 @@ def made(checkpoint, editable) -> Callable[[str], tuple[Cut, Any]]:
         folder = editable(checkpoint(family, **arguments), f"{family}-dense")
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
         generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-                if "norm" in name:
-                    parameter.add_(noise)
-                elif name.endswith("bias"):
-                    parameter.copy_(noise)
-                else:
-                    parameter.mul_(8)
+        strengthen(model, generator)
         model.save_pretrained(folder)
         centred = LAYOUTS[family].centred
         basis = fitted(torch.randn(D, K - centred, dtype=torch.float64, generator=generator), centred)

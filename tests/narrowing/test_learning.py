@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from strong_models import random_windows, strengthen
 from transformers import AutoModelForCausalLM
 
 from dimscope.checkpoints.checkpoint import open_checkpoint
@@ -19,7 +20,6 @@ from dimscope.narrowing.layouts import LAYOUTS
 from dimscope.narrowing.learning import learn_basis
 from dimscope.narrowing.projection import Cut, narrow_model, plan_cut
 from dimscope.narrowing.training import LONGEST_NORM, Point, Schedule, best_point, mean_distance
-from dimscope.representations.windows import Window
 from dimscope.studies.narrowing_bench import table_summary
 
 D, K = 32, 16
@@ -40,13 +40,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 """By name: a family, how its checkpoint is made, and how it is cut."""
 
 
-def windows(n: int, seed: int, length: int = 16) -> list[Window]:
-    ones = torch.ones(length, dtype=torch.int64)
-    ids = torch.randint(3, 400, (n, length), generator=torch.Generator().manual_seed(seed))
-    return [Window(i, row, ones.cumsum(0), ones, 0) for i, row in enumerate(ids)]
-
-
-TRAINING, HELD_OUT = windows(12, 1), windows(5, 2)
+TRAINING, HELD_OUT = random_windows(12, 1), random_windows(5, 2)
 
 
 def random_basis(centred: bool, k: int = K, seed: int = 0) -> torch.Tensor:
@@ -66,16 +60,9 @@ def dense(checkpoint, editable) -> Callable[..., tuple[Path, Any]]:
         folder = editable(checkpoint(family, **arguments), f"{family}-dense")
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
         generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-                if "norm" in name:
-                    parameter.add_(noise)
-                elif name.endswith("bias"):
-                    parameter.copy_(noise)
-                else:
-                    parameter.mul_(8)
-            if change is not None:
+        strengthen(model, generator)
+        if change is not None:
+            with torch.no_grad():
                 change(model)
         model.save_pretrained(folder)
         return folder, model.eval()
@@ -227,7 +214,7 @@ def test_a_basis_is_found_where_the_stream_truly_lies_in_few_dimensions(dense):
     opened = open_checkpoint(folder)
     basis = make_basis("random", table_summary(opened), K, centred=False, seed=1)
     learned, points = learn_basis(
-        model, plan_cut(opened, basis), windows(40, 3), HELD_OUT, Schedule(60, 5e-2, 20, batch=4), PLACEMENT
+        model, plan_cut(opened, basis), random_windows(40, 3), HELD_OUT, Schedule(60, 5e-2, 20, batch=4), PLACEMENT
     )
     assert best_point(points).held_out < 0.5 * points[0].held_out
     # The span itself loses nothing, whatever is beside it: this is what was to be found, and it is nearer now.

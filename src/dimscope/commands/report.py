@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -12,6 +12,10 @@ from dimscope.commands.layers import LAYERS, LayersOptions
 from dimscope.commands.options import COMMON, TABLE, Common, TableOptions, announce, check_given, check_seed
 from dimscope.errors import InvalidArgument
 from dimscope.terminal import Output
+
+if TYPE_CHECKING:
+    from dimscope.checkpoints.checkpoint import Checkpoint
+    from dimscope.studies.layer_plan import LayersSettings
 
 PROMPT = "Once upon a time"  # which any language model can go on with
 
@@ -60,7 +64,6 @@ def report(
     from dimscope.studies.damage_plan import DamageSettings
     from dimscope.studies.embedding import EmbeddingSettings
     from dimscope.studies.narrowing_bench import NarrowSettings
-    from dimscope.studies.reading import context_of
 
     if common.out is None:
         raise InvalidArgument("give the folder of the report: dimscope report MODEL -o DIR")
@@ -82,27 +85,29 @@ def report(
     if "layers" in with_:
         facts, _ = run_layers(checkpoint, common.out, settings, (), announce)
     if "damage" in with_:
-        base, room = DamageSettings(), context_of(checkpoint) or ROOM
-        facts, _ = run_damage(
-            checkpoint, common.out, replace(
-                base, texts=settings.texts if options.text else base.texts, length=settings.length,
-                windows=settings.windows if isinstance(settings.windows, int) else None, batch=settings.batch,
-                dtype=settings.dtype, device=settings.device, prompts=(PROMPT,) if room >= ROOM else (), seed=seed,
-                trust_remote_code=common.trust_remote_code,
-            ), announce,
-        )  # fmt: skip
+        asked = replace(DamageSettings(), **_reading(checkpoint, settings, options, common), batch=settings.batch)
+        facts, _ = run_damage(checkpoint, common.out, asked, announce)
     if "narrowing" in with_:
-        base, room = NarrowSettings(), context_of(checkpoint) or ROOM
-        facts, _ = run_narrowing(
-            checkpoint, common.out, replace(
-                base, texts=settings.texts if options.text else base.texts, length=settings.length,
-                windows=settings.windows if isinstance(settings.windows, int) else base.windows, dtype=settings.dtype,
-                device=settings.device, prompts=(PROMPT,) if room >= ROOM else (), seed=seed,
-                trust_remote_code=common.trust_remote_code,
-            ), announce=announce,
-        )  # fmt: skip
+        asked = replace(NarrowSettings(), **_reading(checkpoint, settings, options, common))
+        facts, _ = run_narrowing(checkpoint, common.out, asked, announce=announce)
     told = {"model": facts["model"], "seconds": facts["seconds"]}
     if waiting := facts.get("waiting"):
         common.print(Output({**told, "waiting_for_shards": ", ".join(waiting)}))
     else:
         common.print(Output({"page": common.out / "index.html", **told}))
+
+
+def _reading(
+    checkpoint: Checkpoint, settings: LayersSettings, options: LayersOptions, common: Common
+) -> dict[str, Any]:
+    """What the studies that judge are told of what `layers` is asked; the rest is as they have it themselves."""
+    from dimscope.studies.reading import context_of
+
+    room = context_of(checkpoint) or ROOM
+    given = {
+        "texts": settings.texts if options.text else None, "length": settings.length, "dtype": settings.dtype,
+        "windows": settings.windows if isinstance(settings.windows, int) else None, "device": settings.device,
+        "prompts": (PROMPT,) if room >= ROOM else None, "seed": settings.seed,
+        "trust_remote_code": common.trust_remote_code,
+    }  # fmt: skip
+    return {key: value for key, value in given.items() if value is not None}

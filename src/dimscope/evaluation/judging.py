@@ -91,20 +91,24 @@ def _ids(windows: Sequence[Window]) -> Tensor:
 
 
 @torch.no_grad()
-def judge(model: PreTrainedModel, base: Baseline) -> Judgement:
-    """The model as it is now against its baseline: one forward pass, and the logits, block by block."""
+def judge(model: PreTrainedModel, base: Baseline, *, changed: bool = True) -> Judgement:
+    """The model as it is now against its baseline: one forward pass, and the logits, block by block.
+
+    The pass of a model that is not `changed` is that of the baseline.
+    """
     head, transform = model.get_output_embeddings(), logit_transform(model)
     sums = torch.zeros(8, dtype=torch.float64)  # predicted, loss, its rise, squared, kl, squared, first, five
     n_positions = 0
     for number, (group, before) in enumerate(zip(grouped(base.windows, base.batch), base.states, strict=True)):
         ids = _ids(group)
         targets = next_tokens(group, ids).flatten()
-        now, then = final_states(model, ids).flatten(0, 1), before.flatten(0, 1)
+        then = before.flatten(0, 1)
+        now = final_states(model, ids).flatten(0, 1) if changed else then.to(base.weight.device)
         for block, rows in enumerate(base.blocks(len(then))):
-            changed = transform(head(now[rows.to(now.device)]).float())
+            logits = transform(head(now[rows.to(now.device)]).float())
             known = base.kept[number][block] if base.kept is not None else base.log_probs(model, then[rows])
             # Few rows at once: what is computed from them stays in the cache.
-            triples = (known.to(changed.device), changed, targets[rows].to(changed.device))
+            triples = (known.to(logits.device), logits, targets[rows].to(logits.device))
             for part in zip(*(t.split(AT_ONCE) for t in triples), strict=True):
                 sums += _compared(*part).cpu()
         n_positions += len(then)

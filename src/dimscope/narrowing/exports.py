@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dimscope.errors import InvalidArgument
-from dimscope.narrowing.layouts import Layout, Part, check_width
+from dimscope.narrowing.layouts import Layout, Part, check_width, head_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -187,7 +187,7 @@ def origins_of(
     if getattr(target, "auto_map", None):
         target.auto_map = None  # its code is not copied, and not needed
     dim = config.hidden_size
-    target.head_dim = getattr(config, "head_dim", None) or dim // config.num_attention_heads
+    target.head_dim = head_size(config)
     target.hidden_size = width
     target.tie_word_embeddings = tied
     setattr(target, layout.eps, getattr(config, layout.eps) * dim / width)

@@ -20,7 +20,7 @@ from dimscope.narrowing.training import (
     Schedule,
     best_point,
     distance,
-    mean_distance,
+    looking,
     minimise,
 )
 
@@ -84,8 +84,8 @@ def heal(
     LoRA needs peft, see `require_peft`.
     """
     first = max(1, round(schedule.steps * NORM_SHARE))
-    names = {name for name, p in student.named_parameters() if p.ndim == 1 and "norm" in name}
-    chosen = [p for name, p in student.named_parameters() if name in names]
+    chosen = [p for name, p in student.named_parameters() if p.ndim == 1 and "norm" in name]
+    look = looking(student, dense, held_out, schedule.batch)
 
     def trained(model: Any, leaves: Sequence[Tensor], steps: int, rate: float, stage: str) -> list[Point]:
         for p in model.parameters():
@@ -96,7 +96,7 @@ def heal(
         def backward(ids: Int[Tensor, "b t"]) -> float:
             return distance(student, dense, ids, low=low)
 
-        goal = Goal(leaves, backward, lambda: mean_distance(student, dense, held_out, schedule.batch))
+        goal = Goal(leaves, backward, look)
         own = replace(schedule, steps=steps, rate=rate, every=min(schedule.every, steps))
         told = f"{recipe} {stage} {schedule.steps} {lora} {low}"
         return minimise(goal, training, own, store=store and store / stage, recipe=told, announce=announce)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dimscope.errors import InvalidArgument, UnsupportedCheckpoint
 
@@ -155,3 +155,8 @@ def width_step(checkpoint: Checkpoint, export: str | None = None) -> int | None:
     config = checkpoint.config
     assert config is not None, checkpoint.name
     return int(config.num_attention_heads) if "llama" in (export, config.model_type) else None
+
+
+def head_size(config: Any) -> int:
+    """Numbers of a head; where the config does not say so, the width is that of all heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

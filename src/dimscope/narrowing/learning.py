@@ -18,7 +18,7 @@ from torch import Tensor
 from dimscope.narrowing.bases import directions_of, fitted
 from dimscope.narrowing.exports import Origin
 from dimscope.narrowing.projection import Cut, narrow_model
-from dimscope.narrowing.training import Goal, Point, Schedule, distance, mean_distance, minimise
+from dimscope.narrowing.training import Goal, Point, Schedule, distance, looking, minimise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,10 +86,12 @@ def learn_basis(
         torch.autograd.backward(basis, leaf.grad)
         return loss
 
+    distance_now = looking(student, dense, held_out, schedule.batch)
+
     @torch.no_grad()
     def look() -> float:
         place(fitted(raw, cut.layout.centred))
-        return mean_distance(student, dense, held_out, schedule.batch)
+        return distance_now()
 
     points = minimise(
         Goal([raw, *gains.values()], backward, look), training, schedule, store=store, recipe=recipe, announce=announce

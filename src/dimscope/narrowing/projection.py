@@ -9,7 +9,7 @@ those of R^k, so that the mean that the norm takes out is zero already (see `bas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dimscope.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from dimscope.narrowing.bases import tied_to
+from dimscope.narrowing.calibration import final_temperature
 from dimscope.narrowing.exports import Origin, Origins, origins_of
 from dimscope.narrowing.layouts import Layout, layout_of
 from dimscope.narrowing.writing import Planned, write_safetensors
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from dimscope.checkpoints.checkpoint import Checkpoint
     from dimscope.checkpoints.model import Placement
     from dimscope.checkpoints.tensors import TensorInfo
+    from dimscope.representations.windows import Window
 
 NUMBERS = 1 << 22  # of a tensor computed at once: 32 MiB in float64
 BESIDE = (
@@ -276,16 +278,23 @@ def assemble(config: PretrainedConfig, state: Mapping[str, Tensor], placement: P
     return model.to(placement.device).eval()
 
 
-def set_gain(model: PreTrainedModel, cut: Cut, norm: str) -> None:
-    """Gives a norm of a narrow model in memory the gain that the cut has now, rounded as in the files."""
-    name, origin = next((n, o) for n, o in cut.origins.items() if o.part == "gain" and o.source == norm)
-    stored = next(planned.dtype for planned in cut.plan() if planned.name == name)
-    with torch.no_grad():
-        model.get_parameter(name).copy_(cut.gain_after(origin).to(stored))
-
-
 def narrow_model(cut: Cut, placement: Placement) -> PreTrainedModel:
     """The narrow model in memory, as `write_cut` would write it and transformers load it."""
     return assemble(
         cut.config, {p.name: torch.cat([b.to(p.dtype) for b in cut.blocks(p.name)]) for p in cut.plan()}, placement
     )
+
+
+def fitted_model(
+    cut: Cut, dense: PreTrainedModel, windows: Sequence[Window], placement: Placement, batch: int = 1
+) -> tuple[Cut, PreTrainedModel]:
+    """A cut with the final norm's gain fitted as a temperature on windows, and its model; every norm has a gain already."""
+    model = narrow_model(cut, placement)
+    final = f"{cut.layout.final_norm}.weight"
+    factor = final_temperature(model, dense, windows, batch)
+    cut = replace(cut, gains={**cut.gains, final: cut.gains[final] * factor})
+    name, origin = next((n, o) for n, o in cut.origins.items() if o.part == "gain" and o.source == final)
+    stored = next(planned.dtype for planned in cut.plan() if planned.name == name)
+    with torch.no_grad():
+        model.get_parameter(name).copy_(cut.gain_after(origin).to(stored))  # rounded as in the files
+    return cut, model

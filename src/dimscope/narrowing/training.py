@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dimscope.representations.hidden_states import final_states, input_device, logit_transform, position_blocks
@@ -67,13 +67,19 @@ class Goal:
 
 
 def distance(
-    student: PreTrainedModel, teacher: PreTrainedModel, ids: Int[Tensor, "b t"], *, low: torch.dtype | None = None
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    ids: Int[Tensor, "b t"],
+    *,
+    target: Float[Tensor, "b t d"] | None = None,
+    low: torch.dtype | None = None,
 ) -> float:
     """KL(teacher || student) in nats, the mean over all positions; with gradients enabled they are left in the student.
 
-    Logits stand in memory for some positions at once, whatever the vocabulary. `low` is what the student computes in.
+    Logits stand in memory for some positions at once, whatever the vocabulary. `target` are the teacher's final states,
+    where they are known; `low` is what the student computes in.
     """
-    target = final_states(teacher, ids).flatten(0, 1)
+    known = (final_states(teacher, ids) if target is None else target).flatten(0, 1)
     training = torch.is_grad_enabled()
     with _autocast(student, low):
         found = student.get_decoder()(input_ids=ids.to(input_device(student)), use_cache=False).last_hidden_state
@@ -84,7 +90,7 @@ def distance(
     for rows in position_blocks(torch.arange(len(leaf)), heads[0][0].weight.shape[0]):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         with torch.no_grad():
-            log_p = heads[0][1](heads[0][0](target[part]).float()).log_softmax(dim=1).to(leaf.device)
+            log_p = heads[0][1](heads[0][0](known[part]).float()).log_softmax(dim=1).to(leaf.device)
         with _autocast(student, low):
             raw = heads[1][0](leaf[part])
         kl = (log_p.exp() * (log_p - heads[1][1](raw.float()).log_softmax(dim=1))).sum() / len(leaf)
@@ -100,11 +106,24 @@ def _autocast(model: PreTrainedModel, low: torch.dtype | None) -> AbstractContex
     return nullcontext() if low is None else torch.autocast(input_device(model).type, dtype=low)
 
 
-@torch.no_grad()
 def mean_distance(student: PreTrainedModel, teacher: PreTrainedModel, windows: Sequence[Window], batch: int) -> float:
     """KL over the positions of windows of one length."""
-    groups = list(grouped(windows, batch))
-    return sum(len(g) * distance(student, teacher, torch.stack([w.ids for w in g])) for g in groups) / len(windows)
+    return looking(student, teacher, windows, batch)()
+
+
+def looking(
+    student: PreTrainedModel, teacher: PreTrainedModel, windows: Sequence[Window], batch: int
+) -> Callable[[], float]:
+    """`mean_distance` of a student that changes, to be called again and again: the teacher reads the windows once."""
+    ids = [torch.stack([w.ids for w in group]) for group in grouped(windows, batch)]
+    targets = [final_states(teacher, group) for group in ids]
+
+    @torch.no_grad()
+    def look() -> float:
+        pairs = zip(ids, targets, strict=True)
+        return sum(len(group) * distance(student, teacher, group, target=t) for group, t in pairs) / len(windows)
+
+    return look
 
 
 def minimise(

@@ -256,7 +256,10 @@ class DamageWork:
                 sampled = self._sampled(change, name)
                 numbers[f"{name} table"] = measures.error_numbers(change, self.summaries[name], sampled, point)
         with self.damaged(point) as model:
-            numbers |= {name: measures.judged_numbers(judge(model, base)) for name, base in bases.items()}
+            numbers |= {
+                name: measures.judged_numbers(judge(model, base, changed=bool(point.steps)))
+                for name, base in bases.items()
+            }
         return measures.damage_frame(place, numbers)
 
     def _sampled(self, change: RowMap, table: str) -> RowErrors:

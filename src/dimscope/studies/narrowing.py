@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from dimscope.narrowing.projection import Account, Cut, narrow_model, plan_cut, 
 from dimscope.narrowing.training import Point
 from dimscope.representations.hidden_states import run_batch
 from dimscope.representations.windows import Window, middle_windows
-from dimscope.results import alone, check_folder
+from dimscope.results import alone, beside, check_folder, whole_folder, writing
 from dimscope.studies.damage_measures import BITS, KL, LOSS, TOP_1, TOP_5
 from dimscope.studies.narrowing_bench import LENGTH, Bench, NarrowSettings, table_summary
 from dimscope.studies.reading import named_texts, window_length
@@ -114,7 +113,7 @@ def narrow(
         bench = Bench(checkpoint, settings, trains=trains, announce=announce)
     else:
         bench = None
-    store = _hidden(out, "training")
+    store = beside(out, "training")
     with alone(store) if trains else nullcontext():
         if bench is not None:
             cut, trained, told, tables = _made(bench, width, store)
@@ -124,9 +123,9 @@ def narrow(
                 settings.basis, table_summary(checkpoint), width, centred=layout.centred, seed=settings.seed
             )
             cut, trained = plan_cut(checkpoint, directions, export=settings.export, tied=tied), {}
-        with _whole_folder(out) as folder:
+        with whole_folder(out) as folder:
             say(f"writing {sum(t.n_bytes for t in cut.plan()) / 1e9:.2f} GB")
-            with _writing(out):
+            with writing(out):
                 account = write_cut(cut, folder, trained)
             del trained  # a model in float32
             facts |= {"account": asdict(account), "family": cut.config.model_type}
@@ -135,7 +134,7 @@ def narrow(
                 tables["measured"] = _measured(bench, folder, account)
                 facts["judged_on"] = _on(bench, bench.reading.judged)
             measured = _told(tables["measured"]) if "measured" in tables else []
-            with _writing(out):
+            with writing(out):
                 (folder / "README.md").write_text(model_card(facts | {"measured": measured}), encoding="utf-8")
         if trains:
             shutil.rmtree(store, ignore_errors=True)
@@ -176,40 +175,6 @@ def check_free(out: Path) -> None:
     check_folder(out)
     if out.exists() and any(out.iterdir()):
         raise InvalidArgument(f"{out}: is not empty, and a checkpoint is written whole; give a new folder")
-
-
-def _hidden(out: Path, what: str) -> Path:
-    return out.with_name(f".{out.name}.{what}")
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Generator[Path]:
-    """A folder beside `out` that takes its place once everything in it is on disk; what an interrupted run left there goes first."""
-    partial = _hidden(out, "partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with _writing(out):
-            partial.mkdir(parents=True)
-        yield partial
-        with _writing(out):
-            for path in partial.iterdir():
-                with path.open("rb+") as f:
-                    os.fsync(f.fileno())
-            if out.exists():
-                out.rmdir()  # empty: `check_free`
-            partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def _writing(out: Path) -> Generator[None]:
-    """Turns what the system says into one line."""
-    try:
-        yield
-    except OSError as e:
-        raise InvalidArgument(f"{out} cannot be written: {e.strerror or e}") from e
 
 
 # ---- what is told of it ---------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -40,7 +40,11 @@ def _at(
     own = own if basis is None else own.filter(pl.col("basis") == basis)
     # With a second table a model of full width is not the dense one, but larger.
     dense = plan.filter((pl.col("method") == DENSE) & pl.col("tied").is_in(own["tied"].unique().to_list()))
-    curve = pl.concat([own, dense]).drop_nulls(x).sort(x).select(x, value).rows()
+    return between(pl.concat([own, dense]).drop_nulls(x).sort(x).select(x, value).rows(), place)
+
+
+def between(curve: Sequence[tuple[float, float]], place: float) -> float | None:
+    """The height of a curve of rising places, on the straight line between two of them; None beyond its ends."""
     for (low, before), (high, after) in pairwise(curve):
         if low <= place <= high and high > low:
             return before + (after - before) * (place - low) / (high - low)
@@ -81,11 +85,14 @@ def _best_rows(plan: pl.DataFrame) -> list[dict[str, Any]]:
     return own.sort("parameters", descending=True).rows(named=True)
 
 
+def _smaller_rows(plan: pl.DataFrame) -> list[dict[str, Any]]:
+    limit = _dense(plan)["parameters"]
+    return [row for row in _best_rows(plan) if row["parameters"] < limit]
+
+
 def _better_rows(plan: pl.DataFrame) -> list[dict[str, Any]]:
     """Those that are smaller than the dense model, and lose less than leaving out layers at their size."""
-    limit, told = _dense(plan)["parameters"], plan if "kl_dropping" in plan.columns else with_equal_size(plan)
-    smaller = [row for row in _best_rows(told) if row["parameters"] < limit]
-    return [row for row in smaller if row["kl_dropping"] is None or row["kl"] < row["kl_dropping"]]
+    return [row for row in _smaller_rows(plan) if row["kl_dropping"] is None or row["kl"] < row["kl_dropping"]]
 
 
 def _tolerable_rows(plan: pl.DataFrame) -> list[dict[str, Any]]:
@@ -95,7 +102,7 @@ def _tolerable_rows(plan: pl.DataFrame) -> list[dict[str, Any]]:
 def advice(plan: pl.DataFrame) -> list[str]:
     """What to do with this model, in a few sentences: the first is the advice, the others say why."""
     dense, basis = _dense(plan), best_basis(plan)
-    smaller = [row for row in _best_rows(plan) if row["parameters"] < dense["parameters"]]
+    smaller = _smaller_rows(plan)
     compared = [t for t in (_rounded(plan),) if t]
     if not smaller:
         return [

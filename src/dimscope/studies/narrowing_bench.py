@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,13 @@ from dimscope.evaluation.judging import Baseline, Judgement, baseline, judge
 from dimscope.interventions.maps import RowQuantisation
 from dimscope.interventions.perturbations import TableSummary, summarise
 from dimscope.narrowing.bases import FROM_TABLE, LEARNED, make_basis
-from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains, final_temperature
+from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains
 from dimscope.narrowing.depth import least_blocks, without_blocks
 from dimscope.narrowing.exports import keeps_tie
 from dimscope.narrowing.healing import Healed, heal, heal_rate, require_peft
 from dimscope.narrowing.layouts import layout_of
 from dimscope.narrowing.learning import RATE, learn_basis
-from dimscope.narrowing.projection import Cut, narrow_model, plan_cut, set_gain
+from dimscope.narrowing.projection import Cut, fitted_model, narrow_model, plan_cut
 from dimscope.narrowing.training import TOKENS, Point, Schedule, mean_distance
 from dimscope.representations.embedding import open_table
 from dimscope.representations.windows import Window, middle_windows
@@ -184,7 +184,7 @@ class Bench:
 
     def judge(self, model: PreTrainedModel) -> Judgement:
         """A model beside the dense one, on the windows that nothing was fitted to."""
-        return judge(model, self.baseline)
+        return judge(model, self.baseline, changed=model is not self.dense)
 
     def schedule(self, steps: int, rate: float) -> Schedule:
         """Steps of as many tokens whatever the length of a window."""
@@ -201,22 +201,18 @@ class Bench:
             self.checkpoint, directions, calibrated_gains(self.calibration, directions), export=self.settings.export,
             tied=self.tied if tied is None else tied,
         )  # fmt: skip
-        model = narrow_model(cut, self.placement)
-        final = f"{self.layout.final_norm}.weight"
-        factor = final_temperature(model, self.dense, self.reading.calibration, self.batch)
-        cut = replace(cut, gains={**cut.gains, final: cut.gains[final] * factor})
-        set_gain(model, cut, final)
-        return Candidate(cut, model, [])
+        return Candidate(*fitted_model(cut, self.dense, self.reading.calibration, self.placement, self.batch), [])
 
     def candidate(self, basis: str, width: int, *, store: Path | None = None) -> Candidate:
         """The narrow model of a basis and width, learned where that is asked; `store` is where learning is kept."""
         begun = self.start(basis, width)
         if basis != LEARNED:
             return begun
-        schedule = self.schedule(self.settings.learn, RATE)
+        start, schedule = begun.cut, self.schedule(self.settings.learn, RATE)
+        del begun  # learning has a model of its own
         cut, points = learn_basis(
-            self.dense, begun.cut, self.reading.training, self.reading.held_out, schedule, self.placement, store=store,
-            recipe=self._training_recipe(begun.cut), announce=self._teller(f"learning a basis of {width}", schedule),
+            self.dense, start, self.reading.training, self.reading.held_out, schedule, self.placement, store=store,
+            recipe=self._training_recipe(start), announce=self._teller(f"learning a basis of {width}", schedule),
         )  # fmt: skip
         return Candidate(cut, narrow_model(cut, self.placement), points)
 

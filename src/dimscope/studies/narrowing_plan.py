@@ -23,7 +23,7 @@ from dimscope.evaluation.generation import Decoding, Prompt, generate, prepare_p
 from dimscope.evaluation.throughput import Throughput, throughput
 from dimscope.narrowing.bases import LEARNED, check_basis
 from dimscope.narrowing.exports import check_export
-from dimscope.narrowing.layouts import check_width, layout_of, width_step
+from dimscope.narrowing.layouts import check_width, head_size, layout_of, width_step
 from dimscope.results import ResultFolder
 from dimscope.studies.narrowing_advice import (
     DENSE,
@@ -94,7 +94,7 @@ def plan_narrowing(
         rows.append(work.row(f"without-{n}", lambda n=n: bench.without(n), what))
     what = {"method": ROUND, "bits": BITS, "tied": checkpoint.tied}
     rows.append(work.row(f"bits-{BITS}", lambda: bench.quantised(BITS), what, timed=False))
-    shown = shown_candidate(pl.concat(rows))
+    shown = shown_candidate(with_equal_size(pl.concat(rows)))
     if settings.heal:
         rows.append(work.healed(shown))
     found = pl.concat(rows)
@@ -129,8 +129,9 @@ def _cache(bench: Bench) -> int:
     """Bytes of keys and values of a token in the dtype of the checkpoint: the same at every width."""
     config: Any = bench.checkpoint.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * DTYPES[bench.checkpoint.input_table.dtype].itemsize
+    return (
+        2 * config.num_hidden_layers * heads * head_size(config) * DTYPES[bench.checkpoint.input_table.dtype].itemsize
+    )
 
 
 def _dropped(n_layers: int) -> list[int]:
@@ -203,15 +204,7 @@ class _Candidates:
             key: getattr(found, key) for key in ("loss", "loss_rise", "loss_rise_stderr", "kl", "kl_stderr", "top_1")
         }
         bench.say(f"{name}: {size['parameters'] / 1e6:.1f}M parameters, KL {found.kl:.4f}")
-        row = (
-            dict.fromkeys(SCHEMA)
-            | {key: value for key, value in what.items() if key in SCHEMA}
-            | size
-            | judged
-            | speed
-            | {"n_tokens": found.n_positions}
-        )
-        return pl.DataFrame([row], schema=SCHEMA)
+        return pl.DataFrame([{**what, **size, **judged, **speed, "n_tokens": found.n_positions}], schema=SCHEMA)
 
     def _bytes(self, model: PreTrainedModel, bits: int | None) -> int:
         """Of the weights as they would be stored: in the dtype of the checkpoint, or rounded, with a scale for each row."""
