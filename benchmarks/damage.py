@@ -28,8 +28,8 @@ from dimscope.evaluation import judging
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.maps import LinearMap, exact_error
 from dimscope.interventions.perturbations import TableSummary, make_map
-from dimscope.representations.moments import Moments, moments
-from dimscope.representations.windows import Window
+from dimscope.texts.windows import Window
+from dimscope.vectors.moments import Moments, moments
 
 KINDS, DIMENSIONS = ("truncate", "project", "project-rescaled"), range(100, 801, 100)
 SEED, BLOCK = 0, 8192

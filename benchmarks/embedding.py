@@ -31,9 +31,9 @@ from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.geometry.neighbors import build_index
 from dimscope.geometry.pairs import LEADING, pairs_within
 from dimscope.geometry.spectrum import principal_components, spectrum
-from dimscope.representations.embedding import open_table
-from dimscope.representations.moments import Moments
-from dimscope.studies.embedding import moments_of
+from dimscope.studies.embedding.run import moments_of
+from dimscope.vectors.embedding import open_table
+from dimscope.vectors.moments import Moments
 
 SPECTRUM = """
 import sys, time, dimscope
@@ -44,7 +44,7 @@ facts = {"seconds": time.perf_counter() - start}
 """
 REPORT = """
 import sys
-from dimscope.cli import main
+from dimscope.cli.app import main
 assert main(["report", sys.argv[1], "--out", sys.argv[2]]) == 0
 facts = {}
 """

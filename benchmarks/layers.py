@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import PEAK, in_child, timed
+from dimscope.activations.collection import collect, empty_collection
+from dimscope.activations.hidden_states import find_sites
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.model import load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.geometry.dimension import linear_dimensions
 from dimscope.geometry.spectrum import spectrum_of
-from dimscope.representations.collection import collect, empty_collection
-from dimscope.representations.hidden_states import find_sites
-from dimscope.representations.texts import Text, open_text
-from dimscope.representations.windows import stream_windows
-from dimscope.studies.layer_measures import rank_tolerance
+from dimscope.studies.layers.tables import rank_tolerance
+from dimscope.texts.texts import Text, open_text
+from dimscope.texts.windows import stream_windows
 
 LAYERS, TOKENS, WIDTH = 49, 1024, 1600  # GPT2-XL
 STREAMED, LENGTH, BATCH = 1_000_000, 512, 4
@@ -51,7 +51,7 @@ facts = {}
 """
 STUDY = """
 import sys
-from dimscope.cli import main
+from dimscope.cli.app import main
 assert main(["layers", sys.argv[1], "--text", sys.argv[2], "--preset", "notebook", "--length", "1024",
              "--dtype", "bfloat16", "--out", sys.argv[3]]) == 0
 facts = {}
@@ -63,7 +63,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 import dimscope
-from dimscope.representations.windows import stream_windows
+from dimscope.texts.windows import stream_windows
 
 def resident(windows):
     status = Path("/proc/self/status").read_text()

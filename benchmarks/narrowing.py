@@ -26,23 +26,23 @@ from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen2ForCaus
 from benchmarks.measure import VOCAB_SIZE, in_child
 from benchmarks.slicegpt import n_parameters, sliced
 from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dimscope.checkpoints.families import layout_of
 from dimscope.checkpoints.model import Placement, load_model
 from dimscope.checkpoints.vocabulary import require_tokenizer
+from dimscope.checkpoints.writer import Planned, write_safetensors
 from dimscope.evaluation.generation import sample_windows
 from dimscope.evaluation.throughput import throughput
 from dimscope.narrowing.bases import FROM_TABLE, make_basis
 from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains
-from dimscope.narrowing.depth import least_blocks, without_blocks
 from dimscope.narrowing.healing import heal, heal_rate
-from dimscope.narrowing.layouts import layout_of
+from dimscope.narrowing.layer_dropping import least_blocks, without_blocks
 from dimscope.narrowing.learning import RATE, learn_basis
 from dimscope.narrowing.projection import Cut, fitted_model, narrow_model, plan_cut
 from dimscope.narrowing.training import Point, Schedule, mean_distance
-from dimscope.narrowing.writing import Planned, write_safetensors
-from dimscope.representations.windows import Window
-from dimscope.studies.narrowing_advice import between
-from dimscope.studies.narrowing_bench import table_summary
-from dimscope.studies.narrowing_plan import default_widths
+from dimscope.studies.narrowing.advice import between
+from dimscope.studies.narrowing.plan import default_widths
+from dimscope.studies.narrowing.session import table_summary
+from dimscope.texts.windows import Window
 
 CPU = Placement("float32", "cpu")
 BASES = ("random", "raw", "normalised", "learned")
@@ -257,7 +257,7 @@ def bench_speed(size: Size) -> dict[str, Any]:
 WATCHED = """
 import json, sys, threading, time
 from pathlib import Path
-from dimscope.cli import main
+from dimscope.cli.app import main
 
 def anonymous():
     status = Path("/proc/self/status").read_text()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dimscope.representations.windows import Window
+from dimscope.texts.windows import Window
 
 
 class Norm(nn.Module):

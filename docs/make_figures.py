@@ -11,8 +11,12 @@ from pathlib import Path
 import plotly.graph_objects as go
 import polars as pl
 
-from dimscope.report import figures, theme
-from dimscope.report.curves import damages
+from dimscope.page import theme
+from dimscope.studies.damage import figures as damage_figures
+from dimscope.studies.damage.curves import damages
+from dimscope.studies.embedding import spectrum_figures
+from dimscope.studies.layers import figures as layers_figures
+from dimscope.studies.narrowing import figures as narrowing_figures
 
 folder = Path(sys.argv[1])
 spectrum = pl.read_parquet(folder / "tables/spectrum.parquet").filter(preprocess="centred")
@@ -48,21 +52,25 @@ def learning_curves(curves: list[dict]) -> go.Figure:
 images = Path(__file__).parent / "images"
 images.mkdir(exist_ok=True)
 for name, figure, title in (
-    ("spectrum", figures.spectrum(spectrum), "Directions of the built-in model's table, widest first, beside chance"),
+    (
+        "spectrum",
+        spectrum_figures.spectrum(spectrum),
+        "Directions of the built-in model's table, widest first, beside chance",
+    ),
     (
         "dimensions",
-        figures.dimensions(dimensions, len(spectrum)),
+        spectrum_figures.dimensions(dimensions, len(spectrum)),
         "Ten ways to count its dimensions, each beside two nulls",
     ),
     (
         "layers",
-        figures.layer_profile(layers, "variance count 95%"),
+        layers_figures.layer_profile(layers, "variance count 95%"),
         "The built-in model fills half to three quarters of the dimensions that noise would",
     ),
-    ("damage", figures.damage_by_kept(damage), "Truncation does the least damage to the built-in model"),
+    ("damage", damage_figures.damage_by_kept(damage), "Truncation does the least damage to the built-in model"),
     (
         "narrowing",
-        figures.narrowing_plan(plan, "parameters"),
+        narrowing_figures.narrowing_plan(plan, "parameters"),
         "Narrowing the built-in model costs less than leaving out layers, if the directions are well chosen",
     ),
     (

@@ -9,8 +9,8 @@ import torch
 from hypothesis import settings
 
 from dimscope.geometry.spectrum import Spectrum, spectrum
-from dimscope.representations.embedding import EmbeddingTable, table_from_tensor
-from dimscope.representations.moments import moments
+from dimscope.vectors.embedding import EmbeddingTable, table_from_tensor
+from dimscope.vectors.moments import moments
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 """Property tests: the same examples in every run, no folder of them, no deadline on a busy machine."""

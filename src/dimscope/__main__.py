@@ -2,6 +2,6 @@
 
 import sys
 
-from dimscope.cli import main
+from dimscope.cli.app import main
 
 sys.exit(main())

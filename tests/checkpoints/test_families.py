@@ -13,7 +13,7 @@ import transformers
 
 from dimscope.checkpoints.budget import embedding_share, parameter_budget
 from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from dimscope.representations.embedding import open_table
+from dimscope.vectors.embedding import open_table
 
 ROLES = {
     "input embedding", "output embedding", "position embedding", "attention", "mlp", "norm", "other", "buffer", "tied copy", "not loaded",

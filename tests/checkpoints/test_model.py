@@ -19,6 +19,9 @@ import transformers
 from transformers import AutoTokenizer
 from transformers.integrations import accelerate as placing
 
+from dimscope.activations.collection import Collection
+from dimscope.activations.hidden_states import find_sites, input_device, run_batch
+from dimscope.activations.passes import PassSettings, run_pass
 from dimscope.checkpoints import model as module
 from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dimscope.checkpoints.model import (
@@ -32,11 +35,8 @@ from dimscope.checkpoints.model import (
     random_twin,
 )
 from dimscope.errors import CorruptCheckpoint, InvalidArgument, MissingExtra, UnsupportedCheckpoint
-from dimscope.representations.collection import Collection
-from dimscope.representations.hidden_states import find_sites, input_device, run_batch
-from dimscope.representations.passes import PassSettings, run_pass
-from dimscope.representations.texts import Text
-from dimscope.representations.windows import Window, middle_windows
+from dimscope.texts.texts import Text
+from dimscope.texts.windows import Window, middle_windows
 
 CPU = Placement("float32", "cpu")
 CAUSAL = [family for family, spec in models.FAMILIES.items() if spec.output is not None]

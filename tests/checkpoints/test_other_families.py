@@ -13,7 +13,7 @@ import transformers
 
 from dimscope.checkpoints.budget import parameter_budget
 from dimscope.checkpoints.checkpoint import open_checkpoint
-from dimscope.representations.embedding import open_table
+from dimscope.vectors.embedding import open_table
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

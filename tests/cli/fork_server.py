@@ -17,9 +17,9 @@ import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
 import dimscope.checkpoints.checkpoint
-import dimscope.commands
-import dimscope.report.run  # noqa: F401
-from dimscope.cli import main
+import dimscope.cli
+import dimscope.report  # noqa: F401
+from dimscope.cli.app import main
 
 
 def run(job: dict[str, Any]) -> int:

@@ -26,9 +26,9 @@ import transformers
 from polars.testing import assert_frame_equal
 from rich.console import Console
 
+from dimscope.cli.terminal import writing_table
 from dimscope.interventions.perturbations import PERTURBATIONS
-from dimscope.studies.damage import Writing
-from dimscope.terminal import writing_table
+from dimscope.studies.damage.run import Writing
 
 READ = ("--length", "16", "--windows", "3")
 ASK = ("--prompt", "The keeper counted", "In the winter", "--new-tokens", "6")
@@ -194,7 +194,7 @@ def test_a_new_kind_is_an_option_as_soon_as_it_is_registered(checkpoint, run_pyt
     program = """
 import sys
 import torch
-from dimscope.cli import main
+from dimscope.cli.app import main
 from dimscope.interventions.maps import LinearMap
 from dimscope.interventions.perturbations import perturbation
 

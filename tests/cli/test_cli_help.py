@@ -10,7 +10,7 @@ TABLE_COMMANDS = ("tokens", "neighbors", "pairs", "correlate", "spectrum", "repo
 COMMANDS = ("inspect", *TABLE_COMMANDS, "layers", "damage", "narrow")
 PROBE = """
 import sys
-from dimscope.cli import main
+from dimscope.cli.app import main
 for command in sys.argv[1:]:
     try:
         code = main(command.split())
@@ -54,7 +54,7 @@ def test_version(run_cli):
 def test_the_helps_examples_are_commands_that_parse(run_python):
     program = """
 import re, shlex, sys
-from dimscope.cli import app
+from dimscope.cli.app import app
 for command in sys.argv[1:]:
     examples = re.findall(r"Example: `dimscope (.*)`", app[command].default_command.__doc__)
     assert examples, command

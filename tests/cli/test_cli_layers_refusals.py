@@ -17,7 +17,7 @@ PROGRAM = """
 import resource, sys
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-from dimscope.cli import main
+from dimscope.cli.app import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dimscope.representations.texts import open_text
-from dimscope.representations.windows import middle_windows
-from dimscope.studies.narrowing_bench import deal
+from dimscope.studies.narrowing.session import deal
+from dimscope.texts.texts import open_text
+from dimscope.texts.windows import middle_windows
 
 SPEEDS = ("prefill", "decode", "prefill_ratio", "decode_ratio")
 READ = ("--length", 16, "--windows", 2)

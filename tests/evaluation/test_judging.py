@@ -9,14 +9,14 @@ from models import FAMILIES, TEXT
 from scipy.special import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GraniteConfig
 
+from dimscope.activations import hidden_states
 from dimscope.evaluation import judging
 from dimscope.evaluation.judging import baseline, judge
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.perturbations import TableSummary, make_map
-from dimscope.representations import hidden_states
-from dimscope.representations.moments import moments
-from dimscope.representations.texts import open_text
-from dimscope.representations.windows import middle_windows
+from dimscope.texts.texts import open_text
+from dimscope.texts.windows import middle_windows
+from dimscope.vectors.moments import moments
 
 CAUSAL = [name for name, family in FAMILIES.items() if family.output]
 

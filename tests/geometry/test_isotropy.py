@@ -12,9 +12,9 @@ from scipy.special import logsumexp
 from sklearn.metrics.pairwise import cosine_similarity
 
 from dimscope.geometry.isotropy import mean_cosine, partition_isotropy, row_norms
-from dimscope.representations import embedding
-from dimscope.representations.embedding import table_from_tensor
-from dimscope.representations.moments import moments
+from dimscope.vectors import embedding
+from dimscope.vectors.embedding import table_from_tensor
+from dimscope.vectors.moments import moments
 
 
 def all_pairs(x):

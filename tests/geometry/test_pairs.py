@@ -15,7 +15,7 @@ from dimscope.errors import InvalidArgument
 from dimscope.geometry import pairs as module
 from dimscope.geometry.pairs import TILE, Pairs, connected_groups, diameter, pairs_within
 from dimscope.geometry.spectrum import principal_components
-from dimscope.representations.moments import moments
+from dimscope.vectors.moments import moments
 
 
 def components_of(x, k=32):

@@ -20,7 +20,7 @@ from sklearn.decomposition import PCA
 from dimscope.geometry import spectrum as module
 from dimscope.geometry.dimension import numerical_rank
 from dimscope.geometry.spectrum import principal_components, spectrum, table_moments
-from dimscope.representations.moments import moments
+from dimscope.vectors.moments import moments
 
 SHAPES = [(200, 12), (12, 40), (13, 13), (2, 5), (50, 1)]
 

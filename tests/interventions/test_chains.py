@@ -29,7 +29,7 @@ from dimscope.interventions.perturbations import (
     make_map,
     step_seed,
 )
-from dimscope.representations.moments import moments
+from dimscope.vectors.moments import moments
 
 V, D = 300, 20
 IDS = torch.arange(V)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.perturbations import TableSummary, make_map
-from dimscope.representations.moments import moments
+from dimscope.vectors.moments import moments
 
 CAUSAL = [name for name, family in FAMILIES.items() if family.output]
 MAPS = [

@@ -7,7 +7,7 @@ import torch
 
 from dimscope.interventions.operators import operator_statistics
 from dimscope.interventions.perturbations import TableSummary, make_map
-from dimscope.representations.moments import Moments
+from dimscope.vectors.moments import Moments
 
 
 def projector(d: int, k: int, seed: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from matrices import PROPERTY, gaussian
 from dimscope.errors import InvalidArgument
 from dimscope.interventions.maps import GaussianNoise, LinearMap, exact_error
 from dimscope.interventions.perturbations import PERTURBATIONS, TableSummary, make_map
-from dimscope.representations.moments import moments
+from dimscope.vectors.moments import moments
 
 V, D = 400, 24
 BY_DIMENSIONS = [name for name, kind in PERTURBATIONS.items() if kind.strength == "dimensions"]

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from matrices import PROPERTY, gaussian, table_without
 from transformers import AutoModelForCausalLM
 
+from dimscope.activations.hidden_states import first_norm
 from dimscope.interventions.maps import GaussianNoise, LinearMap
 from dimscope.interventions.perturbations import TableSummary, make_chain, make_map
 from dimscope.interventions.row_errors import Ratio, row_errors, token_errors
-from dimscope.representations.embedding import BLOCK, table_from_tensor
-from dimscope.representations.hidden_states import first_norm
-from dimscope.representations.moments import moments
+from dimscope.vectors.embedding import BLOCK, table_from_tensor
+from dimscope.vectors.moments import moments
 
 N, D = 240, 16
 IDS = torch.arange(N)

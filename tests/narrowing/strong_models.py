@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from dimscope.representations.windows import Window
+from dimscope.texts.windows import Window
 
 
 def strengthen(model: Any, generator: torch.Generator) -> None:

@@ -5,14 +5,14 @@ import torch
 from strong_models import random_windows
 
 from dimscope.checkpoints.checkpoint import open_checkpoint
+from dimscope.checkpoints.families import LAYOUTS
 from dimscope.checkpoints.model import load_model
 from dimscope.errors import InvalidArgument
 from dimscope.interventions.perturbations import TableSummary
 from dimscope.narrowing.bases import BASES, FROM_TABLE, FROM_TEXT, check_basis, make_basis
 from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains, rms_normed
-from dimscope.narrowing.layouts import LAYOUTS
-from dimscope.representations.moments import moments
-from dimscope.representations.windows import Window
+from dimscope.texts.windows import Window
+from dimscope.vectors.moments import moments
 
 D = 32
 

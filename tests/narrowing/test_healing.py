@@ -11,11 +11,11 @@ from strong_models import random_windows, strengthen
 from transformers import AutoModelForCausalLM
 
 from dimscope.checkpoints.checkpoint import open_checkpoint
+from dimscope.checkpoints.families import LAYOUTS
 from dimscope.checkpoints.model import Placement
 from dimscope.narrowing import training
 from dimscope.narrowing.bases import fitted
 from dimscope.narrowing.healing import heal, heal_rate
-from dimscope.narrowing.layouts import LAYOUTS
 from dimscope.narrowing.projection import Cut, narrow_model, plan_cut, write_cut
 from dimscope.narrowing.training import Point, Schedule, best_point, mean_distance
 

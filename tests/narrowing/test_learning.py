@@ -12,15 +12,15 @@ from strong_models import random_windows, strengthen
 from transformers import AutoModelForCausalLM
 
 from dimscope.checkpoints.checkpoint import open_checkpoint
+from dimscope.checkpoints.families import LAYOUTS
 from dimscope.checkpoints.model import Placement
 from dimscope.narrowing import training
 from dimscope.narrowing.bases import fitted, make_basis
 from dimscope.narrowing.calibration import final_temperature
-from dimscope.narrowing.layouts import LAYOUTS
 from dimscope.narrowing.learning import learn_basis
 from dimscope.narrowing.projection import Cut, narrow_model, plan_cut
 from dimscope.narrowing.training import LONGEST_NORM, Point, Schedule, best_point, mean_distance
-from dimscope.studies.narrowing_bench import table_summary
+from dimscope.studies.narrowing.session import table_summary
 
 D, K = 32, 16
 PLACEMENT = Placement("float32", "cpu")

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dimscope.checkpoints import writer as writing
 from dimscope.checkpoints.checkpoint import open_checkpoint
+from dimscope.checkpoints.families import LAYOUTS, check_width, layout_of
 from dimscope.checkpoints.model import Placement
+from dimscope.checkpoints.writer import Planned, write_safetensors
 from dimscope.errors import InvalidArgument, UnsupportedCheckpoint
-from dimscope.narrowing import writing
 from dimscope.narrowing.bases import fitted
-from dimscope.narrowing.layouts import LAYOUTS, check_width, layout_of
 from dimscope.narrowing.projection import narrow_model, plan_cut, write_cut
-from dimscope.narrowing.writing import Planned, write_safetensors
 
 FAMILIES = sorted(LAYOUTS)
 IDS = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(0))

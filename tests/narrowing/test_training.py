@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
 
+from dimscope.activations import hidden_states
 from dimscope.errors import InvalidArgument
 from dimscope.narrowing import training
 from dimscope.narrowing.training import Goal, Point, Schedule, best_point, distance, mean_distance, minimise
-from dimscope.representations import hidden_states
-from dimscope.representations.windows import Window
+from dimscope.texts.windows import Window
 
 IDS = torch.randint(3, 400, (3, 14), generator=torch.Generator().manual_seed(0))
 V = 512

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from dimscope.report.section import Facts, Tables
+from dimscope.page.section import Facts, Tables
 
 HOSTILE = "</script><script>alert(1)</script>"
 LABELS = ["<s>", "␣water", "Water", HOSTILE, "\"'`&amp;", "\u202eשלום", "<b>bold</b><0xFF>", "#7"]

@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 from layer_tables import Model, Plan, layer_tables, study_facts
 
-from dimscope.report.page import write_page
-from dimscope.report.section import Tables
+from dimscope.page.render import write_page
+from dimscope.page.section import Tables
 
 CHROMIUM = Path("/usr/bin/chromium")
 # Software WebGL, and none of the calls home that a browser makes by itself.

@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dimscope.report.page import EMBED_LIMIT, write_page
-from dimscope.report.section import Tables
+from dimscope.page.render import EMBED_LIMIT, write_page
+from dimscope.page.section import Tables
 
 Write = Callable[..., Path]
 

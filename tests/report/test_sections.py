@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import polars as pl
 import pytest
+from dimscope.report.sections import embedding_sections
 
-from dimscope.report.section import Facts, Section, Tables
-from dimscope.report.sections import directions, embedding_sections, rows
+from dimscope.page.section import Facts, Section, Tables
+from dimscope.studies.embedding import spectrum_sections as directions
+from dimscope.studies.embedding import token_sections as rows
 
 
 def _section(made: Section | None) -> Section:

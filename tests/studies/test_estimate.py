@@ -8,9 +8,9 @@ from matrices import gaussian
 from models import write_table_checkpoint
 
 import dimscope
+from dimscope.activations.collection import SiteSums
+from dimscope.activations.reservoir import Reservoir
 from dimscope.checkpoints.model import Placement
-from dimscope.representations.collection import SiteSums
-from dimscope.representations.reservoir import Reservoir
 from dimscope.studies import estimate as module
 from dimscope.studies.estimate import estimate_passes
 

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dimscope.activations.hidden_states import input_device
 from dimscope.checkpoints.vocabulary import piece_decoder
 from dimscope.errors import InvalidArgument
-from dimscope.representations.hidden_states import input_device
-from dimscope.representations.windows import Window, room_after, special_prefix
+from dimscope.texts.windows import Window, room_after, special_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

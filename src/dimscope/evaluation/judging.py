@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dimscope.activations.collection import next_tokens
+from dimscope.activations.hidden_states import final_states, logit_transform, position_blocks
 from dimscope.checkpoints.model import available_memory
-from dimscope.representations.collection import next_tokens
-from dimscope.representations.hidden_states import final_states, logit_transform, position_blocks
-from dimscope.representations.windows import Window, grouped
+from dimscope.texts.windows import Window, grouped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

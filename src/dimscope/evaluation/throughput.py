@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dimscope.representations.hidden_states import input_device
+from dimscope.activations.hidden_states import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dimscope.representations.embedding import EmbeddingTable
-from dimscope.representations.moments import Moments
+from dimscope.vectors.embedding import EmbeddingTable
+from dimscope.vectors.moments import Moments
 
 
 def row_norms(table: EmbeddingTable, centre: Float[Tensor, " d"] | None = None) -> Float[Tensor, " n"]:

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dimscope.geometry.spectrum import Spectrum, spectrum, table_moments
-from dimscope.representations.embedding import EmbeddingTable
-from dimscope.representations.moments import Moments
+from dimscope.vectors.embedding import EmbeddingTable
+from dimscope.vectors.moments import Moments
 
 TRACY_WIDOM_99 = 2.0234  # 99% quantile of the Tracy-Widom law for real matrices (Johnstone 2001)
 STRETCHES = 64  # pieces of the table that every permuted block is made of

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dimscope.representations.moments import Moments, moments, upper_gram
+from dimscope.vectors.moments import Moments, moments, upper_gram
 
 SMALL = 10**11  # N x d x d up to which float64 products cost next to nothing
 CONDITION = 30.0  # largest singular value over the smallest, up to which float32 products keep 7 digits

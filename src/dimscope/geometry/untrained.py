@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dimscope.representations.embedding import EmbeddingTable
+from dimscope.vectors.embedding import EmbeddingTable
 
 MIN_SEED = 3  # rows; fewer say nothing about how untrained rows scatter
 FOLDS = 8  # parts of the seed rows, each measured against the centroid of the others

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dimscope.representations.moments import Moments
+from dimscope.vectors.moments import Moments
 
 SMALL = 1e-6  # share of the energy below which an error is not told by a difference of energies
 

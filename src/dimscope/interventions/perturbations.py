@@ -24,8 +24,8 @@ from dimscope.interventions.maps import (
     compose,
     mapped_moments,
 )
-from dimscope.representations.embedding import EmbeddingTable
-from dimscope.representations.moments import Moments, moments
+from dimscope.vectors.embedding import EmbeddingTable
+from dimscope.vectors.moments import Moments, moments
 
 LARGEST_BITS = 16
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dimscope.interventions.maps import RowMap
 
 if TYPE_CHECKING:
-    from dimscope.representations.embedding import EmbeddingTable
+    from dimscope.vectors.embedding import EmbeddingTable
 
 Norm = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dimscope.narrowing.layouts import Layout
-from dimscope.representations.hidden_states import final_states, position_blocks
-from dimscope.representations.moments import upper_gram
-from dimscope.representations.windows import Window, grouped
+from dimscope.activations.hidden_states import final_states, position_blocks
+from dimscope.checkpoints.families import Layout
+from dimscope.texts.windows import Window, grouped
+from dimscope.vectors.moments import upper_gram
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -27,7 +27,7 @@ from dimscope.narrowing.training import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dimscope.representations.windows import Window
+    from dimscope.texts.windows import Window
 
 NORM_RATE, RATE, LORA_RATE = 1e-2, 1e-3, 2e-3  # of Adam; that of the weights at a width of 256, and less above
 WIDTH = 256

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dimscope.narrowing.bases import directions_of, fitted
-from dimscope.narrowing.exports import Origin
+from dimscope.narrowing.conversion import Origin
 from dimscope.narrowing.projection import Cut, narrow_model
 from dimscope.narrowing.training import Goal, Point, Schedule, distance, looking, minimise
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dimscope.checkpoints.model import Placement
-    from dimscope.representations.windows import Window
+    from dimscope.texts.windows import Window
 
 RATE = 5e-3
 

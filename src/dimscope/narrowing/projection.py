@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dimscope.checkpoints.families import Layout, layout_of
+from dimscope.checkpoints.writer import Planned, write_safetensors
 from dimscope.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from dimscope.narrowing.bases import tied_to
 from dimscope.narrowing.calibration import final_temperature
-from dimscope.narrowing.exports import Origin, Origins, origins_of
-from dimscope.narrowing.layouts import Layout, layout_of
-from dimscope.narrowing.writing import Planned, write_safetensors
+from dimscope.narrowing.conversion import Origin, Origins, origins_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dimscope.checkpoints.checkpoint import Checkpoint
     from dimscope.checkpoints.model import Placement
     from dimscope.checkpoints.tensors import TensorInfo
-    from dimscope.representations.windows import Window
+    from dimscope.texts.windows import Window
 
 NUMBERS = 1 << 22  # of a tensor computed at once: 32 MiB in float64
 BESIDE = (

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dimscope.representations.hidden_states import final_states, input_device, logit_transform, position_blocks
-from dimscope.representations.windows import Window, grouped
-from dimscope.results import write_tensors
+from dimscope.activations.hidden_states import final_states, input_device, logit_transform, position_blocks
+from dimscope.storage import write_tensors
+from dimscope.texts.windows import Window, grouped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

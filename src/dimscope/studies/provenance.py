@@ -5,7 +5,7 @@ from typing import Any
 
 from dimscope.checkpoints.budget import parameter_budget
 from dimscope.checkpoints.checkpoint import Checkpoint
-from dimscope.results import versions
+from dimscope.storage import versions
 
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:

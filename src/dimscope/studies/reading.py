@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.model import Placement, require_causal
 from dimscope.errors import InvalidArgument
-from dimscope.representations.texts import Text, open_text
+from dimscope.texts.texts import Text, open_text
 
 GENERATED = "generated"  # as a text: what the model writes itself
 CPU_BATCH, GPU_BATCH = 2048, 16384  # tokens at once

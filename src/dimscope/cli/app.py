@@ -1,0 +1,102 @@
+"""The command line: parse, one call, print. torch is imported by the command that runs, not by `--help`."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Dict
+
+from dimscope import studies
+from dimscope.cli import embedding, narrow
+from dimscope.cli.damage import damage_command
+from dimscope.cli.options import STANDARD_INPUT
+from dimscope.cli.report import report_command
+from dimscope.cli.studies import study_command
+from dimscope.errors import DimscopeError
+from dimscope.studies.study import Study
+
+SPECIAL = {"damage": damage_command, "narrowing": narrow.narrow_command}
+"""Studies whose command does more than run the study."""
+
+
+def build_app(known: Sequence[Study]) -> App:
+    """Return the commands: those about tables and checkpoints, one for each study, and the report."""
+    app = App(
+        name="dimscope",
+        suppress_keyboard_interrupt=False,  # `main` says what is kept
+        help="How many dimensions does a language model really use?",
+        help_epilogue="MODEL is a folder, a hub id (owner/name), a .gguf file, or builtin, the small model that ships here.",
+    )
+    for command in embedding.COMMANDS:
+        app.command(command)
+    for study in known:
+        app.command(SPECIAL.get(study.name, study_command)(study))
+    app.command(report_command(known), name="report")
+    return app
+
+
+def main(tokens: list[str] | None = None) -> int:
+    """Run one command. Users' mistakes: one line on stderr, exit code 2. Bugs: a traceback. Ctrl-C: 130."""
+    for stream in (sys.stdout, sys.stderr):  # labels hold any Unicode; a terminal or pipe may not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    arguments = sys.argv[1:] if tokens is None else tokens
+    # A lone hyphen, standard input, would be taken for an option without a name.
+    arguments = [STANDARD_INPUT if token == "-" else token for token in arguments]
+    app = build_app(studies.STUDIES)
+    try:
+        app.config = _preset(arguments)
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as e:
+        return _fail(str(e))
+    except DimscopeError as e:
+        return _fail(with_options(str(e)))
+    except KeyboardInterrupt:
+        print("stopped; finished tables are kept, and the same command resumes from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `dimscope tokens | head`
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def _preset(arguments: Sequence[str]) -> list[Any]:
+    """Return the settings of a preset as defaults that other options override, for the command that names one."""
+    named = [arguments[i + 1] for i, word in enumerate(arguments[:-1]) if word == "--preset"]
+    named += [word.removeprefix("--preset=") for word in arguments if word.startswith("--preset=")]
+    study = next((study for study in studies.STUDIES if arguments[:1] == [study.name]), None)
+    values = study.presets.get(named[-1]) if study is not None and named else None
+    if study is None or values is None:
+        return []
+    return [Dict({study.name: {_option(study.settings, name): value for name, value in values.items()}})]
+
+
+def _option(settings: type, field: str) -> str:
+    """Return the name of an option, without hyphens before it."""
+    return option_names(settings).get(field, "--" + field.replace("_", "-")).removeprefix("--")
+
+
+def option_names(settings: type) -> dict[str, str]:
+    """Return the options whose name is not that of their field."""
+    names: dict[str, str] = {}
+    for field, hint in settings.__annotations__.items():
+        for extra in getattr(hint, "__metadata__", ()):
+            if isinstance(extra, Parameter) and extra.name:
+                names[field] = next(iter(extra.name))
+    return names
+
+
+def with_options(message: str) -> str:
+    """Return a message of the library with `parameters` as the --options of the command line."""
+    names = {field: option for study in studies.STUDIES for field, option in option_names(study.settings).items()}
+    return re.sub(r"`(\w+)`", lambda m: names.get(m[1], "--" + m[1].replace("_", "-")), message)
+
+
+def _fail(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2

@@ -1,0 +1,110 @@
+"""Options that several commands share, and what they do with them."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from dimscope.cli.terminal import Output, print_json, print_tables, write
+from dimscope.storage import check_folder
+
+if TYPE_CHECKING:
+    from dimscope.checkpoints.checkpoint import Checkpoint
+    from dimscope.vectors.embedding import EmbeddingTable
+
+STANDARD_INPUT = "\0-"  # how the command line hands "-" on; no shell can pass it
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Common:
+    """Options of every command."""
+
+    revision: str | None = None
+    "Branch, tag or commit of a model on the hub."
+    json: Annotated[bool, Parameter(negative=())] = False
+    "Print JSON, and nothing else, on standard output."
+    out: Annotated[Path | None, Parameter(alias="-o")] = None
+    "Folder to write the tables to, as Parquet."
+    limit: int = 40
+    "Rows of each table to print."
+    allow_pickle: Annotated[bool, Parameter(negative=())] = False
+    "Read pickle weights. They can run code on this machine when loaded."
+    trust_remote_code: Annotated[bool, Parameter(negative=())] = False
+    "Run the Python code that comes with the model. It can do anything that you can."
+
+    def open(self, model: str, revision: str | None = None) -> Checkpoint:
+        """Opens a model, at the revision of the command line unless told another."""
+        from huggingface_hub.utils import logging as hub_logging
+        from transformers.utils import logging
+
+        from dimscope.checkpoints.checkpoint import open_checkpoint
+
+        if self.out is not None:
+            check_folder(self.out)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        hub_logging.set_verbosity_error()
+        return open_checkpoint(
+            model,
+            revision=revision or self.revision,
+            allow_pickle=self.allow_pickle,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    @contextmanager
+    def folder(self) -> Generator[Path]:
+        """The folder that was given, or one that is gone afterwards."""
+        if self.out is not None:
+            yield self.out
+            return
+        with tempfile.TemporaryDirectory(prefix="dimscope-") as temporary:
+            yield Path(temporary)
+
+    def show(self, output: Output) -> None:
+        """Prints what was found, and writes it where a folder was given."""
+        if self.out is not None:
+            write(output, self.out)
+        self.print(output)
+
+    def print(self, output: Output) -> None:
+        if self.json:
+            print_json(output)
+        else:
+            print_tables(output, self.limit)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TableOptions:
+    """Options of every command about an embedding table."""
+
+    side: Literal["input", "output"] = "input"
+    "Which table: the input embeddings, or the output embeddings of an untied model."
+    skip_nonfinite: Annotated[bool, Parameter(negative=())] = False
+    "Leave out rows with NaN or Inf instead of refusing the table."
+
+    def open(self, checkpoint: Checkpoint) -> EmbeddingTable:
+        from dimscope.vectors.embedding import open_table
+
+        return open_table(checkpoint, self.side, skip_nonfinite=self.skip_nonfinite)
+
+
+COMMON, TABLE = Common(), TableOptions()
+
+
+def text_sources(sources: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the texts with standard input as "-"."""
+    return tuple("-" if source == STANDARD_INPUT else source for source in sources)
+
+
+def announce(line: str) -> None:
+    """Print a line about what is about to run, or about a finished stage, to stderr."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,123 @@
+"""What commands print: tables on a terminal, JSON on request, Parquet into a folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dimscope.storage import versions, write_json, write_table
+
+if TYPE_CHECKING:
+    from dimscope.studies.damage.run import Writing
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a command found: `frames` are printed without their `hidden` columns, and written whole.
+
+    No frame is named like a fact, since JSON puts both side by side.
+    """
+
+    facts: Mapping[str, Any]
+    frames: Mapping[str, pl.DataFrame] = field(default_factory=dict)
+    hidden: Sequence[str] = ()
+    files_only: Mapping[str, pl.DataFrame] = field(default_factory=dict)  # too large to print: JSON and Parquet only
+
+
+def write(output: Output, folder: Path) -> None:
+    """FOLDER/NAME.parquet for every frame, and FOLDER/provenance.json."""
+    for name, frame in {**output.frames, **output.files_only}.items():
+        write_table(folder / f"{name}.parquet", frame)
+    write_json(folder / "provenance.json", plain({**output.facts, "versions": versions()}))
+
+
+def print_json(output: Output) -> None:
+    """One JSON object on standard output: the facts, and every frame as a list of rows."""
+    tables = {name: plain(frame.to_dicts()) for name, frame in {**output.frames, **output.files_only}.items()}
+    json.dump({**plain(dict(output.facts)), **tables}, sys.stdout, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def print_tables(output: Output, limit: int) -> None:
+    """Facts and the first `limit` rows of each frame, for a reader."""
+    console = Console(highlight=False)
+    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for key, value in output.facts.items():
+        facts.add_row(f"[bold]{key.replace('_', ' ')}[/bold]", _cell(value))
+    console.print(facts)
+    for name, frame in output.frames.items():
+        console.print(_table(name, frame.drop(c for c in output.hidden if c in frame.columns), limit))
+        if len(frame) > limit:
+            console.print(f"{limit} of {len(frame):,} rows; --limit shows more, --json and --out give all")
+
+
+def writing_table(writing: Writing) -> Table:
+    """Answers to prompts as they are written, beside those of the undamaged model."""
+    from dimscope.studies.estimate import duration
+
+    left = f" · about {duration(writing.seconds_left)} left" if writing.seconds_left is not None else ""
+    title = f"{escape(writing.change)} · {writing.number} of {writing.total}{left}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = [writing.prompts, *([writing.undamaged] if writing.undamaged is not None else []), writing.texts]
+    for name in ("prompt", *(["undamaged"] if writing.undamaged is not None else []), writing.change):
+        table.add_column(escape(name), overflow="fold", ratio=1 if name == "prompt" else 2)
+    for row in zip(*columns, strict=True):
+        table.add_row(*map(escape, row))
+    return table
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: NaN and infinities become null, bytes hexadecimal."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, bytes):
+        return value.hex()
+    return str(value) if isinstance(value, Path) else value
+
+
+def _table(name: str, frame: pl.DataFrame, limit: int) -> Table:
+    """A rich table; columns that say the same in every row go into its title."""
+    constant = [
+        c for c in frame.columns if len(frame) > 1 and frame[c].n_unique() == 1 and frame.schema[c] == pl.String
+    ]
+    title = " · ".join(
+        [name.replace("_", " "), *(str(frame[c][0]) for c in constant if frame[c][0] not in (None, name))]
+    )
+    table = Table(
+        title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    shown = frame.drop(constant)
+    for column, dtype in shown.schema.items():
+        table.add_column(column.replace("_", " "), justify="right" if dtype.is_numeric() else "left", overflow="fold")
+    for row in shown.head(limit).iter_rows():
+        table.add_row(*map(_cell, row))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.4g}"
+    if isinstance(value, bytes):
+        return value.hex(" ")
+    return escape(str(value))

@@ -1,0 +1,1 @@
+"""The kit of the page: sections, theme, wording, payload and templates. Knows no study."""

@@ -1,0 +1,120 @@
+"""The page: sections, figures and data into one self-contained HTML text."""
+
+import base64
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from dimscope.page import theme
+from dimscope.page.payload import figure_spec, zipped_json
+from dimscope.page.section import Facts, Plot, Section
+from dimscope.page.wording import magnitude
+
+EMBED_LIMIT = 1_000_000
+"""Tables up to this many bytes travel inside the page; larger ones are linked where they lie."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What the page shows: the model, numbers for its head, sections, and data for its scripts beside the figures."""
+
+    facts: Facts
+    highlights: tuple[tuple[str, str, str], ...]
+    sections: tuple[Section, ...]
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A table to download: its name, its human-readable size, and a data: URI or a relative link."""
+
+    name: str
+    size: str
+    href: str
+    embedded: bool
+
+
+def render_page(page: Page, downloads: Iterable[Download] = ()) -> str:
+    """Return the page as HTML text."""
+    facts = page.facts
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            facts=facts,
+            strip=[*model_highlights(facts), *page.highlights],
+            sections=page.sections,
+            downloads=list(downloads),
+            components=page.data.get("components", []),
+            payload=zipped_json(_payload(page)),
+            provenance=provenance(facts),
+            css={name: theme.css_variables(name) for name in theme.SURFACES},
+            style=_asset("style.css"),
+            script=_asset("page.js"),
+            plotly=Markup(get_plotlyjs()),
+        )
+    )
+
+
+def model_highlights(facts: Facts) -> list[tuple[str, str, str]]:
+    """Return what the head of the page says about the model itself, as (name, value, note)."""
+    shared = "one table reads and predicts" if facts.tied else "two separate tables"
+    return [
+        ("parameters", magnitude(facts.n_parameters), f"{facts.n_parameters:,} stored as {facts.dtype}"),
+        ("embedding table", f"{facts.vocab_size:,} × {facts.hidden_size:,}", "tokens × dimensions"),
+        ("tied", "yes" if facts.tied else "no", shared),
+    ]
+
+
+def provenance(facts: Facts) -> list[tuple[str, str]]:
+    """Return report.json as rows of (name, value), nested keys joined by a dot."""
+    return list(_flattened(facts.raw))
+
+
+def _flattened(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flattened(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _payload(page: Page) -> dict[str, Any]:
+    plots = [block for section in page.sections for block in section.blocks if isinstance(block, Plot)]
+    return {
+        "templates": {name: theme.template(name).to_plotly_json() for name in theme.SURFACES},
+        "marks": {"highlight": theme.HIGHLIGHT.colour},
+        "figures": {plot.anchor: figure_spec(plot.figure) for plot in plots},
+        **page.data,
+    }
+
+
+def table_download(path: Path) -> Download:
+    """Return the download of a Parquet file."""
+    size = path.stat().st_size
+    readable = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{max(1, round(size / 1e3))} kB"
+    if size > EMBED_LIMIT:
+        return Download(path.stem, readable, f"tables/{path.name}", embedded=False)
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return Download(path.stem, readable, f"data:application/vnd.apache.parquet;base64,{data}", embedded=True)
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("dimscope.page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _asset(name: str) -> Markup:
+    return Markup(resources.files("dimscope.page").joinpath("templates", name).read_text(encoding="utf-8"))

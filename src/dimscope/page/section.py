@@ -1,0 +1,191 @@
+"""The nouns of the page: what a run knows about its model, and a section with its finding, pictures and limits."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import plotly.graph_objects as go
+import polars as pl
+
+from dimscope.checkpoints.checkpoint import title_of
+
+Tables = Mapping[str, pl.DataFrame]
+
+
+@dataclass(frozen=True, slots=True)
+class StudyFacts:
+    """What report.json says about one study: its own facts, the names of its tables, warnings, and the seconds it took."""
+
+    facts: Mapping[str, Any]
+    tables: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What report.json says about the model and the run; keys that later versions add are kept in `raw` only."""
+
+    model: str
+    vocab_size: int
+    hidden_size: int
+    n_parameters: int
+    tied: bool
+    architecture: str = "unknown architecture"
+    dtype: str = "unknown"
+    revision: str | None = None
+    studies: Mapping[str, StudyFacts] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Return the human-readable name of the model: a hub id whole, of a path its last part."""
+        return title_of(self.model)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Return the warnings of all studies, each once."""
+        return tuple(dict.fromkeys(line for study in self.studies.values() for line in study.warnings))
+
+    @property
+    def seconds(self) -> float | None:
+        """Return how long the studies took together, or None where one does not say."""
+        known = [study.seconds for study in self.studies.values()]
+        return None if not known or None in known else sum(s for s in known if s is not None)
+
+    def of(self, study: str) -> Mapping[str, Any]:
+        """Return the facts of a study; nothing where it was not run."""
+        return self.studies[study].facts if study in self.studies else {}
+
+    @classmethod
+    def from_json(cls, report: Mapping[str, Any]) -> "Facts":
+        """Read the facts from a parsed report.json.
+
+        Raises:
+            TypeError: A required key is missing.
+        """
+        known = {f.name for f in fields(cls)} - {"raw", "studies"}
+        # A null stands for "unknown", which is what the default says.
+        present = {key: value for key, value in report.items() if key in known and value is not None}
+        studies = {
+            name: StudyFacts(own["facts"], tuple(own["tables"]), tuple(own.get("warnings") or ()), own.get("seconds"))
+            for name, own in report.get("studies", {}).items()
+        }
+        return cls(**present, studies=studies, raw=dict(report))
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token in an HTML table: a link to its place on the map; bold where both sides of a comparison share it."""
+
+    id: int
+    label: str
+    shared: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Return "token": how the template tells cells apart."""
+        return "token"
+
+
+Cell = Token | str
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A figure on the page; `explorer` adds the map's controls, `log_toggle` a switch of the y axis."""
+
+    anchor: str
+    figure: go.Figure
+    alt: str
+    caption: str = ""
+    log_toggle: bool = False
+    explorer: bool = False
+    square: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Return "plot": how the template tells blocks apart."""
+        return "plot"
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Small HTML table; cells are tokens or ready text, `numeric` names the columns set flush right."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    numeric: frozenset[int] = frozenset()
+
+    @property
+    def kind(self) -> str:
+        """Return "table": how the template tells blocks apart."""
+        return "table"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model wrote after a change, how many of its tokens are those of the undamaged model, and how much it repeats."""
+
+    change: str
+    text: str
+    same: str
+    repeated: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """The answers to one prompt, one below the other; `opened` where the reader sees them at first."""
+
+    prompt: str
+    answers: tuple[Answer, ...]
+    opened: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Return "gallery": how the template tells blocks apart."""
+        return "gallery"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """The layers whose traces a section's figures hold, as (number, name), and the one shown at first."""
+
+    layers: tuple[tuple[int, str], ...]
+    chosen: int
+    label: str = "Layer"
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One section: its finding as the title, what shows it, how to read that, and what it does not say.
+
+    `findings` are further sentences under the title; `choice` lets the reader change the layer that the figures show.
+    """
+
+    anchor: str
+    name: str
+    title: str
+    blocks: tuple[Plot | Grid | Gallery, ...]
+    how_to_read: str
+    caveat: str
+    tables: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
+    choice: LayerChoice | None = None
+
+
+SectionMaker = Callable[[Tables, Facts], Section | None]
+
+
+def table(tables: Tables, name: str) -> pl.DataFrame | None:
+    """Return a table, or None where it is missing or empty."""
+    frame = tables.get(name)
+    return None if frame is None or frame.is_empty() else frame
+
+
+def finite(frame: pl.DataFrame, column: str = "value") -> pl.DataFrame:
+    """Return the rows whose value exists: neither null nor NaN nor infinite."""
+    # A column of nulls only may come without a type, and then has no finite numbers to ask for.
+    return frame.filter(pl.col(column).cast(pl.Float64).is_finite().fill_null(False))

@@ -1,0 +1,223 @@
+"""Result tables on disk: Parquet with a JSON of provenance beside each, written whole or not at all, reused when asked again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import polars as pl
+
+from dimscope.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PACKAGES = ("dimscope", "torch", "transformers", "numpy", "scipy", "polars")
+
+
+@cache
+def versions() -> Mapping[str, str]:
+    """The versions that a result depends on."""
+    return {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file such that it is there with all its bytes, or not at all, whatever interrupts."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors as a safetensors file, whole or not at all."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with whole_file(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as e:  # its word for a full disk
+            raise OSError(None, str(e)) from e
+
+
+@contextmanager
+def whole_file(path: Path) -> Generator[Path]:
+    """A temporary path to write a file to; it takes the place of `path` once all its bytes are on disk."""
+    temporary = beside(path, "tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Generator[Path]:
+    """A hidden folder beside `out`, not there yet or empty, that takes its place once all files in it are on disk.
+
+    What an interrupted run left in it goes first; nothing of it is left where anything is raised.
+    """
+    partial = beside(out, "partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with writing(out):
+            partial.mkdir(parents=True)
+        yield partial
+        with writing(out):
+            for path in partial.iterdir():
+                _sync(path)
+            if out.exists():
+                out.rmdir()
+            partial.replace(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def beside(path: Path, what: str) -> Path:
+    """A hidden name in the same folder."""
+    return path.with_name(f".{path.name}.{what}")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as f:
+        os.fsync(f.fileno())
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Turns what the system says (disk full, no permission, a file in the way) into one line."""
+    try:
+        yield
+    except OSError as e:
+        raise InvalidArgument(f"{path} cannot be written: {e.strerror or e}") from e
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode())
+
+
+def write_table(path: Path, table: pl.DataFrame) -> None:
+    """A frame as Parquet (zstd), whole or not at all."""
+    import io
+
+    buffer = io.BytesIO()
+    table.write_parquet(buffer, compression="zstd")
+    write_whole(path, buffer.getvalue())
+
+
+class Store(Protocol):
+    """Where finished tables are kept. A study that is given one need not know whether it is on disk."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the run, for locks and for states of unfinished work; None where all is in memory."""
+        ...
+
+    def table(self, name: str, arguments: Mapping[str, Any], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
+        """The table `name`, computed where it is not finished yet or depends on other arguments."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Forget a table that this run does not have."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStore:
+    """Tables kept for as long as the run lasts."""
+
+    tables: dict[str, pl.DataFrame] = field(default_factory=dict)
+    folder: None = None
+
+    def table(self, name: str, arguments: Mapping[str, Any], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
+        """The table `name`, computed once."""
+        if name not in self.tables:
+            self.tables[name] = compute()
+        return self.tables[name]
+
+    def drop(self, name: str) -> None:
+        """Forget a table that this run does not have."""
+        self.tables.pop(name, None)
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFolder:
+    """The finished tables of one run: DIR/tables/NAME.parquet with DIR/tables/NAME.json.
+
+    `recipe` is what every table of the run depends on (model, its fingerprint, seed). A finished table is used again
+    only where its recipe, with the table's own arguments, is the same.
+    """
+
+    path: Path
+    recipe: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return self.path
+
+    def table(self, name: str, arguments: Mapping[str, Any], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
+        """The table `name`: read where it is finished, else computed and put on disk before anything else begins."""
+        wanted = json.loads(json.dumps({"recipe": dict(self.recipe), "arguments": dict(arguments)}))
+        parquet, provenance = self.path / "tables" / f"{name}.parquet", self.path / "tables" / f"{name}.json"
+        finished = _read_json(provenance)
+        if finished.get("made_by") == wanted and parquet.exists() and finished.get("sha256") == _digest(parquet):
+            return pl.read_parquet(parquet)
+        with writing(provenance):
+            provenance.unlink(missing_ok=True)  # from here to the end of the write there is no finished table
+        table = compute()
+        write_table(parquet, table)
+        facts = {"made_by": wanted, "rows": len(table), "sha256": _digest(parquet), "versions": versions()}
+        write_json(provenance, facts)
+        return table
+
+    def drop(self, name: str) -> None:
+        """Takes a table away that this run does not have: what an earlier one left would be taken for its own."""
+        for suffix in (".json", ".parquet"):
+            (self.path / "tables" / f"{name}{suffix}").unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(path: Path) -> Generator[None]:
+    """One process at a time in a folder of results; the others wait. A process that ends lets go, however it ends."""
+    from filelock import FileLock
+
+    lock = FileLock(path / "lock")
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_folder(path: Path) -> None:
+    """Makes sure, without writing anything, that results can go to a folder. Raises InvalidArgument where they cannot."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise InvalidArgument(f"{path}: results go to a folder, and {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise InvalidArgument(f"{path}: no permission to write there")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,1 @@
+"""How many dimensions the embedding table uses, and which tokens stand out in it."""

@@ -1,0 +1,33 @@
+"""The answer of the embedding study in a few words and numbers."""
+
+import polars as pl
+
+from dimscope.checkpoints.budget import embedding_share
+from dimscope.page.section import Facts, Tables
+from dimscope.page.wording import against, number, share
+from dimscope.studies.embedding.context import dimension
+from dimscope.studies.study import Highlight, Summary
+
+
+def highlights(tables: Tables, facts: Facts) -> list[Highlight]:
+    """Return the share of the parameters in embedding tables, and the effective dimension of the table."""
+    found: list[Highlight] = []
+    if "budget" in tables:
+        found.append(("embedding share", share(embedding_share(tables["budget"])), "of all parameters"))
+    row = dimension(tables, "participation ratio")
+    if row:
+        found.append(("effective dimension", number(row["value"]), against(row["value"], row["null_gaussian"])))
+    return found
+
+
+def summarise(tables: Tables, facts: Facts) -> Summary:
+    """Return the participation ratio of the centred table in a sentence, and every linear dimension."""
+    row = dimension(tables, "participation ratio", table=facts.of("embedding")["side"])
+    answer = "The table has no variance, so it has no effective dimension."
+    if row:
+        answer = (
+            f"The participation ratio of the centred embedding table is {number(row['value'])} of {facts.hidden_size:,} "
+            f"dimensions: {against(row['value'], row['null_gaussian'])}."
+        )
+    dimensions = tables["dimensions"].select("table", "metric", "preprocess", "value", "null_gaussian", "null_permuted")
+    return Summary(answer, {"dimensions": dimensions.sort(pl.col("preprocess") != "centred", maintain_order=True)})

@@ -1,0 +1,383 @@
+"""Sections about rows: the token map, neighbours, correlation, duplicates, under-trained tokens and hubs."""
+
+import statistics
+
+import polars as pl
+
+from dimscope.page.section import Facts, Grid, Plot, Section, Tables, Token
+from dimscope.page.wording import count, number, sentence, share
+from dimscope.studies.embedding import token_figures
+from dimscope.studies.embedding.context import explained_variance, measure
+
+ALL_DIMENSIONS, FIRST_COMPONENTS = "all d dimensions", "first 10 components"
+
+
+def map_section(tables: Tables, facts: Facts) -> Section | None:
+    """Show every token on two components, with search, colours and precomputed neighbours."""
+    if "tokens" not in tables or "pc2" not in tables["tokens"].columns:
+        return None
+    tokens, explained = tables["tokens"], explained_variance(tables)
+    odd = tokens.filter(pl.col("category") != "ordinary").height
+    kinds = f": {odd:,} {'is' if odd == 1 else 'are'} not ordinary text" if odd else ""
+    return Section(
+        anchor="map",
+        name="Token map",
+        title=_map_finding(tokens, explained),
+        blocks=(
+            Plot("token-map", token_figures.token_map(tokens, explained=explained), "map of all tokens", explorer=True),
+        ),
+        how_to_read=(
+            "Every point is one token; near points have similar rows, as far as two components can show. Colours and "
+            f"shapes mark the kind of token{kinds}. Search for a text, for a range of ids such as #0:100, or for an id such as #177, "
+            "choose other components, colour by category or by norm, and click a token for its "
+            f" nearest neighbours. {_knn_note(facts)}"
+        ),
+        caveat=(
+            f"This is a shadow on two of {facts.hidden_size:,} dimensions: the exact leading components of all rows "
+            "(PCA, the mean removed). Far apart here means far apart in the table, but close here "
+            "does not mean close there. The neighbours in the list use all dimensions."
+        ),
+        tables=("tokens", "knn"),
+    )
+
+
+def _map_finding(tokens: pl.DataFrame, explained: list[float]) -> str:
+    who = f"All {count(tokens.height, 'token')} on two components"
+    return f"{who}, which hold {share(sum(explained[:2]))} of their variance" if explained else who
+
+
+def _knn_note(facts: Facts) -> str:
+    knn = facts.of("embedding").get("knn", {})
+    n = knn.get("n_queries", 0)
+    if not n:
+        return "No neighbours were computed for this page."
+    if n >= facts.vocab_size:
+        asked = " (--full-knn)" if knn.get("full") else ""
+        return f"The neighbours of all {n:,} tokens were computed{asked}."
+    return f"Neighbours were computed for a random sample of {count(n, 'token')} among all tokens."
+
+
+def id_range_section(tables: Tables, facts: Facts) -> Section | None:
+    """Show the first hundred ids on components 1 and 3."""
+    if "tokens" not in tables or "pc3" not in tables["tokens"].columns:
+        return None
+    tokens = tables["tokens"]
+    stop = min(100, tokens.height)
+    fig = token_figures.id_scatter(tokens, 0, stop, "pc1", "pc3", explained=explained_variance(tables))
+    return Section(
+        anchor="first-ids",
+        name="First ids",
+        title=_id_range_finding(tokens, stop),
+        blocks=(Plot("id-scatter", fig, f"ids 0 to {stop - 1} on components 1 and 3"),),
+        how_to_read=(
+            "The same cloud as in the map, from another side and only for the first ids. In most tokenizers these are "
+            "special tokens, punctuation, digits and letters. Labels that found no room appear when you point at the "
+            "dot."
+        ),
+        caveat=(
+            f"{sentence(count(stop, 'token'))} of {facts.vocab_size:,} and 2 of {facts.hidden_size:,} dimensions: "
+            "groups seen here are worth a question, not an answer."
+        ),
+        tables=("tokens",),
+    )
+
+
+def _id_range_finding(tokens: pl.DataFrame, stop: int) -> str:
+    distance = (pl.col("pc1") ** 2 + pl.col("pc3") ** 2).sqrt()
+    everyone = tokens.select(distance.median()).item()
+    first = tokens.filter(pl.col("id") < stop).select(distance.median()).item()
+    subject = f"Ids 0 to {stop - 1} lie"
+    if not everyone or first is None:
+        return f"Ids 0 to {stop - 1} on components 1 and 3"
+    ratio = first / everyone
+    if 0.9 <= ratio <= 1.1:
+        return f"{subject} about as far out as the rest of the vocabulary on components 1 and 3"
+    return f"{subject} {number(round(ratio, 1))} times as far from the centre as the median token on components 1 and 3"
+
+
+def neighbours_section(tables: Tables, facts: Facts) -> Section | None:
+    """Show probe queries with their neighbours in all dimensions and in the first ten components."""
+    if "probes" not in tables or tables["probes"].is_empty():
+        return None
+    probes = tables["probes"]
+    queries = probes["query"].unique(maintain_order=True).to_list()
+    shared = [_shared(probes, query) for query in queries]
+    grids = tuple(_probe_grid(probes, query, ids, facts) for query, ids in zip(queries, shared, strict=True))
+    return Section(
+        anchor="neighbours",
+        name="Neighbours",
+        title=_neighbours_finding(probes, shared, facts),
+        blocks=grids,
+        how_to_read=(
+            f"Each table lists the nearest tokens by cosine, on the left in all {facts.hidden_size:,} dimensions, "
+            "on the right when only the first 10 components are kept. Tokens found by both are bold. Cosines on the "
+            "right are usually higher: fewer dimensions leave less room to differ. Click a token to see it on the map."
+        ),
+        caveat=(
+            f"{sentence(count(len(queries), 'query', 'queries'))} chosen beforehand, not a sample: they illustrate and "
+            "prove nothing about the rest. The search itself is exact over all tokens."
+        ),
+        tables=("probes", "knn"),
+    )
+
+
+def _shared(probes: pl.DataFrame, query: str) -> set[int]:
+    rows = probes.filter(pl.col("query") == query)
+    full, few = (set(rows.filter(pl.col("space") == space)["id"]) for space in (ALL_DIMENSIONS, FIRST_COMPONENTS))
+    return full & few
+
+
+def _neighbours_finding(probes: pl.DataFrame, shared: list[set[int]], facts: Facts) -> str:
+    k, kept = probes["rank"].to_numpy().max(), statistics.mean(len(ids) for ids in shared)
+    over = f"on average over {count(len(shared), 'query', 'queries')}" if len(shared) > 1 else "for one query"
+    if facts.hidden_size <= 10:
+        return f"Nearest neighbours of {count(len(shared), 'query', 'queries')}"
+    kept_names = f"{number(round(kept, 1))} of {k} nearest neighbours"
+    return f"Keeping 10 of {facts.hidden_size:,} dimensions keeps {kept_names}, {over}"
+
+
+def _probe_grid(probes: pl.DataFrame, query: str, shared: set[int], facts: Facts) -> Grid:
+    sides = [
+        probes.filter((pl.col("query") == query) & (pl.col("space") == space)).sort("rank")
+        for space in (ALL_DIMENSIONS, FIRST_COMPONENTS)
+    ]
+    rows = []
+    for rank in range(max(side.height for side in sides)):
+        cells: list[Token | str] = [str(rank + 1)]
+        for side in sides:
+            if rank < side.height:
+                row = side.row(rank, named=True)
+                cells += [Token(row["id"], row["label"], row["id"] in shared), f"{row['cosine']:.3f}"]
+            else:
+                cells += ["", ""]
+        rows.append(tuple(cells))
+    header = ("", f"all {facts.hidden_size:,} dimensions", "cosine", "first 10 components", "cosine")
+    return Grid(query, header, tuple(rows), frozenset({0, 2, 4}))
+
+
+def correlation_section(tables: Tables, facts: Facts) -> Section | None:
+    """Show the correlation of an id range and the blocks of near-perfectly correlated tokens of the whole table."""
+    if "correlation" not in tables or tables["correlation"].is_empty():
+        return None
+    matrix = tables["correlation"]
+    first, last = matrix["id"].min(), matrix["id"].max()
+    blocks: list[Plot | Grid] = [
+        Plot("correlation-map", token_figures.correlation(matrix), f"correlation of ids {first} to {last}", square=True)
+    ]
+    groups = tables.get("correlation_blocks")
+    if groups is not None and not groups.is_empty():
+        blocks.append(_group_grid(groups, "block", "min_r", "Blocks in the whole vocabulary", "lowest r inside"))
+    return Section(
+        anchor="correlation",
+        name="Correlation",
+        title=_correlation_finding(groups),
+        blocks=tuple(blocks),
+        how_to_read=(
+            f"Each cell compares two of the ids {first} to {last}: red pairs rise and fall together over the "
+            "dimensions, blue ones against each other, and the colour of the page means no relation. The diagonal is "
+            "each token with itself. A solid red square means tokens that the model can hardly tell apart."
+        ),
+        caveat=(
+            f"The picture shows {count(matrix.height, 'token')} of {facts.vocab_size:,}; the blocks are searched in "
+            "the whole table. Correlation is not a distance: rows of very different length can correlate perfectly. "
+            f"Unrelated random rows scatter around 0 by about ±{1 / max(facts.hidden_size - 1, 1) ** 0.5:.2f}."
+        ),
+        tables=("correlation", "correlation_blocks"),
+    )
+
+
+def _correlation_finding(groups: pl.DataFrame | None) -> str:
+    if groups is None:
+        return "How tokens correlate"
+    if groups.is_empty():
+        return "No two tokens in the vocabulary are near-perfectly correlated"
+    n, largest = groups["block"].n_unique(), groups["size"].to_numpy().max()
+    lowest = groups["min_r"].min()
+    if n == 1:
+        return f"One block of {largest:,} tokens is almost perfectly correlated (r of {lowest:.3f} or more)"
+    bound = f"(r of {lowest:.3f} or more)"
+    return f"{n:,} blocks of tokens are almost perfectly correlated, the largest of {largest:,} {bound}"
+
+
+def _group_grid(groups: pl.DataFrame, key: str, spread: str, caption: str, spread_name: str, shown: int = 10) -> Grid:
+    """List the largest groups with their first tokens."""
+    largest = groups.sort("size", key, descending=[True, False])[key].unique(maintain_order=True).to_list()
+    rows = []
+    for group in largest[:shown]:
+        members = groups.filter(pl.col(key) == group).sort("id")
+        names = [f"{label} #{i}" for label, i in members.select("label", "id").head(6).iter_rows()]
+        more = f", … {members.height - 6:,} more" if members.height > 6 else ""
+        kinds = ", ".join(members["category"].unique().sort())
+        rows.append((f"{members.height:,}", kinds, ", ".join(names) + more, f"{members[spread][0]:.3g}"))
+    note = f"{caption}: the {shown} largest of {len(largest):,}" if len(largest) > shown else caption
+    return Grid(note, ("tokens", "category", "which", spread_name), tuple(rows), frozenset({0, 3}))
+
+
+def duplicates_section(tables: Tables, facts: Facts) -> Section | None:
+    """Tell which rows lie within a small radius of each other in all dimensions."""
+    if "duplicates" not in tables:
+        return None
+    groups = tables["duplicates"]
+    grid = _group_grid(groups, "group", "diameter", "Groups of copies", "largest distance") if groups.height else None
+    return Section(
+        anchor="duplicates",
+        name="Duplicates",
+        title=_duplicates_finding(groups, _radius(groups, facts)),
+        blocks=(grid,) if grid else (),
+        how_to_read=(
+            "Two rows are joined when their distance, measured in all dimensions, is at most the radius; a group is "
+            "everything that can be reached over such steps. Copies usually are rows that training never touched."
+        ),
+        caveat=(
+            "The search is exact and covers all pairs, but the radius is a choice: a larger one finds more. Inside a "
+            "group the ends can lie farther apart than the radius; the largest distance says how far."
+        ),
+        tables=("duplicates",),
+    )
+
+
+def _radius(groups: pl.DataFrame, facts: Facts) -> float | None:
+    return groups["radius"][0] if groups.height else None
+
+
+def _duplicates_finding(groups: pl.DataFrame, radius: float | None) -> str:
+    within = f" (radius {number(radius)})" if radius is not None else ""
+    if groups.is_empty():
+        return f"No two rows of the table are copies of each other{within}"
+    n, members = groups["group"].n_unique(), groups.height
+    if n == 1:
+        return f"{members:,} tokens share what is practically one row{within}"
+    return f"{members:,} tokens share only {n:,} practically different rows{within}"
+
+
+def untrained_section(tables: Tables, facts: Facts) -> Section | None:
+    """Tell which tokens look as if training never reached them."""
+    if "tokens" not in tables:
+        return None
+    tokens = tables["tokens"]
+    if tokens["untrained_score"].is_null().all():
+        return None
+    row = measure(tables, "untrained threshold")
+    threshold = row["value"] if row else None
+    flagged = tokens.filter(pl.col("untrained"))
+    grid = _untrained_grid(flagged)
+    plot = Plot(
+        "untrained-scores", token_figures.untrained_scores(tokens, threshold), "scores by category", log_toggle=True
+    )
+    return Section(
+        anchor="untrained",
+        name="Under-trained tokens",
+        title=_untrained_finding(flagged, threshold),
+        blocks=(plot, grid) if grid else (plot,),
+        how_to_read=(
+            "Some rows cannot have been trained: ids beyond the tokenizer, bytes that no text contains, tokens that "
+            "the tokenizer never produces. They serve as the seed. The score is the distance to their "
+            "centre, in units of the median ordinary token: 0 looks untrained, 1 looks usual. "
+            + (
+                "There is no dashed line because no threshold could be set."
+                if threshold is None
+                else "The dashed line is the threshold."
+            )
+        ),
+        caveat=_untrained_caveat(tables),
+        tables=("tokens", "measures"),
+    )
+
+
+def _untrained_finding(flagged: pl.DataFrame, threshold: float | None) -> str:
+    ordinary = flagged.filter(pl.col("category") == "ordinary").height
+    if flagged.is_empty() and threshold is None:
+        return "The seed rows do not stand apart from the rest, so no token is called under-trained"
+    if flagged.is_empty():
+        return "No token looks under-trained"
+    who = count(flagged.height, "token")
+    verb = "looks" if flagged.height == 1 else "look"
+    if not ordinary and flagged.height == 1:
+        return f"{who} {verb} under-trained, and it is not ordinary text"
+    if not ordinary:
+        return f"{who} {verb} under-trained, none of them ordinary text"
+    if ordinary == flagged.height:
+        return f"{who} {verb} under-trained, though ordinary text can produce {'it' if ordinary == 1 else 'them'}"
+    return f"{who} {verb} under-trained, {ordinary:,} of them ordinary text"
+
+
+def _untrained_grid(flagged: pl.DataFrame, shown: int = 20) -> Grid | None:
+    if flagged.is_empty():
+        return None
+    # Ordinary tokens come first: those are the surprise, the seed rows are expected.
+    ranked = flagged.sort(pl.col("category") != "ordinary", "untrained_score", "id").head(shown)
+    rows = tuple(
+        (Token(row["id"], row["label"]), f"{row['id']:,}", row["category"], f"{row['untrained_score']:.3f}",
+         row["untrained_reason"] or "")
+        for row in ranked.iter_rows(named=True)
+    )  # fmt: skip
+    more = f": {shown} of {flagged.height:,}, ordinary ones first" if flagged.height > shown else ""
+    return Grid(f"Under-trained tokens{more}", ("token", "id", "category", "score", "reason"), rows, frozenset({1, 3}))
+
+
+def _untrained_caveat(tables: Tables) -> str:
+    seeds = measure(tables, "seed rows")
+    n = round(seeds["value"]) if seeds else 0
+    basis = f"The seed is {count(n, 'row')}. " if n else ""
+    return (
+        f"{basis}A low score says that a row resembles untrained rows, not that the model fails on it; prompts would "
+        "have to show that. The fewer the seed rows, the less their centre can be trusted."
+    )
+
+
+def hubness_section(tables: Tables, facts: Facts) -> Section | None:
+    """Tell whether a few tokens are near neighbours of very many others."""
+    if "hubs" not in tables or tables["hubs"].is_empty():
+        return None
+    hubs = tables["hubs"].sort("in_degree", descending=True)
+    rows = tuple(
+        (Token(i, label), f"{i:,}", f"{degree:,}")
+        for i, label, degree in hubs.head(10).select("id", "label", "in_degree").iter_rows()
+    )
+    grid = Grid(
+        "The ten largest hubs" if len(rows) == 10 else "Hubs", ("token", "id", "in-degree"), rows, frozenset({1, 2})
+    )
+    return Section(
+        anchor="hubness",
+        name="Hubs",
+        title=_hubness_finding(hubs),
+        blocks=(
+            Plot("hub-degrees", token_figures.hubness(hubs), "in-degrees of the neighbour graph", log_toggle=True),
+            grid,
+        ),
+        how_to_read=(
+            "Every token names its nearest neighbours; the in-degree counts how often a token is named. Grey is what "
+            "random naming would give. A long tail to the right means hubs: tokens that are near to everything, "
+            "and that crowd the neighbour lists. Dots at 0 are tokens that nobody names."
+        ),
+        caveat=_hubness_caveat(tables, facts, hubs),
+        tables=("hubs", "knn"),
+    )
+
+
+def _hubness_finding(hubs: pl.DataFrame) -> str:
+    top, mean = hubs["in_degree"][0], hubs["in_degree"].to_numpy().mean()
+    unnamed = hubs.filter(pl.col("in_degree") == 0).height
+    rest = f"{share(unnamed / hubs.height)} of tokens are nobody's" if unnamed else "every token is somebody's"
+    average = number(round(float(mean), 1))
+    return (
+        f"The largest hub is a near neighbour of {count(top, 'token')}, where {average} is the average; "
+        f"{rest} neighbour"
+    )
+
+
+def _hubness_caveat(tables: Tables, facts: Facts, hubs: pl.DataFrame) -> str:
+    skew = measure(tables, "hubness skewness")
+    null = (
+        f"; that of Gaussian rows of the same shape is {number(skew['null'])}"
+        if skew and skew["null"] is not None
+        else ""
+    )
+    skewness = f" The skewness of the in-degrees is {number(skew['value'])}{null}." if skew else ""
+    scope = (
+        f"The graph has all {hubs.height:,} tokens."
+        if hubs.height >= facts.vocab_size
+        else f"The graph lives inside a random sample of {hubs.height:,} tokens: neighbours are sought within the "
+        "sample, so these lists differ from those of the map."
+    )
+    return f"{scope}{skewness} High dimension alone makes hubs, so their existence says little; who they are says more."

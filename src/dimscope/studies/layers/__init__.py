@@ -1,0 +1,1 @@
+"""How many dimensions the hidden states of every layer use."""

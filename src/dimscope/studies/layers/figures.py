@@ -1,0 +1,247 @@
+"""Figures along the depth of a model: a number per layer, for real and shuffled text, and for random weights."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+import polars as pl
+
+from dimscope.page.section import finite
+from dimscope.page.theme import (
+    CONDITION_MARKS,
+    GAUSSIAN_NULL,
+    WHITE_NOISE,
+    Mark,
+    figure,
+    log_ticks,
+    series_mark,
+    tint,
+)
+from dimscope.studies.layers.profiles import NORM, RANK, conditions, meaning, profile
+
+UPPER, LOWER = (0.42, 1.0), (0.0, 0.3)
+"""The domains of two panels over one axis of layers."""
+
+
+def layer_axis(layers: Iterable[tuple[int, str]]) -> dict[str, Any]:
+    """Return the axis of layers from (number, site): "emb", 1, 2, ..., "norm", thinned out where there are many."""
+    places = sorted(dict(layers).items())
+    last = places[-1][0] if places else 0
+    step = max(1, math.ceil(last / 12))
+    ends = {0: "emb"} | {layer: "norm" for layer, site in places if site == NORM}
+    # A number too near the word "norm" would touch it on a phone.
+    inner = [i for i, _ in places if i % step == 0 and i not in ends and (last not in ends or last - i >= step)]
+    ticks = sorted([*inner, *(i for i, _ in places if i in ends)])
+    room = 0.04 * max(last, 1) + 0.1
+    return {
+        "title": {"text": "layer"},
+        "tickvals": ticks,
+        "ticktext": [ends.get(i, str(i)) for i in ticks],
+        "tickangle": 0,
+        "range": [(places[0][0] if places else 0) - room, last + room],
+        "showgrid": False,
+        "zeroline": False,
+    }
+
+
+def line(points: pl.DataFrame, name: str, mark: Mark, y: str = "value", **options: Any) -> go.Scatter:
+    """Return a profile as a line through marked points, naming the site of each when pointed at."""
+    size = 8 if points.height <= 16 else 5  # deep models: marks side by side, not one thick line
+    return go.Scatter(
+        x=points["layer"].to_numpy(),
+        y=points[y].to_numpy(),
+        customdata=points["site"].to_list(),
+        name=name,
+        line={"color": mark.colour, "dash": mark.dash, "width": 2.5},
+        hovertemplate=f"{name}: %{{y:,.4~g}}<extra>%{{customdata}}</extra>",
+        **{"mode": "lines+markers", "marker": {"color": mark.colour, "symbol": mark.symbol, "size": size}} | options,
+    )
+
+
+def band(
+    points: pl.DataFrame, mark: Mark, y: str = "value", spread: str = "spread", **options: Any
+) -> list[go.Scatter]:
+    """Return the area of one standard deviation around a profile; nothing where there is no spread."""
+    known = points.drop_nulls(spread)
+    if known.is_empty():
+        return []
+    low, high = (known[y] - known[spread]).to_list(), (known[y] + known[spread]).to_list()
+    layers = known["layer"].to_list()
+    outline = {"x": [*layers, *layers[::-1]], "y": [*high, *low[::-1]]}
+    look = {"mode": "lines", "line": {"width": 0}, "fill": "toself", "fillcolor": tint(mark.colour, 0.22)}
+    return [go.Scatter(**outline, **look, hoverinfo="skip", showlegend=False, **options)]
+
+
+def noise_line(points: pl.DataFrame, y: str = "null", name: str = WHITE_NOISE, **options: Any) -> list[go.Scatter]:
+    """Return the null along the layers, dashed and grey; nothing where it was not computed."""
+    known = finite(points, y)
+    # One layer alone has no line to be seen.
+    mode = "lines" if known.height > 1 else "markers"
+    trace = line(known, name, GAUSSIAN_NULL, y, mode=mode, **options)
+    return [] if known.is_empty() else [trace]
+
+
+def condition_name(condition: str, points: pl.DataFrame) -> str:
+    """Return the legend of a condition: shuffles say how many draws their mean is of."""
+    draws = points["n_draws"].to_numpy().max(initial=1)
+    return f"{condition} ({draws} draws)" if draws > 1 else condition
+
+
+def layer_profile(rows: pl.DataFrame, metric: str, *, top: float | None = None) -> go.Figure:
+    """Draw a count by layer for every condition beside white noise and the numerical rank; below, as a share of noise.
+
+    `rows` are the raw, centred rows of one model and text. `top` fixes the end of the y axis, to compare texts.
+    """
+    profiles = {name: profile(rows, metric, name) for name in conditions(rows)}
+    real = profiles.get("real", profile(rows, metric))
+    fig = _panels(rows, meaning(metric).replace(" for ", "<br>for "), top)
+    fig.add_traces(noise_line(real))
+    for condition, points in reversed(profiles.items()):
+        mark = CONDITION_MARKS[condition]
+        fig.add_traces([*band(points, mark), line(points, condition_name(condition, points), mark)])
+    fig.add_traces(list(_ranks(rows)))
+    _relative_panel(fig, profiles)
+    return fig
+
+
+def _panels(rows: pl.DataFrame, upper: str, top: float | None = None, height: int = 520) -> go.Figure:
+    sites = rows.select("layer", "site").iter_rows()
+    axis_range = {"range": [0, top * 1.04]} if top else {}
+    return figure(
+        height,
+        xaxis={**layer_axis(sites), "anchor": "y2"},
+        yaxis={"title": {"text": upper}, "rangemode": "tozero", "domain": UPPER, **axis_range},
+        yaxis2={"rangemode": "tozero", "domain": LOWER, "nticks": 4},
+        legend={"traceorder": "reversed"},
+    )
+
+
+def _relative_panel(fig: go.Figure, profiles: Mapping[str, pl.DataFrame]) -> None:
+    """Draw real and shuffled as a share of white noise; of the numerical rank where there is no noise."""
+    real = profiles.get("real")
+    column = "of_null" if real is not None and real["of_null"].is_not_null().any() else "of_rank"
+    reference = WHITE_NOISE if column == "of_null" else "rank"
+    tops = (float(finite(points, column)[column].to_numpy().max(initial=1.0)) for points in profiles.values())
+    title = {"text": f"% of {reference.removeprefix('white ')}"}
+    fig.update_layout(yaxis2={"title": title, "tickformat": ".0%", "range": [0, 1.08 * max(tops, default=1.0)]})
+    for condition in ("shuffled", "real"):
+        points, mark = profiles.get(condition), CONDITION_MARKS[condition]
+        if points is not None and points[column].is_not_null().any():
+            shown = {"yaxis": "y2", "showlegend": False}
+            hover = f"{condition}: %{{y:.1%}} of {reference}<extra>%{{customdata}}</extra>"
+            fig.add_traces(band(points, mark, column, f"{column}_spread", yaxis="y2"))
+            fig.add_trace(line(points, condition, mark, column, **shown).update(hovertemplate=hover))
+
+
+def _ranks(rows: pl.DataFrame) -> Iterable[go.Scatter]:
+    """Draw the numerical rank of real text, and of another condition only where it differs."""
+    real = profile(rows, RANK)
+    for condition in reversed(conditions(rows)):
+        points = profile(rows, RANK, condition)
+        same = points.select("layer", "value").equals(real.select("layer", "value"))
+        if points.is_empty() or (same and condition != "real"):
+            continue
+        mark = CONDITION_MARKS[condition]
+        name = RANK if condition == "real" else f"{RANK}, {condition}"
+        thin = {"color": mark.colour, "dash": "dot", "width": 1.5}
+        mode = "lines" if points.height > 1 else "markers"
+        yield line(points, name, mark, mode=mode).update(line=thin, marker={"symbol": "line-ew-open", "size": 14})
+
+
+def preprocessings(rows: pl.DataFrame, metric: str) -> go.Figure:
+    """Draw a metric by layer once per preprocessing; `rows` are the centred ones of one model, text and condition."""
+    names = rows["preprocess"].unique(maintain_order=True).to_list()
+    groups = {name: profile(rows.filter(pl.col("preprocess") == name), metric) for name in names}
+    return _series(rows, groups, metric)
+
+
+def texts_profile(rows: pl.DataFrame, metric: str) -> go.Figure:
+    """Draw a metric of real text by layer once per text; `rows` are the raw, centred ones of one model."""
+    names = rows["text"].unique(maintain_order=True).to_list()
+    return _series(rows, {name: profile(rows.filter(pl.col("text") == name), metric) for name in names}, metric)
+
+
+def _series(rows: pl.DataFrame, groups: Mapping[str, pl.DataFrame], metric: str) -> go.Figure:
+    sites = rows.select("layer", "site").iter_rows()
+    axis = {"title": {"text": meaning(metric)}, "rangemode": "tozero"}
+    fig = figure(400, xaxis=layer_axis(sites), yaxis=axis)
+    marked = [(name, points, series_mark(i)) for i, (name, points) in enumerate(groups.items())]
+    # The first is drawn last, on top of the others; the legend reads from the first on.
+    fig.add_traces([line(points, name, mark) for name, points, mark in reversed(marked) if not points.is_empty()])
+    return fig.update_layout(legend={"traceorder": "reversed"})
+
+
+def models_profile(rows: pl.DataFrame, metric: str) -> go.Figure:
+    """Draw a count as a share of each model's own width over relative depth: 0 the embeddings, 1 the last block."""
+    fig = figure(
+        400,
+        xaxis={"title": {"text": "relative depth<br>(0: embeddings, 1: last block)"}, "range": [-0.03, 1.03]},
+        yaxis={"title": {"text": f"{meaning(metric)},<br>share of d"}, "tickformat": ".0%", "rangemode": "tozero"},
+        legend={"traceorder": "reversed"},
+    )
+    names = rows["model"].unique(maintain_order=True).to_list()
+    for i, name in reversed(list(enumerate(names))):
+        points = profile(rows.filter((pl.col("model") == name) & (pl.col("site") != NORM)), metric)
+        if not points.is_empty():
+            depth = points["layer"] / max(int(points["layer"].to_numpy().max()), 1)
+            trace = line(points, f"{name} (d = {points['dim'][0]:,})", series_mark(i), "of_dim")
+            fig.add_trace(trace.update(x=depth.to_numpy()))
+    return fig.update_traces(hovertemplate="%{customdata}: %{y:.1%} of d<extra>%{fullData.name}</extra>")
+
+
+def intrinsic_profile(rows: pl.DataFrame, metric: str = "TwoNN, maximum likelihood") -> go.Figure:
+    """Draw an intrinsic dimension by layer and condition; the bars are standard errors, the band is over the draws."""
+    sites = rows.select("layer", "site").iter_rows()
+    found = finite(rows.filter(pl.col("metric") == metric))
+    ends = [float(v) for v in (*found["value"], *finite(found, "null")["null"]) if v > 0]
+    # White noise lies so far above that a linear axis would press all layers into one line.
+    ticks = log_ticks(min(ends), max(ends)) if ends else None
+    axis = {"title": {"text": "intrinsic dimension (TwoNN)"}, "type": "log", "tickvals": ticks, "rangemode": "tozero"}
+    fig = figure(400, xaxis=layer_axis(sites), yaxis=axis, legend={"traceorder": "reversed"})
+    fig.add_traces(noise_line(profile(rows, metric)))
+    for condition in reversed(conditions(rows)):
+        points, mark = profile(rows, metric, condition), CONDITION_MARKS[condition]
+        if points.is_empty():
+            continue
+        trace = line(points, condition_name(condition, points), mark)
+        if points["spread"].is_null().all() and points["stderr"].is_not_null().any():
+            trace.error_y = {"array": points["stderr"].to_numpy(), "thickness": 1.5, "width": 3}
+        fig.add_traces([*band(points, mark), trace])
+    return fig
+
+
+def alignment(pairs: pl.DataFrame, *, overlap: bool = True) -> go.Figure:
+    """Draw how alike the same layer is on real text and otherwise: CKA above, overlap of leading components below.
+
+    `pairs` are rows of the similarity table of one model and text, one per layer and other condition.
+    """
+    fig = _panels(pairs, "CKA", 1.0)
+    has_overlap = overlap and pairs["overlap"].is_not_null().any()
+    if not has_overlap:
+        fig.update_layout(height=380, yaxis={"domain": [0, 1]}, xaxis={"anchor": "y"})
+    else:
+        k = int(pairs["k"].to_numpy().max())
+        title = {"text": f"overlap of<br>first {k}"}
+        fig.update_layout(yaxis2={"title": title, "range": [0, 1.04]})
+        fig.add_traces(noise_line(_nulls(pairs), "overlap_null", "overlap by chance (k/d)", yaxis="y2"))
+    for condition in [name for name in reversed(CONDITION_MARKS) if name in set(pairs["other_condition"])]:
+        points, mark = pairs.filter(pl.col("other_condition") == condition).sort("layer"), CONDITION_MARKS[condition]
+        fig.add_trace(line(finite(points, "cka"), f"real and {condition}", mark, "cka"))
+        if has_overlap:
+            fig.add_trace(line(finite(points, "overlap"), condition, mark, "overlap", yaxis="y2", showlegend=False))
+    return fig
+
+
+def _nulls(pairs: pl.DataFrame) -> pl.DataFrame:
+    return pairs.unique("layer", keep="first").sort("layer")
+
+
+def highest(frames: Sequence[pl.DataFrame], metric: str) -> float:
+    """Return the largest value that a profile of these frames reaches, its null and rank included: a common y axis."""
+    tops = [0.0]
+    for rows in frames:
+        told = finite(rows.filter(pl.col("metric").is_in([metric, RANK])))
+        nulls = finite(told.filter(pl.col("metric") == metric), "null")
+        tops += [float(told["value"].to_numpy().max(initial=0)), float(nulls["null"].to_numpy().max(initial=0))]
+    return max(tops)

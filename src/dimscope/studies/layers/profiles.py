@@ -1,0 +1,85 @@
+"""Rows of the layer tables as profiles: one value per layer and condition, shuffles averaged over their draws."""
+
+from collections.abc import Sequence
+
+import polars as pl
+
+from dimscope.activations.hidden_states import FINAL_NORM as NORM
+from dimscope.geometry import dimension
+from dimscope.geometry.dimension import COUNT
+from dimscope.page.section import finite
+from dimscope.page.theme import CONDITION_MARKS
+from dimscope.page.wording import listed
+
+RANK = "numerical rank"
+MOST_RUNS = 4
+"""Stretches of blocks that a sentence names; more are counted."""
+
+
+def told_count(rows: pl.DataFrame) -> str | None:
+    """Return the variance count of a frame to speak of: that of 95% where it was asked, else of the largest threshold."""
+    return dimension.told_count(rows["metric"].unique())
+
+
+def meaning(metric: str) -> str:
+    """Name what a metric counts, for an axis: "components for 95% of the variance"."""
+    if metric.startswith(COUNT):
+        return f"components for {metric.removeprefix(COUNT)} of the variance"
+    return metric
+
+
+def conditions(rows: pl.DataFrame) -> list[str]:
+    """Return the conditions of a frame in the order of legends; unknown ones are left out."""
+    present = set(rows["condition"])
+    return [name for name in CONDITION_MARKS if name in present]
+
+
+def profile(rows: pl.DataFrame, metric: str, condition: str = "real") -> pl.DataFrame:
+    """Return one row per layer, sorted: mean and sample sd over the draws (null for one draw), null, of_null, n_draws."""
+    chosen = finite(rows.filter((pl.col("metric") == metric) & (pl.col("condition") == condition)))
+    told = ("value", "stderr", "null", "of_null", "of_rank", "of_dim")
+    numbers = {name: pl.col(name).cast(pl.Float64).fill_nan(None) for name in told}
+    means = [numbers[name].mean().alias(name) for name in told]
+    spreads = [
+        numbers["value"].std(ddof=1).alias("spread"),
+        numbers["of_null"].std(ddof=1).alias("of_null_spread"),
+        numbers["of_rank"].std(ddof=1).alias("of_rank_spread"),
+    ]
+    sizes = [pl.len().alias("n_draws"), pl.col("n_tokens").max(), pl.col("dim").max()]
+    return chosen.group_by("layer", "site").agg(*means, *spreads, *sizes).sort("layer")
+
+
+def sites(rows: pl.DataFrame) -> dict[int, str]:
+    """Return the name of each layer of a frame, in their order."""
+    return dict(rows.select("layer", "site").unique().sort("layer").iter_rows())
+
+
+def site_words(layer: int, site: str) -> str:
+    """Return the place as said in a sentence: "the embeddings", "block 3", "the final norm"."""
+    return {"embeddings": "the embeddings", NORM: "the final norm"}.get(site, f"block {layer}")
+
+
+def places(layers: Sequence[int], names: dict[int, str]) -> str:
+    """Return layers as said in a sentence: "at every layer", "in block 1", "in blocks 2 to 5 and after the final norm"."""
+    if len(layers) == len(names) > 1:
+        return "at every layer"
+    blocks = [layer for layer in layers if site_words(layer, names[layer]) == f"block {layer}"]
+    runs = _runs(blocks)
+    if len(runs) > MOST_RUNS:
+        return f"at {len(layers)} of {len(names)} layers"
+    named = [word for run in runs for word in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
+    told = [f"in block{'s' if len(blocks) > 1 else ''} {listed(named)}"] if blocks else []
+    others = [site_words(layer, names[layer]) for layer in layers if layer not in blocks]
+    before = ["at the embeddings"] if "the embeddings" in others else []
+    after = ["after the final norm"] if "the final norm" in others else []
+    return listed([*before, *told, *after])
+
+
+def _runs(blocks: Sequence[int]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return runs

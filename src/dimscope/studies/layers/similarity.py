@@ -1,0 +1,98 @@
+"""How alike the states of the same tokens are: between layers, between real text and others, between two models."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dimscope.activations.reservoir import Sample, common
+from dimscope.geometry.representation_similarity import centred_gram, debiased_cka, leading_subspace, subspace_overlap
+from dimscope.studies.layers.tables import Pass
+
+TOKENS = 1024  # whose states are compared at most: a Gram matrix of that size for every layer
+FEWEST = 4  # tokens from which the debiased CKA exists
+COMPONENTS = 16  # whose span is compared
+SIMILARITY = {
+    "comparison": pl.String, "model": pl.String, "text": pl.String, "site": pl.String, "layer": pl.Int64,
+    "other_model": pl.String, "other_text": pl.String, "other_condition": pl.String, "other_site": pl.String,
+    "other_layer": pl.Int64, "cka": pl.Float64, "cka_null_sd": pl.Float64, "overlap": pl.Float64,
+    "overlap_null": pl.Float64, "k": pl.Int64, "angle_smallest": pl.Float64, "angle_median": pl.Float64,
+    "angle_largest": pl.Float64, "n_tokens": pl.Int64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of two sides of a comparison: which pass it is, the names of its sites, and its states at sampled tokens."""
+
+    of: Pass
+    sites: Mapping[int, str]
+    sample: Sample
+
+
+def between_layers(one: Side) -> pl.DataFrame:
+    """Every layer of a pass with every other of the same, both ways."""
+    return _frame("between layers", one, one, ((a, b) for a in one.sites for b in one.sites))
+
+
+def between_conditions(real: Side, other: Side) -> pl.DataFrame:
+    """Every layer with itself: real text with shuffled text, or with random weights, at the same positions."""
+    shared = [layer for layer in real.sites if layer in other.sites]
+    return _frame(f"real and {other.of.condition}", real, other, ((layer, layer) for layer in shared))
+
+
+def between_models(one: Side, other: Side) -> pl.DataFrame:
+    """Every layer of one model with every layer of another, at the bytes of the text where tokens of both end."""
+    return _frame("between models", one, other, ((a, b) for a in one.sites for b in other.sites))
+
+
+def _frame(comparison: str, one: Side, other: Side, pairs: Iterable[tuple[int, int]]) -> pl.DataFrame:
+    samples = (one.sample, one.sample) if other is one else common(one.sample, other.sample)
+    n = min(len(samples[0].ends), TOKENS)
+    if n < FEWEST:
+        return pl.DataFrame(schema=SIMILARITY)
+    places = np.linspace(0, len(samples[0].ends) - 1, n).round().astype(np.int64)  # spread over the whole text
+    left = _states(samples[0].at(places))
+    right = left if other is one else _states(samples[1].at(places))
+    cka = debiased_cka(left.grams, right.grams)
+    rows = []
+    for a, b in pairs:
+        row = {
+            "comparison": comparison, "model": one.of.model, "text": one.of.text, "site": one.sites[a], "layer": a,
+            "other_model": other.of.model, "other_text": other.of.text, "other_condition": other.of.condition,
+            "other_site": other.sites[b], "other_layer": b, "cka": float(cka[left.place[a], right.place[b]]),
+            # Over all pairings of the tokens of any two clouds: see `debiased_cka`.
+            "cka_null_sd": (2 / (n * (n - 3))) ** 0.5, "n_tokens": n,
+        }  # fmt: skip
+        rows.append(row | _overlap(left.bases[a], right.bases[b]))
+    return pl.DataFrame(rows, schema=SIMILARITY).with_columns(pl.col(pl.Float64).fill_nan(None))
+
+
+@dataclass(frozen=True, slots=True)
+class _States:
+    place: Mapping[int, int]  # layer -> row of `grams`
+    grams: Float[Tensor, "l m"]
+    bases: Mapping[int, Float[Tensor, "d k"]]
+
+
+def _states(sample: Sample) -> _States:
+    layers = list(sample.layers)
+    grams = torch.stack([centred_gram(sample.layers[layer]) for layer in layers])
+    bases = {layer: leading_subspace(sample.layers[layer], COMPONENTS) for layer in layers}
+    return _States({layer: i for i, layer in enumerate(layers)}, grams, bases)
+
+
+def _overlap(left: Float[Tensor, "d k"], right: Float[Tensor, "e j"]) -> dict[str, Any]:
+    """Nothing where the widths differ: then the two are not spanned in one space."""
+    if left.shape[0] != right.shape[0] or 0 in (left.shape[1], right.shape[1]):
+        return {}
+    found = subspace_overlap(left, right)
+    return {
+        "overlap": found.overlap, "overlap_null": found.null, "k": found.k, "angle_smallest": float(found.angles[0]),
+        "angle_median": float(found.angles.median()), "angle_largest": float(found.angles[-1]),
+    }  # fmt: skip

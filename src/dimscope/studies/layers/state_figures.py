@@ -1,0 +1,267 @@
+"""Figures about the states of one layer at a time, and of pairs of layers: scree, scale, sample size, similarity.
+
+A trace that belongs to one layer says so in `meta`: {"layer": 3}. The page shows the layer that its reader chooses.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import polars as pl
+
+from dimscope.page.section import finite
+from dimscope.page.theme import CONDITION_MARKS, GAUSSIAN_NULL, WHITE_NOISE, Mark, figure, log_ticks, tint
+from dimscope.studies.layers.profiles import NORM, conditions, meaning
+
+FIRST = 60
+"""How many components the scree shows; the cumulative curve shows all."""
+FLOOR = 1e-5
+"""Shares below this are numerical dust of a rank-deficient sample, and would squeeze the rest of the axis."""
+KEPT = 120
+"""Points that a curve over thousands of components keeps: more than a screen can tell apart."""
+
+
+def scree(spectra: pl.DataFrame, layer: int) -> go.Figure:
+    """Draw the share of variance of each of the first components; every layer is held, `layer` is shown.
+
+    `spectra` are rows of the scree table of one model and text.
+    """
+    shown = spectra.filter(pl.col("index") <= FIRST)
+    shares = np.concatenate([finite(shown, column)[column].to_numpy() for column in ("share", "null_share")])
+    low, high = max(float(shares.min(initial=1.0)), FLOOR), float(shares.max(initial=2 * FLOOR))
+    fig = figure(
+        400,
+        xaxis={"title": {"text": f"component (first {min(FIRST, spectra['index'].n_unique())})"}},
+        yaxis={
+            "title": {"text": "share of the variance"},
+            "type": "log",
+            "tickvals": log_ticks(low, high),
+            "tickformat": "~%",
+        },
+        legend={"traceorder": "reversed"},
+    )
+    for number, name, mark, points in _curves(shown, "share", "null_share"):
+        points = points.filter(pl.col("y") >= FLOOR)
+        hover = f"{name}, component %{{x}}: %{{y:.2~%}} of the variance<extra></extra>"
+        fig.add_trace(_curve(points["index"], points["y"], name, mark, number == layer, number, hovertemplate=hover))
+    return fig
+
+
+def cumulative_scree(spectra: pl.DataFrame, layer: int, threshold: float) -> go.Figure:
+    """Draw the variance held by the first k components; the legend counts those that reach the threshold."""
+    fig = figure(
+        400,
+        xaxis={"title": {"text": "number of components kept"}, "rangemode": "tozero"},
+        yaxis={"title": {"text": "share of the variance"}, "tickformat": ".0%", "range": [0, 1.02]},
+        legend={
+            "traceorder": "reversed",
+            "title": {"text": f"components for {100 * threshold:g}%", "side": "top"},
+        },
+    )
+    fig.add_hline(threshold, line={"dash": "dot", "width": 1})
+    for number, name, mark, points in _curves(spectra, "cumulative", "null_cumulative"):
+        crossing = points.filter(pl.col("y") >= threshold - 1e-12).head(1)
+        count = f"{crossing['index'][0]:,}" if crossing.height else "not reached"
+        kept, visible = _thinned(points), number == layer
+        hover = f"{name}: the first %{{x}} hold %{{y:.1%}}<extra></extra>"
+        fig.add_trace(_curve(kept["index"], kept["y"], f"{name}: {count}", mark, visible, number, hovertemplate=hover))
+        fig.add_trace(_crossing(crossing, mark, visible, number))
+    return fig
+
+
+def _crossing(point: pl.DataFrame, mark: Mark, visible: bool, layer: int) -> go.Scatter:
+    x, y = point["index"].to_list(), point["y"].to_list()
+    return go.Scatter(
+        x=x * 2, y=[*y, *[0.0] * len(y)], mode="lines+markers", visible=visible, meta={"layer": layer},
+        line={"color": mark.colour, "width": 1, "dash": "dot"}, showlegend=False, hoverinfo="skip",
+        marker={"color": mark.colour, "symbol": mark.symbol, "size": [9, 0][: 2 * len(x)], "opacity": 1},
+    )  # fmt: skip
+
+
+Curve = tuple[int, str, Mark, pl.DataFrame]
+
+
+def _curves(spectra: pl.DataFrame, value: str, null: str) -> Iterable[Curve]:
+    """Yield (layer, name, mark, points with columns index and y) for each curve; the real one last, on top."""
+    for (layer,), of_layer in spectra.group_by("layer", maintain_order=True):
+        noise = finite(of_layer.filter(pl.col("condition") == "real"), null).sort("index")
+        if noise.height:
+            yield int(str(layer)), WHITE_NOISE, GAUSSIAN_NULL, noise.select("index", y=null)
+        for condition in reversed(conditions(of_layer)):
+            points = finite(of_layer.filter(pl.col("condition") == condition), value).sort("index")
+            yield int(str(layer)), condition, CONDITION_MARKS[condition], points.select("index", y=value)
+
+
+def _thinned(points: pl.DataFrame) -> pl.DataFrame:
+    """Keep the first components one by one, where the curve bends, and then even steps up to the last."""
+    last = points.height - 1
+    bend = np.arange(min(20, points.height))
+    return points[np.unique(np.concatenate([bend, np.linspace(0, max(last, 0), KEPT).round().astype(int)]))[: last + 1]]
+
+
+def _curve(x: pl.Series, y: pl.Series, name: str, mark: Mark, visible: bool, layer: int, **options: Any) -> go.Scatter:
+    return go.Scatter(
+        x=x.to_numpy(),
+        y=y.to_numpy(),
+        name=name,
+        mode="lines",
+        line={"color": mark.colour, "dash": mark.dash, "width": 2.5},
+        visible=visible,
+        meta={"layer": layer},
+        **options,
+    )
+
+
+def confidence(bins: pl.DataFrame) -> go.Figure:
+    """Draw how sure the model is of its first choice, as densities on the same bins; shuffles as the mean of the draws.
+
+    `bins` are rows of the confidence table of one model and text.
+    """
+    lowest = float(bins["bin_left"].to_numpy().min(initial=-1.0))
+    ticks = [-math.log(10) * power for power in range(5, -1, -1) if -math.log(10) * power >= lowest]
+    fig = figure(
+        400,
+        xaxis={
+            "title": {"text": "probability of the first choice<br>(below: minus its logarithm)"},
+            "tickvals": ticks,
+            "ticktext": [f"{100 * math.exp(tick):.3g}%<br>{abs(tick):.1f}" for tick in ticks],
+            # Room for the last label, which plotly hides where it would leave the figure.
+            "range": [lowest, -0.03 * lowest],
+        },
+        yaxis={"title": {"text": "share of positions per nat"}, "rangemode": "tozero"},
+        legend={"traceorder": "reversed"},
+    )
+    for condition in reversed(conditions(bins)):
+        fig.add_traces(_densities(bins.filter(pl.col("condition") == condition), condition))
+    return fig
+
+
+def _densities(bins: pl.DataFrame, condition: str) -> list[go.Scatter]:
+    mark = CONDITION_MARKS[condition]
+    means = bins.group_by("bin_left", "bin_right").agg(
+        pl.col("density").mean(), pl.col("density").std(ddof=1).alias("spread"), pl.len().alias("draws")
+    )
+    means = means.sort("bin_left")
+    draws = int(means["draws"].to_numpy().max(initial=1))
+    # Steps need the right edge of the last bin as a point of its own.
+    edges = [*means["bin_left"], *means["bin_right"].tail(1)]
+    heights = [*means["density"], *means["density"].tail(1)]
+    name = f"{condition} (mean of {draws})" if draws > 1 else condition
+    steps = go.Scatter(
+        x=edges, y=heights, name=name, mode="lines", line={"color": mark.colour, "shape": "hv", "width": 2},
+        fill="tozeroy" if condition == "real" else None, fillcolor=tint(mark.colour, 0.25),
+        hovertemplate=f"{condition}: density %{{y:.3f}} at log-probability %{{x:.2f}}<extra></extra>",
+    )  # fmt: skip
+    if draws < 2:
+        return [steps]
+    spread = [*means["spread"], *means["spread"].tail(1)]
+    pairs = list(zip(heights, spread, strict=True))
+    shape = {"color": mark.colour, "shape": "hv", "width": 0}
+    outline = {"mode": "lines", "line": shape, "hoverinfo": "skip", "showlegend": False}
+    low = go.Scatter(x=edges, y=[max(h - s, 0) for h, s in pairs], **outline)
+    high = go.Scatter(x=edges, y=[h + s for h, s in pairs], fill="tonexty", fillcolor=tint(mark.colour, 0.3), **outline)
+    return [low, high, steps]
+
+
+def similarity_matrix(pairs: pl.DataFrame, rows: str = "layer", columns: str = "layer") -> go.Figure:
+    """Draw CKA between layers, or between the layers of two models, as a heat map whose colours run from 0 to 1.
+
+    `pairs` are rows of the similarity table of one comparison and text.
+    """
+    ys, xs = _names(pairs, "layer", "site"), _names(pairs, "other_layer", "other_site")
+    cells = {(row["layer"], row["other_layer"]): row["cka"] for row in pairs.iter_rows(named=True)}
+    symmetric = bool((pairs["comparison"] == "between layers").all())
+    if symmetric:
+        # Either half of the matrix, or both, may be stored: the comparison has no direction.
+        xs = ys = {**xs, **ys}
+        cells = {(b, a): value for (a, b), value in cells.items()} | cells
+        cells = {(a, a): 1.0 for a in ys} | cells
+    z = [[cells.get((y, x)) for x in sorted(xs)] for y in sorted(ys)]
+    x_names, y_names = [xs[x] for x in sorted(xs)], [ys[y] for y in sorted(ys)]
+    axis = {"type": "category", "tickangle": 0, "showgrid": False}
+    fig = figure(
+        560,
+        xaxis={**axis, "title": {"text": columns}, "dtick": math.ceil(len(x_names) / 12), "constrain": "domain"},
+        yaxis={
+            **axis, "title": {"text": rows}, "dtick": math.ceil(len(y_names) / 16), "constrain": "domain",
+            "autorange": "reversed", "scaleanchor": "x" if symmetric else None,
+        },
+        coloraxis={"cmin": 0, "cmax": 1, "autocolorscale": True, "colorbar": {"title": {"text": "CKA"}}},
+    )  # fmt: skip
+    # Lines between many small cells would cover them.
+    gap = 1 if max(len(xs), len(ys)) <= 16 else 0
+    fig.add_heatmap(
+        z=z, x=x_names, y=y_names, coloraxis="coloraxis", hoverongaps=False, xgap=gap, ygap=gap,
+        texttemplate="%{z:.2f}" if max(len(xs), len(ys)) <= 10 else None, textfont={"size": 11},
+        hovertemplate=f"{rows} %{{y}}, {columns} %{{x}}: CKA %{{z:.3f}}<extra></extra>",
+    )  # fmt: skip
+    return fig
+
+
+def _names(pairs: pl.DataFrame, layer: str, site: str) -> dict[int, str]:
+    ends = {"embeddings": "emb", NORM: "norm"}
+    return {number: ends.get(name, str(number)) for number, name in pairs.select(layer, site).iter_rows()}
+
+
+def scale_curve(rows: pl.DataFrame, layer: int) -> go.Figure:
+    """Draw the GRIDE dimension over the order of the neighbours; every layer is held, `layer` is shown."""
+    gride = finite(rows.filter((pl.col("metric") == "GRIDE") & pl.col("scale").is_not_null()))
+    top = max(float(gride["value"].to_numpy().max(initial=1.0)), 1.0)
+    scales = sorted(gride["scale"].unique())
+    fig = figure(
+        400,
+        xaxis={"title": {"text": "neighbours n1 (n2 = 2 n1)"}, "type": "log", "tickvals": scales},
+        # One range for all layers: the reader who switches sees them move.
+        yaxis={"title": {"text": "intrinsic dimension (GRIDE)"}, "range": [0, 1.08 * top]},
+        legend={"traceorder": "reversed"},
+    )
+    fig.update_xaxes(ticktext=[f"{scale:,}" for scale in scales])
+    for (number,), of_layer in gride.group_by("layer", maintain_order=True):
+        for condition in reversed(conditions(of_layer)):
+            points = _over(of_layer.filter(pl.col("condition") == condition), "scale")
+            mark, shown = CONDITION_MARKS[condition], int(str(number)) == layer
+            trace = _curve(points["scale"], points["value"], condition, mark, shown, int(str(number)))
+            fig.add_trace(_marked(trace, mark, points["stderr"]))
+    return fig
+
+
+def _over(rows: pl.DataFrame, column: str) -> pl.DataFrame:
+    means = [pl.col("value").mean(), pl.col("stderr").mean()] if "stderr" in rows.columns else [pl.col("value").mean()]
+    return rows.group_by(column).agg(*means).sort(column)
+
+
+def _marked(trace: go.Scatter, mark: Mark, errors: pl.Series | None = None) -> go.Scatter:
+    trace.update(mode="lines+markers", marker={"color": mark.colour, "symbol": mark.symbol, "size": 8})
+    if errors is not None and errors.is_not_null().any():
+        trace.error_y = {"array": errors.to_numpy(), "thickness": 1.5, "width": 3}
+    return trace
+
+
+def sample_curve(rows: pl.DataFrame, metric: str, layer: int) -> go.Figure:
+    """Draw how a metric grows with the number of tokens, beside white noise; every layer is held, `layer` is shown.
+
+    `rows` are rows of the curve table of one model and text.
+    """
+    chosen = finite(rows.filter(pl.col("metric") == metric))
+    sizes = sorted(chosen["n_tokens"].unique())
+    top = float(np.nanmax([1.0, *chosen["value"], *finite(chosen, "null")["null"]]))
+    fig = figure(
+        400,
+        xaxis={"title": {"text": "tokens measured (N)"}, "type": "log", "tickvals": sizes},
+        yaxis={"title": {"text": meaning(metric)}, "range": [0, 1.05 * top]},
+        legend={"traceorder": "reversed"},
+    )
+    fig.update_xaxes(ticktext=[f"{size:,}" for size in sizes])
+    for (number,), of_layer in chosen.group_by("layer", maintain_order=True):
+        shown = int(str(number)) == layer
+        real = finite(of_layer.filter(pl.col("condition") == "real"), "null").sort("n_tokens")
+        if real.height:
+            fig.add_trace(_curve(real["n_tokens"], real["null"], WHITE_NOISE, GAUSSIAN_NULL, shown, int(str(number))))
+        for condition in reversed(conditions(of_layer)):
+            points = _over(of_layer.filter(pl.col("condition") == condition), "n_tokens")
+            mark = CONDITION_MARKS[condition]
+            trace = _curve(points["n_tokens"], points["value"], condition, mark, shown, int(str(number)))
+            fig.add_trace(_marked(trace, mark))
+    return fig

@@ -1,0 +1,1 @@
+"""What a smaller hidden size costs and saves."""

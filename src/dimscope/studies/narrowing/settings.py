@@ -1,0 +1,71 @@
+"""What narrowing is asked for. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from dimscope.errors import InvalidArgument
+from dimscope.studies.options import (
+    DType,
+    Texts,
+    as_tuple,
+    require_at_least,
+    require_not_empty,
+    require_one_of,
+    require_seed,
+)
+
+Basis = Literal["normalised", "learned", "raw", "embedding", "coordinates", "random"]
+BASES: tuple[Basis, ...] = ("normalised", "learned", "raw", "embedding", "coordinates", "random")
+
+
+@dataclass(frozen=True, slots=True)
+class NarrowSettings:
+    """Options of narrowing: of one narrow model, or of a plan that compares several."""
+
+    widths: Annotated[tuple[int, ...], Parameter(name="--width", consume_multiple=True, negative=())] = ()
+    "Hidden size of the narrow model; several for a plan [default of a plan: 7/8, 3/4, 5/8 and 1/2 of the model's]."
+    bases: Annotated[tuple[Basis, ...], Parameter(name="--basis", consume_multiple=True, negative=())] = ()
+    "Basis of the kept directions, see docs/narrowing.md [default: normalised; of a plan: random, raw and normalised]."
+    learn_steps: int = 150
+    "Training steps of a learned basis."
+    heal_steps: int = 0
+    "Training steps towards the dense model after the cut, norms first; kept only where held-out text improves."
+    lora: int | None = None
+    "Heal with low-rank updates of this rank, by peft [default: train the weights themselves]."
+    tied: Annotated[bool | None, Parameter(negative="--untied")] = None
+    "Keep one table for reading and predicting, or write two, which is exact [default: as the model has it]."
+    export_as: Literal["llama", "phi"] | None = None
+    "Write a Qwen2 as a Llama with biases, a GPT-NeoX as a Phi (always): the same model in another family."
+    evaluate: bool = True
+    "Evaluate and time the narrow model beside the dense one."
+    texts: Texts = ("builtin:prose",)
+    "Texts to calibrate, train and evaluate on, in separate windows; or generated (written by the model)."
+    windows: int = 8
+    "Windows to evaluate on, and as many to calibrate on; training takes the rest of the text."
+    length: int | None = None
+    "Tokens per window [default: the context length of the model, at most 512]."
+    prompts: Annotated[tuple[str, ...], Parameter(name="--prompt", consume_multiple=True, negative=())] = ()
+    "Prompts that the dense and the narrow model continue, in a plan."
+    dtype: DType = "auto"
+    "Dtype of the computation; the checkpoint keeps its stored dtype."
+    device: str = "auto"
+    "auto, cpu, cuda, cuda:1 or mps."
+    seed: int = 0
+    "Random seed of random directions and of the order of training."
+    trust_remote_code: Annotated[bool, Parameter(parse=False)] = False
+
+    def __post_init__(self) -> None:
+        """Raise InvalidArgument for values out of range."""
+        as_tuple(self, "widths", "bases", "texts", "prompts")
+        require_not_empty(self, "texts", "files, URLs, builtin:prose or generated")
+        require_at_least(0, self, "heal_steps")
+        require_at_least(1, self, "learn_steps", "lora", "windows")
+        require_at_least(2, self, "length")
+        require_one_of(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
+        require_seed(self)
+        if unknown := set(self.bases) - set(BASES):
+            raise InvalidArgument(f"`bases` must be {', '.join(BASES)}, got {sorted(unknown)[0]!r}")
+        if self.lora is not None and not self.heal_steps:
+            raise InvalidArgument("`lora` says how to heal: give `heal_steps` too")

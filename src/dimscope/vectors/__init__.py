@@ -1,0 +1,1 @@
+"""Tables of N x d vectors, streamed by blocks, and their moments."""

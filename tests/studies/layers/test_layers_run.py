@@ -1,0 +1,638 @@
+"""The study of hidden layers as a library function: its passes on disk, resumed, in shards, and the facts about them."""
+
+import math
+from dataclasses import replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from models import TEXT
+from polars.testing import assert_frame_equal
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dimscope
+from dimscope import storage as results
+from dimscope.activations import passes
+from dimscope.errors import InvalidArgument
+from dimscope.storage import ResultFolder, versions
+from dimscope.studies.layers import run as module
+from dimscope.studies.layers.run import TABLES, study_layers, summary_frame
+from dimscope.studies.layers.settings import LayersSettings, notebook_settings
+from dimscope.studies.layers.similarity import SIMILARITY
+from dimscope.studies.layers.tables import LAYERS, PREDICTIONS
+
+HOME = Path(str(files("dimscope.builtin")))
+SMALL = {"texts": ("builtin:prose",), "windows": 4, "length": 32, "shuffles": 2, "device": "cpu"}
+CONDITIONS = [("real", 0), ("shuffled", 0), ("shuffled", 1), ("shuffled across", 0), ("random weights", 0)]
+
+
+AGAIN = {"rel_tol": 1e-6, "abs_tol": 1e-6}  # float32 states of a model that was loaded anew, wherever in memory it lies
+SUMS = {"rel_tol": 1e-9, "abs_tol": 1e-9}  # float64 sums of the same states in another order
+
+
+def study(model, folder, others=(), announce=lambda line: None, **settings):
+    given = LayersSettings(**{**SMALL, **settings})
+    return study_layers(
+        dimscope.open(model), ResultFolder(folder, {}), given, [dimscope.open(o) for o in others], announce
+    )
+
+
+def same(left, right, **tolerance):
+    assert set(left) == set(right)
+    for name in left:
+        assert_frame_equal(left[name], right[name], **(tolerance or {"check_exact": True}))
+
+
+def value(frame, metric, **where):
+    (found,) = frame.filter(metric=metric, preprocess="raw", centred=True, **where)["value"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def tiny(checkpoint):
+    """Return `tiny(family="llama", **arguments)`: a checkpoint whose weights are not those of a twin of seed 0."""
+    return lambda family="llama", **arguments: checkpoint(family, seed=7, **arguments)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """Return `whole(family)`: folder, facts and tables of a study of a tiny model with everything there is, each once."""
+
+    @cache
+    def get(family):
+        folder = tmp_path_factory.mktemp("whole")
+        return folder, *study(tiny(family), folder, curve=True)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tiny, tmp_path_factory):
+    """Return the tables of the same study with one window at once."""
+    return study(tiny(), tmp_path_factory.mktemp("one"), curve=True, batch=1)[1]
+
+
+@pytest.fixture(scope="module")
+def builtin(tmp_path_factory):
+    """Return the facts and tables of one window of both built-in texts, in the notebook's setting but for the thresholds."""
+    return study(
+        "builtin", tmp_path_factory.mktemp("builtin"), texts=("builtin:prose", "builtin:html"), windows=1, length=None,
+        shuffles=1, twin=False,
+    )  # fmt: skip
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_are_those_of_the_passes_one_below_the_other(whole):
+    folder, _, tables = whole("llama")
+    assert list(tables) == list(TABLES)
+    for name, table in tables.items():
+        parts = [pl.read_parquet(p) for p in sorted((folder / "tables/passes").glob(f"*.{name}.parquet"))]
+        assert_frame_equal(pl.concat(parts), table, check_row_order=False, check_exact=True)
+        assert_frame_equal(pl.read_parquet(folder / f"tables/{name}.parquet"), table, check_exact=True)
+        of = table if name != "similarity" else None
+        if of is not None:
+            order = of.select("condition", "draw").unique(maintain_order=True).rows()
+            assert order == [
+                c for c in CONDITIONS if c[1] == 0 or name in ("layers", "texts", "confidence", "predictions")
+            ]
+    assert not (folder / "state").exists()
+    written = {p.name for p in folder.rglob("*") if p.is_file()}
+    assert all(name.endswith((".parquet", ".json")) for name in written)
+
+
+def test_the_tables_have_their_schemas_and_no_nan(whole, builtin):
+    for tables in (whole("llama")[2], whole("gpt2")[2], builtin[1]):
+        for name, schema in {"layers": LAYERS, "predictions": PREDICTIONS, "similarity": SIMILARITY}.items():
+            assert dict(tables[name].schema) == schema
+        for name, table in tables.items():
+            assert len(table) > 0
+            for column, dtype in table.schema.items():
+                if dtype.is_float():
+                    assert table[column].is_finite().all(), (name, column)  # nulls are neither
+
+
+def test_every_site_of_every_pass_is_in_the_table_under_its_name(whole):
+    _, _, tables = whole("llama")
+    sites = [(0, "embeddings"), (1, "block 1"), (2, "block 2, before final norm"), (3, "after final norm")]
+    for part in tables["layers"].partition_by("condition", "draw"):
+        assert part.select("layer", "site").unique(maintain_order=True).rows() == sites
+    assert set(tables["layers"]["dim"]) == {32}
+
+
+def test_further_draws_have_raw_numbers_only(whole):
+    _, _, tables = whole("llama")
+    further = tables["layers"].filter(pl.col("draw") > 0)
+    assert set(further["preprocess"]) == {"raw"}
+    uncentred = further.filter(~pl.col("centred"))["metric"]
+    assert set(uncentred) == {"mean cosine", "massive activations", "largest activation", "median norm"}
+    for name in ("scree", "similarity", "curve"):
+        assert set(tables[name].get_column("draw", default=pl.Series([0]))) == {0}
+
+
+def test_draws_differ_and_real_text_is_not_shuffled(whole):
+    layers = whole("llama")[2]["layers"]
+    ratios = [value(layers, "participation ratio", condition=c, draw=i, layer=2) for c, i in CONDITIONS]
+    assert len(set(ratios)) == len(CONDITIONS)
+
+
+def test_the_texts_table_is_what_the_tokenizer_says(whole, tiny):
+    texts = whole("llama")[2]["texts"]
+    ids = ids_of(tiny(), 4, 32)
+    unique = [len(set(w)) for w in ids.tolist()]
+    assert texts.select("condition", "draw").rows() == CONDITIONS
+    for row in texts.iter_rows(named=True):
+        assert (row["n_windows"], row["window_length"], row["n_tokens"], row["bos"]) == (4, 32, 128, "<s>")
+        assert row["unique_in_all"] == len(set(ids.ravel().tolist()))
+        if row["condition"] != "shuffled across":  # which deals other tokens to a window
+            assert row["unique_tokens"] == pytest.approx(np.mean(unique))
+            assert row["unique_tokens_sd"] == pytest.approx(np.std(unique, ddof=1))
+
+
+def ids_of(folder, count, length, text=None):
+    """Return the ids of windows from the middle of `count` equal parts, the tokenizer's own prefix before each."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text or (HOME / "texts/prose.txt").read_text(), add_special_tokens=False)["input_ids"]
+    prefix = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+    room = length - len(prefix)
+    starts = [(2 * i + 1) * len(ids) // (2 * count) - room // 2 for i in range(count)]
+    return np.array([[*prefix, *ids[s : s + room]] for s in starts])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bits_per_byte_loss_and_confidence_by_hand(whole, tiny, family):
+    """The bytes are those of the tokens whose loss is taken: all but the first of a window, which is BOS or unpredicted."""
+    _, _, tables = whole(family)
+    folder = tiny(family)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = torch.from_numpy(ids_of(folder, 4, 32))
+    with torch.no_grad():
+        logits = model.eval()(ids).logits.double()
+    losses = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").numpy()
+    text = (HOME / "texts/prose.txt").read_text()
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    n_bytes, room = 0, 32 if family == "gpt2" else 31
+    for i in range(4):
+        start = (2 * i + 1) * len(spans["input_ids"]) // 8 - room // 2
+        first, last = start + (family == "gpt2"), start + room - 1
+        ends = spans["offset_mapping"][first - 1][1], spans["offset_mapping"][last][1]
+        n_bytes += len(text[slice(*ends)].encode())
+    told = dict(tables["predictions"].filter(condition="real").select("metric", "value").iter_rows())
+    assert told["loss"] == pytest.approx(losses.mean(), rel=1e-6)  # logits are float32
+    assert told["bits per byte"] == pytest.approx(losses.sum() / math.log(2) / n_bytes, rel=1e-6)
+    best = logits.log_softmax(dim=2).amax(dim=2).flatten().numpy()
+    assert told["max log-softmax"] == pytest.approx(best.mean(), rel=1e-6)
+    confidence = tables["confidence"].filter(condition="real")
+    bins = np.append(confidence["bin_left"], 0.0)
+    assert bins[0] == pytest.approx(-math.log(512))
+    np.testing.assert_array_equal(confidence["count"], np.histogram(best, bins)[0])
+    for part in tables["confidence"].partition_by("condition", "draw"):
+        assert (part["density"] * (part["bin_right"] - part["bin_left"])).sum() == pytest.approx(1, rel=1e-12)
+        np.testing.assert_array_equal(part["bin_left"], confidence["bin_left"])
+
+
+def test_the_curve_grows_up_to_the_sample(whole):
+    curve = whole("llama")[2]["curve"]
+    assert curve["n_tokens"].unique().sort().to_list() == [64, 124]  # 4 windows of 32 without their first
+    assert set(curve["condition"]) == {c for c, _ in CONDITIONS}
+    for part in curve.filter(metric="numerical rank").partition_by("layer", "condition"):
+        assert part["value"].is_sorted()
+
+
+# ---- what is known of a model --------------------------------------------------------------------------------------
+
+
+def test_rotary_positions_leave_the_embeddings_a_permutation_of_rows_when_text_is_shuffled(builtin):
+    """Layer 0 has the same spectrum real and shuffled, and its centred rank is unique tokens - 1, or the width."""
+    _, tables = builtin
+    for text in ("builtin prose", "builtin html"):
+        scree = tables["scree"].filter(layer=0, text=text)
+        shares = {c: scree.filter(condition=c)["share"].to_numpy() for c in ("real", "shuffled")}
+        np.testing.assert_allclose(shares["shuffled"], shares["real"], rtol=0, atol=1e-9)
+        (unique,) = tables["texts"].filter(text=text, condition="real")["unique_tokens"]
+        for condition in ("real", "shuffled"):
+            rank = value(tables["layers"], "numerical rank", layer=0, text=text, condition=condition)
+            assert rank == min(unique - 1, 256)
+        layers = tables["layers"].filter(text=text, layer=0, preprocess="raw", centred=True)
+        real, shuffled = (dict(layers.filter(condition=c).select("metric", "value").iter_rows()) for c in shares)
+        for name in ("participation ratio", "effective rank (entropy of lambda)", "stable rank", "variance count 95%"):
+            assert shuffled[name] == pytest.approx(real[name], rel=1e-9)
+        later = tables["layers"].filter(text=text, layer=3)
+        ratios = [value(later, "participation ratio", condition=c) for c in ("real", "shuffled")]
+        assert ratios[0] != pytest.approx(ratios[1], rel=1e-3)
+    ranks = [
+        value(tables["layers"], "numerical rank", layer=0, text=f"builtin {t}", condition="real")
+        for t in ("prose", "html")
+    ]
+    assert ranks[0] == 256 > ranks[1]  # one of each kind
+
+
+def test_absolute_positions_make_every_row_of_the_embeddings_another(tiny, tmp_path):
+    folder = tiny("gpt2", hidden_size=96)
+    _, tables = study(folder, tmp_path, windows=1, length=64, twin=False, shuffles=1)
+    scree = tables["scree"].filter(layer=0)
+    real, shuffled = (scree.filter(condition=c)["share"].to_numpy() for c in ("real", "shuffled"))
+    assert np.abs(real - shuffled).max() > 1e-4
+    (unique,) = tables["texts"].filter(condition="real")["unique_tokens"]
+    assert value(tables["layers"], "numerical rank", layer=0, condition="real") == 63 > unique - 1
+
+
+def test_the_twin_has_other_weights_that_its_seed_decides(tiny, tmp_path):
+    made = {}
+    for seed in (0, 0, 1):
+        _, tables = study(tiny(), tmp_path / f"{seed}-{len(made)}", shuffles=1, seed=seed)
+        made[seed, len(made)] = tables["layers"].filter(pl.col("layer") == 2, pl.col("metric") == "stable rank")
+    first, again, other = made.values()
+    assert_frame_equal(first, again, **AGAIN)
+    for condition in ("shuffled", "random weights"):
+        assert first.filter(condition=condition)["value"][0] != other.filter(condition=condition)["value"][0]
+    real = (part.filter(condition="real")["value"][0] for part in (first, other))
+    assert next(real) == pytest.approx(next(real), rel=1e-6)
+    assert first.filter(condition="real")["value"][0] != first.filter(condition="random weights")["value"][0]
+
+
+# ---- windows -------------------------------------------------------------------------------------------------------
+
+
+def test_windows_at_once_make_no_difference_but_rounding(whole, one_by_one):
+    """float32 products of other shapes differ by 1e-7 of a row; spectra of a hundred rows by 1e-5, counts by one at most."""
+    one, four = one_by_one, whole("llama")[2]
+    counts = pl.col("metric").str.contains("count|index|numerical rank")
+    for name in ("texts", "scree", "predictions", "similarity"):
+        assert_frame_equal(one[name], four[name], rel_tol=2e-4, abs_tol=1e-5)
+    for name in ("layers", "curve"):
+        assert_frame_equal(one[name].filter(~counts), four[name].filter(~counts), rel_tol=2e-4, abs_tol=1e-5)
+        apart = one[name].filter(counts)["value"] - four[name].filter(counts)["value"]
+        assert apart.abs().max() <= 1
+        assert (apart == 0).mean() > 0.95
+
+
+def test_every_text_gets_as_many_windows_as_the_shortest_has(tiny, tmp_path):
+    short, long = tmp_path / "short.txt", tmp_path / "long.txt"
+    short.write_text(TEXT[:900])
+    long.write_text(TEXT * 3)
+    _, tables = study(tiny(), tmp_path / "out", texts=(str(short), str(long)), windows=None, length=64, twin=False)
+    fits = len(AutoTokenizer.from_pretrained(tiny())(TEXT[:900], add_special_tokens=False)["input_ids"]) // 63
+    assert 1 < fits < 8
+    assert set(tables["texts"]["n_windows"]) == {fits}
+    assert set(tables["texts"]["text"]) == {"short.txt", "long.txt"}
+    _, alone = study(tiny(), tmp_path / "alone", texts=(str(long),), windows=None, length=64, twin=False)
+    assert set(alone["texts"]["n_windows"]) == {8}
+
+
+def test_the_other_model_counts_for_the_windows_too(tiny, tmp_path):
+    """Its tokenizer makes another number of tokens of the text, and fewer windows."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[:1200])
+    given = {"texts": (str(text),), "windows": None, "length": 64, "shuffles": 0, "twin": False}
+    models = [tiny("llama", vocab_size=320), tiny("gpt2")]
+    tokenizers = map(AutoTokenizer.from_pretrained, models)
+    tokens = [len(t(TEXT[:1200], add_special_tokens=False)["input_ids"]) for t in tokenizers]
+    fits = [tokens[0] // 63, tokens[1] // 64]
+    assert fits[0] != fits[1] < 8
+    for one, other in (models, models[::-1]):
+        _, tables = study(one, tmp_path / one.name, [other], **given)
+        assert tables["texts"]["n_windows"].to_list() == [min(fits)] * len(tables["texts"])
+        assert tables["texts"]["model"].unique(maintain_order=True).to_list() == [one.name, other.name]
+
+
+def test_all_windows_stream_the_whole_text(tiny, tmp_path):
+    said = []
+    _, tables = study(tiny("gpt2"), tmp_path, windows="all", twin=False, shuffles=1, reservoir=64, announce=said.append)
+    total = len(AutoTokenizer.from_pretrained(tiny("gpt2"))((HOME / "texts/prose.txt").read_text())["input_ids"])
+    assert set(tables["texts"]["n_windows"]) == {total // 32}
+    assert set(tables["layers"].filter(metric="stable rank", preprocess="raw")["n_tokens"]) == {total // 32 * 32}
+    assert "3 passes over whole texts" in said[0]
+
+
+def test_one_window_is_not_shuffled_across(tiny, tmp_path):
+    facts, tables = study(tiny(), tmp_path, windows=1, twin=False)
+    assert set(tables["texts"]["condition"]) == {"real", "shuffled"}
+    assert facts["study"]["layers"]["rank_tolerance"] == "max(N, d) x eps(float32)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"length": 65}, "--length 65: .* reads at most 64 tokens"),
+        ({"texts": ()}, "give a text"),
+        ({"windows": 4000}, "fits .* windows of 32, not 4000"),
+        ({"windows": "all", "length": 64, "texts": "short"}, "fewer than one window of 64"),
+        ({"layers": "9"}, "there is no layer 9"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_written(tiny, tmp_path, settings, message):
+    if settings.get("texts") == "short":
+        (tmp_path / "short.txt").write_text("Too short.")
+        settings = settings | {"texts": (str(tmp_path / "short.txt"),)}
+    with pytest.raises(InvalidArgument, match=message):
+        study(tiny(), tmp_path / "out", **settings)
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_a_layer_that_the_other_model_does_not_have_is_said_before_the_first_pass(tiny, tmp_path):
+    with pytest.raises(InvalidArgument, match="there is no layer 5"):
+        study(tiny("llama", layers=4), tmp_path, [tiny("gpt2")], layers="5")
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+# ---- on disk -------------------------------------------------------------------------------------------------------
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("no model is needed for what is finished")
+
+
+def test_a_second_run_computes_nothing(whole, tiny, monkeypatch):
+    folder, facts, tables = whole("llama")
+    stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("*.parquet")}
+    for name in ("load_model", "random_twin"):
+        monkeypatch.setattr(module, name, refuse)
+    again, found = study(tiny(), folder, curve=True)
+    same(found, tables)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.parquet")} == stamps
+    assert {**again, "seconds": 0} == {**facts, "seconds": 0}
+
+
+def test_a_lost_pass_is_computed_again_and_no_other(tiny, tmp_path, monkeypatch):
+    _, tables = study(tiny(), tmp_path)
+    lost = next((tmp_path / "tables/passes").glob("real-0-*.layers.parquet"))
+    others = {p: p.stat().st_mtime_ns for p in (tmp_path / "tables/passes").glob("*.parquet") if p != lost}
+    lost.unlink()
+    (tmp_path / "tables/layers.json").unlink()
+    monkeypatch.setattr(module, "random_twin", refuse)
+    _, found = study(tiny(), tmp_path)
+    same(found, tables, **AGAIN)
+    assert {p: p.stat().st_mtime_ns for p in others} == others
+
+
+def test_other_thresholds_are_counted_anew_in_the_same_folder(tiny, tmp_path):
+    study(tiny(), tmp_path / "out", thresholds=(0.8,), shuffles=1)
+    facts, found = study(tiny(), tmp_path / "out", thresholds=(0.5, 0.995), shuffles=1)
+    _, fresh = study(tiny(), tmp_path / "fresh", thresholds=(0.5, 0.995), shuffles=1)
+    same(found, fresh, **AGAIN)
+    counts = {m for m in found["layers"]["metric"] if "count" in m}
+    assert counts == {"variance count 50%", "variance count 99.5%"}
+    assert facts["study"]["layers"]["thresholds"] == (0.5, 0.995)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": 1}, {"length": 24}, {"layers": "0,2"}, {"reservoir": 64}, {"windows": 3}], ids=str
+)
+def test_whatever_else_changes_is_computed_anew(tiny, tmp_path, changes):
+    given = {"shuffles": 1, "twin": False, "across": 0}
+    study(tiny(), tmp_path / "out", **given)
+    _, found = study(tiny(), tmp_path / "out", **given, **changes)
+    _, fresh = study(tiny(), tmp_path / "fresh", **given, **changes)
+    same(found, fresh, **AGAIN)
+
+
+def test_tables_of_an_earlier_run_that_this_one_does_not_have_are_gone(tiny, tmp_path):
+    study(tiny(), tmp_path, curve=True, shuffles=0, twin=False, across=0)
+    _, tables = study(tiny(), tmp_path, logits=False, shuffles=0, twin=False, across=0)
+    assert list(tables) == ["layers", "scree", "texts", "similarity"]
+    assert {p.stem for p in (tmp_path / "tables").glob("*.parquet")} == set(tables)
+
+
+class Stop(Exception):
+    """What ends a study in the middle, as a Ctrl-C or a full disk would."""
+
+
+def breaking(function, after):
+    """Return the function, which works so many times and then raises; and how often it was called."""
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(args)
+        if after is not None and len(calls) > after:
+            raise Stop
+        return function(*args, **kwargs)
+
+    return wrapped, calls
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 7, 13, 19])
+def test_an_interrupted_study_goes_on_and_gives_the_same_tables(tiny, one_by_one, tmp_path, monkeypatch, after):
+    """Five passes of four batches, with a checkpoint after every batch."""
+    given = {"batch": 1, "checkpoint_every": 0.0, "curve": True}
+    monkeypatch.setattr(passes, "SAVING", 0)
+    collect = passes.collect
+    broken, _ = breaking(collect, after)
+    monkeypatch.setattr(passes, "collect", broken)
+    with pytest.raises(Stop):
+        study(tiny(), tmp_path, **given)
+    resumed, calls = breaking(collect, None)
+    monkeypatch.setattr(passes, "collect", resumed)
+    _, found = study(tiny(), tmp_path, **given)
+    same(found, one_by_one, **SUMS)  # products round by where in memory the sums lie
+    assert len(calls) == 20 - after
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("after", [0, 2, 6, 27, 35, 38])
+def test_a_study_interrupted_while_it_writes_gives_the_same_tables(whole, tiny, tmp_path, monkeypatch, after):
+    """Between the tables of a pass, and between those of the study: 7 + 7 + 4 + 6 + 7 of passes, and 7."""
+    written, calls = breaking(results.write_table, after)
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "write_table", written)
+        if after < 38:
+            with pytest.raises(Stop):
+                study(tiny(), tmp_path, curve=True)
+        else:
+            study(tiny(), tmp_path, curve=True)
+            assert len(calls) == 38
+    _, found = study(tiny(), tmp_path, curve=True)
+    same(found, whole("llama")[2], **SUMS)
+
+
+# ---- shards --------------------------------------------------------------------------------------------------------
+
+
+def test_shards_give_the_tables_of_one_process(tiny, one_by_one, tmp_path):
+    """In float64, another order of the same sums: 1e-9, but sqrt(eps) for what a sum of singular values of 0 is."""
+    given = {"batch": 1, "curve": True}
+    facts, nothing = study(tiny(), tmp_path / "two", shard=(0, 2), **given)
+    assert (facts["waiting"], nothing) == (["2/2"], {})
+    assert "study" not in facts
+    facts, found = study(tiny(), tmp_path / "two", shard=(1, 2), **given)
+    assert "waiting" not in facts
+    same(found, one_by_one, **SUMS)
+    facts, again = study(tiny(), tmp_path / "two", shard=(0, 2), **given)
+    same(again, found)
+    assert "waiting" not in facts
+
+
+def test_a_shard_with_nothing_to_do_is_none_the_worse(tiny, tmp_path):
+    given = {"batch": 3, "shuffles": 1}
+    _, tables = study(tiny(), tmp_path / "one", **given)
+    waiting = []
+    for shard in (2, 0, 1):
+        facts, found = study(tiny(), tmp_path / "three", shard=(shard, 3), **given)
+        waiting.append(facts.get("waiting", []))
+    assert waiting == [["1/3", "2/3"], ["2/3"], []]
+    same(found, tables, **SUMS)
+
+
+def test_an_interrupted_shard_is_waited_for_and_goes_on(tiny, tmp_path, monkeypatch):
+    """Three of six batches are its own; it has two of them, on disk, when it stops."""
+    given = {"windows": 6, "batch": 1, "shuffles": 0, "twin": False, "across": 0, "checkpoint_every": 0.0}
+    _, tables = study(tiny(), tmp_path / "one", **given)
+    monkeypatch.setattr(passes, "SAVING", 0)
+    collect = passes.collect
+    monkeypatch.setattr(passes, "collect", breaking(collect, 2)[0])
+    with pytest.raises(Stop):
+        study(tiny(), tmp_path / "two", shard=(1, 2), **given)
+    monkeypatch.setattr(passes, "collect", collect)
+    facts, _ = study(tiny(), tmp_path / "two", shard=(0, 2), **given)
+    assert facts["waiting"] == ["2/2"]
+    resumed, calls = breaking(collect, None)
+    monkeypatch.setattr(passes, "collect", resumed)
+    _, found = study(tiny(), tmp_path / "two", shard=(1, 2), **given)
+    assert len(calls) == 1
+    same(found, tables, **SUMS)
+
+
+# ---- facts ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_facts_say_what_was_run(whole, tiny):
+    _, facts, _ = whole("llama")
+    told = facts["study"]["layers"]
+    assert {**told, "models": list(told["models"])} == {
+        "models": [tiny().name], "texts": ["builtin prose"], "thresholds": (0.8, 0.9, 0.95, 0.99),
+        "shuffles": 2, "window_length": 32, "bos": "<s>", "chosen_layer": 2, "rank_tolerance": "d x eps(float32)",
+        "dtype": "float32", "device": "cpu", "preset": None, "windows": 4, "reservoir": 2048, "seed": 0, "layers": None,
+    }  # fmt: skip
+    assert (facts["warnings"], facts["versions"]) == ([], versions())
+    assert (facts["model"], facts["hidden_size"], facts["vocab_size"]) == (str(tiny()), 32, 512)
+    assert (facts["architecture"], facts["tied"], facts["dtype"], facts["revision"]) == (
+        "LlamaForCausalLM",
+        False,
+        "F32",
+        None,
+    )
+    assert facts["n_parameters"] == AutoModelForCausalLM.from_pretrained(tiny()).num_parameters()
+    assert facts["seconds"] > 0
+    assert whole("gpt2")[1]["study"]["layers"]["bos"] is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "wanted", "chosen"),
+    [(None, None, 2), (None, 1, 1), (None, 10, 3), ("0,3", 1, 0), ("0,3", 2, 3), ("0,1,3", None, 1), ("norm", 0, 3)],
+)
+def test_the_chosen_layer_is_the_nearest_that_there_is(tiny, tmp_path, layers, wanted, chosen):
+    given = {"shuffles": 0, "twin": False, "across": 0, "logits": False, "windows": 1}
+    facts, _ = study(tiny(), tmp_path, layers=layers, chosen_layer=wanted, **given)
+    assert facts["study"]["layers"]["chosen_layer"] == chosen
+
+
+def test_the_notebooks_setting(tmp_path):
+    settings = replace(notebook_settings(), device="cpu", reservoir=128)
+    assert (settings.windows, settings.shuffles, settings.across, settings.twin) == (1, 1, 0, False)
+    assert (settings.thresholds, settings.chosen_layer, settings.preset) == ((0.95,), 10, "notebook")
+    facts, tables = study_layers(dimscope.open("builtin"), ResultFolder(tmp_path, {}), settings)
+    told = facts["study"]["layers"]
+    assert (told["chosen_layer"], told["preset"], told["window_length"]) == (
+        7,
+        "notebook",
+        512,
+    )  # 10 is beyond the norm
+    assert told["texts"] == ["builtin prose", "builtin html"]
+    units = [(f"builtin {text}", condition) for text in ("prose", "html") for condition in ("real", "shuffled")]
+    assert tables["texts"].select("text", "condition").rows() == units
+    assert {m for m in tables["layers"]["metric"] if "count" in m} == {"variance count 95%"}
+    summary = summary_frame(tables["layers"])
+    assert "95%" in summary.columns
+    assert not {"random", "sd"} & set(summary.columns)  # one draw has no spread
+
+
+def test_texts_of_one_name_are_told_apart(tiny, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(TEXT if name == "one" else TEXT[::-1])
+    sources = (*(str(tmp_path / name / "text.txt") for name in ("one", "two", "one")), "builtin:prose")
+    given = {"shuffles": 1, "twin": False, "across": 0}
+    facts, tables = study(tiny(), tmp_path / "out", texts=sources, **given)
+    names = [sources[0], sources[1], f"{sources[0]} (2)", "builtin:prose"]
+    assert facts["study"]["layers"]["texts"] == names
+    assert tables["texts"]["text"].unique(maintain_order=True).to_list() == names
+    first, other, again, _ = tables["layers"].partition_by("text")
+    assert_frame_equal(first.drop("text"), again.drop("text"), **AGAIN)
+    assert first["value"].to_list() != other["value"].to_list()
+
+
+def test_models_of_one_title_are_told_apart(tiny, editable, tmp_path):
+    source = tiny()
+    copy = editable(source)
+    given = {"shuffles": 0, "twin": False, "across": 0}
+    facts, tables = study(source, tmp_path / "out", [copy, copy], **given)
+    names = [str(source), str(copy), f"{copy} (2)"]
+    assert list(facts["study"]["layers"]["models"]) == names
+    parts = tables["layers"].partition_by("model")
+    assert [p["model"][0] for p in parts] == names
+    for part in parts[1:]:
+        assert_frame_equal(part.drop("model"), parts[0].drop("model"), **AGAIN)
+
+
+def test_the_announcement_counts_passes_and_tokens(tiny, tmp_path):
+    said = []
+    study(tiny(), tmp_path, [tiny("gpt2")], texts=("builtin:prose", "builtin:html"), announce=said.append)
+    # per text: real, 2 shuffles, across, random weights, and the other model's real; 4 windows of 32 each
+    (lines,) = said
+    first, other = lines.splitlines()
+    assert f": 10 passes, {10 * 4 * 32:,} tokens on cpu (float32): " in first
+    assert f": 2 passes, {2 * 4 * 32:,} tokens on cpu (float32): " in other
+
+
+# ---- the summary ---------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_is_the_table_layer_by_layer(whole):
+    layers = whole("llama")[2]["layers"]
+    summary = summary_frame(layers)
+    assert summary.columns == [
+        "model", "text", "layer", "site", "N", "95%", "shuffled", "sd", "random", "noise", "rank", "ratio", "TwoNN"
+    ]  # fmt: skip
+    assert summary["site"].to_list() == ["emb", "block 1", "block 2", "norm"]
+    assert summary["layer"].to_list() == [0, 1, 2, 3]
+    for row in summary.iter_rows(named=True):
+        of = layers.filter(layer=row["layer"])
+        draws = [value(of, "variance count 95%", condition="shuffled", draw=i) for i in (0, 1)]
+        assert row["95%"] == value(of, "variance count 95%", condition="real")
+        assert row["shuffled"] == pytest.approx(np.mean(draws))
+        assert row["sd"] == pytest.approx(np.std(draws, ddof=1))
+        assert row["random"] == value(of, "variance count 95%", condition="random weights")
+        assert (
+            row["noise"]
+            == of.filter(metric="variance count 95%", condition="real", preprocess="raw", centred=True)["null"][0]
+        )
+        assert row["rank"] == value(of, "numerical rank", condition="real")
+        assert row["ratio"] == value(of, "participation ratio, corrected", condition="real")
+        assert row["TwoNN"] == value(of, "TwoNN, maximum likelihood", condition="real")
+        assert row["N"] == 128
+
+
+def test_the_summary_of_several_models_and_texts_has_a_row_for_each_site(tiny, tmp_path):
+    _, tables = study(tiny(), tmp_path, [tiny("gpt2")], texts=("builtin:prose", "builtin:html"))
+    summary = summary_frame(tables["layers"])
+    assert len(summary) == 2 * 2 * 4
+    assert summary.select("model", "text").unique(maintain_order=True).height == 4
+    other = summary.filter(pl.col("model") == tiny("gpt2").name)
+    assert other["shuffled"].null_count() == other["random"].null_count() == len(other) == 8
+    assert other["95%"].null_count() == 0
+
+
+@pytest.mark.parametrize("thresholds", [(0.5, 0.9), (0.9, 0.5)])
+def test_the_summary_has_the_largest_share_where_95_percent_was_not_asked_for(tiny, tmp_path, thresholds):
+    given = {"shuffles": 0, "twin": False, "across": 0, "logits": False}
+    _, tables = study(tiny(), tmp_path, thresholds=thresholds, **given)
+    summary = summary_frame(tables["layers"])
+    assert summary.columns == ["model", "text", "layer", "site", "N", "90%", "noise", "rank", "ratio", "TwoNN"]
+    counts = tables["layers"].filter(metric="variance count 90%", preprocess="raw", centred=True)
+    assert summary["90%"].to_list() == counts["value"].to_list()

@@ -1,0 +1,254 @@
+"""What a plan of a narrowing is made of: windows dealt out, widths proposed, curves read off, and the advice that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from dimscope.checkpoints.checkpoint import open_checkpoint
+from dimscope.errors import InvalidArgument
+from dimscope.studies.narrowing.advice import (
+    DENSE,
+    DROP,
+    NARROW,
+    ROUND,
+    SCHEMA,
+    TOLERATED,
+    advice,
+    best_basis,
+    shown_candidate,
+    with_equal_size,
+)
+from dimscope.studies.narrowing.plan import default_widths
+from dimscope.studies.narrowing.session import deal
+from dimscope.texts.windows import Window
+
+SLIGHT, DEAR = TOLERATED / 5, TOLERATED * 3  # rises of the loss
+
+
+def row(method: str, parameters: int, kl: float, rise: float | None = None, **more: object) -> dict[str, object]:
+    """A row of a plan; the rise of the loss is the KL unless it is told."""
+    told = {"method": method, "tied": False, "parameters": parameters, "bytes": 4 * parameters, "kl": kl}
+    return dict.fromkeys(SCHEMA) | told | {"loss_rise": kl if rise is None else rise} | more
+
+
+def narrow(width: int, parameters: int, kl: float, rise: float | None = None, basis: str = "raw") -> dict[str, object]:
+    return row(NARROW, parameters, kl, rise, basis=basis, width=width)
+
+
+def plan(*rows: dict[str, object]) -> pl.DataFrame:
+    """The rows after those of a dense model of 1,000 parameters and of its rounding to 8 bits, as `plan_narrowing` has it."""
+    dense, rounded = row(DENSE, 1000, 0.0), row(ROUND, 1000, 1e-4, bits=8) | {"bytes": 1000}
+    return with_equal_size(pl.DataFrame([dense, *rows, rounded], schema=SCHEMA))
+
+
+def of(frame: pl.DataFrame, **wanted: object) -> dict[str, object]:
+    """The one row with these values."""
+    return frame.filter(*[pl.col(name) == value for name, value in wanted.items()]).row(0, named=True)
+
+
+# ---- at the same size ----------------------------------------------------------------------------------------------
+
+
+def test_dropping_layers_at_the_size_of_a_narrow_model_is_read_off_the_line_between_its_neighbours():
+    found = plan(
+        row(DROP, 800, 1.0, 0.4, layers=2), row(DROP, 600, 2.0, 0.9, layers=1),
+        narrow(7, 700, 9.0), narrow(6, 650, 9.0), narrow(9, 900, 9.0), narrow(8, 800, 9.0),
+    )  # fmt: skip
+    between = {
+        700: (1.5, 0.65),
+        650: (1.75, 0.775),
+        900: (0.5, 0.2),
+        800: (1.0, 0.4),
+    }  # 900: half way to the dense model
+    for parameters, (kl, rise) in between.items():
+        held = of(found, method=NARROW, parameters=parameters)
+        assert held["kl_dropping"] == pytest.approx(kl, abs=1e-12)
+        assert held["loss_rise_dropping"] == pytest.approx(rise, abs=1e-12)
+    dropped = found.filter(method=DROP)
+    assert dropped["kl_dropping"].to_list() == pytest.approx(dropped["kl"].to_list())
+
+
+def test_beyond_what_was_dropped_and_beyond_the_dense_model_there_is_nothing_to_compare_with():
+    found = plan(row(DROP, 800, 1.0, layers=2), narrow(3, 799, 1.0), narrow(9, 1001, 1.0), narrow(8, 801, 1.0))
+    assert of(found, parameters=799)["kl_dropping"] is None
+    assert of(found, parameters=799)["loss_rise_dropping"] is None
+    assert of(found, parameters=1001)["kl_dropping"] is None
+    assert of(found, parameters=801)["kl_dropping"] is not None
+
+
+def test_a_model_without_a_layer_to_spare_is_compared_with_nothing():
+    found = plan(narrow(8, 800, 1.0))
+    assert found["kl_dropping"].to_list() == [None] * 3
+    assert found.schema["kl_dropping"] == pl.Float64
+
+
+# ---- which candidate -----------------------------------------------------------------------------------------------
+
+
+def test_the_best_basis_is_the_one_that_loses_least_at_most_widths():
+    found = plan(
+        narrow(8, 800, 1.0, basis="raw"), narrow(8, 800, 2.0, basis="random"),
+        narrow(6, 600, 3.0, basis="raw"), narrow(6, 600, 4.0, basis="random"),
+        narrow(4, 400, 90.0, basis="raw"), narrow(4, 400, 5.0, basis="random"),
+    )  # fmt: skip
+    assert best_basis(found) == "raw"
+
+
+def test_shown_is_of_the_best_basis_the_widest_that_is_a_tenth_smaller():
+    rows = [narrow(w, p, kl, basis=b) for w, p in ((9, 950), (8, 900), (4, 400)) for b, kl in (("raw", 1), ("random", 2))]  # fmt: skip
+    shown = shown_candidate(plan(*rows))
+    assert (shown["basis"], shown["width"]) == ("raw", 8)
+
+
+def test_where_no_candidate_is_a_tenth_smaller_the_narrowest_is_shown():
+    assert shown_candidate(plan(narrow(9, 980, 1.0), narrow(8, 950, 2.0)))["width"] == 8
+    assert shown_candidate(plan(narrow(8, 1200, 2.0), narrow(9, 1300, 1.0)))["width"] == 8
+
+
+# ---- advice --------------------------------------------------------------------------------------------------------
+
+
+def test_where_no_width_makes_it_smaller_the_advice_is_not_to():
+    told = advice(plan(row(DROP, 800, 1.0, layers=2), narrow(9, 1100, 1e-6), narrow(8, 1000, 1e-5)))
+    assert told[0].startswith("Do not narrow")
+    assert "smaller" in " ".join(told[:2])
+
+
+def test_where_dropping_layers_loses_less_the_advice_is_not_to():
+    told = advice(plan(row(DROP, 700, SLIGHT / 10, layers=2), narrow(9, 900, SLIGHT / 2), narrow(8, 800, SLIGHT)))
+    assert told[0].startswith("Do not narrow")
+    assert "dropping layers" in " ".join(told[:2])
+
+
+def test_where_every_width_costs_too_much_the_advice_is_not_to_without_healing():
+    told = advice(plan(row(DROP, 700, 9.0, layers=2), narrow(9, 900, DEAR), narrow(8, 800, 2 * DEAR)))
+    assert told[0].startswith("Do not narrow")
+    assert "heal" in " ".join(told[:2])
+    assert "dropping layers loses less" not in " ".join(told[:2])
+
+
+def test_advised_is_the_smallest_width_that_is_tolerable():
+    found = plan(
+        row(DROP, 500, 9.0, layers=2), narrow(9, 900, SLIGHT / 2), narrow(8, 800, SLIGHT), narrow(7, 700, DEAR),
+        narrow(6, 600, 2 * DEAR), narrow(9, 900, 8.0, basis="random"), narrow(8, 800, 8.0, basis="random"),
+        narrow(7, 700, 8.0, basis="random"), narrow(6, 600, 8.0, basis="random"),
+    )  # fmt: skip
+    told = advice(found)
+    assert told[0].startswith("Narrow it to 8:")
+    assert "20%" in told[0]
+    assert "raw" in " ".join(told)
+    assert advice(found.sort("parameters"))[0] == told[0]
+
+
+def test_a_width_at_which_dropping_layers_loses_less_is_not_advised_however_tolerable():
+    found = plan(row(DROP, 600, SLIGHT, layers=2), narrow(9, 900, SLIGHT / 40), narrow(7, 700, SLIGHT * 2))
+    assert advice(found)[0].startswith("Narrow it to 9:")
+
+
+def test_a_rise_at_the_limit_is_tolerable_and_one_above_it_is_not():
+    at, above = narrow(8, 800, 0.01, TOLERATED), narrow(7, 700, 0.01, TOLERATED * 1.001)
+    assert advice(plan(row(DROP, 500, 9.0, layers=1), at, above))[0].startswith("Narrow it to 8:")
+
+
+def test_smaller_than_what_dropping_layers_reaches_only_the_loss_decides():
+    assert advice(plan(row(DROP, 900, 1e-9, layers=2), narrow(8, 800, SLIGHT)))[0].startswith("Narrow it to 8:")
+
+
+@pytest.mark.parametrize("kl", [SLIGHT, DEAR, 1e3])
+def test_the_advice_tells_what_rounding_does_and_compares_at_a_tenth_fewer_parameters(kl):
+    told = " ".join(advice(plan(row(DROP, 500, 5.0, 2.5, layers=1), narrow(6, 600, kl))))
+    assert "8 bits" in told
+    assert "25%" in told  # of the bytes
+    assert "10%" in told
+    assert f"{kl / 4:+.3f}" in told  # narrowing, on the line from the dense model to 600 parameters
+    assert "+0.500" in told  # dropping, on that to 500
+
+
+def test_with_a_second_table_there_is_no_line_from_the_widest_candidate_to_the_dense_model():
+    # A cut that unties is larger at full width than the dense model: what the line would say is not so.
+    rows = [row(DROP, 600, 4.0, layers=1) | {"tied": True}, narrow(9, 880, 2.0), narrow(8, 700, 3.0)]
+    dense, rounded = (r | {"tied": True} for r in (row(DENSE, 1000, 0.0), row(ROUND, 1000, 1e-4, bits=8)))
+    told = " ".join(advice(with_equal_size(pl.DataFrame([dense, *rows, rounded], schema=SCHEMA))))
+    assert "12%" in told  # the size of the widest, not a tenth less than the dense model
+    assert "+2.000" in told
+    assert "+1.200" in told  # dropping, on its own line to the dense model, which is tied as it is
+
+
+# ---- widths --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "export", "expected"),
+    [
+        ("qwen2", {"hidden_size": 32}, None, (28, 24, 20, 16)),  # nothing to align to
+        ("qwen2", {"hidden_size": 64}, None, (56, 48, 40, 32)),
+        ("llama", {"hidden_size": 128}, None, (112, 96, 80, 64)),
+        ("llama", {"hidden_size": 512}, None, (448, 384, 320, 256)),
+        ("llama", {"hidden_size": 96, "num_attention_heads": 12}, None, (84, 72, 60, 48)),  # heads before alignment
+        ("llama", {"hidden_size": 32, "num_attention_heads": 16}, None, (16,)),
+        ("qwen2", {"hidden_size": 96, "num_attention_heads": 12}, None, (80, 72, 64, 48)),
+        ("qwen2", {"hidden_size": 96, "num_attention_heads": 12}, "llama", (84, 72, 60, 48)),
+        ("gpt_neox", {"hidden_size": 96, "num_attention_heads": 12}, "phi", (80, 72, 64, 48)),
+    ],
+)
+def test_proposed_widths_are_below_the_width_aligned_and_allowed(
+    checkpoint: Callable[..., Path], family, arguments, export, expected
+):
+    opened = open_checkpoint(str(checkpoint(family, layers=1, tokenizer=None, **arguments)))
+    widths = default_widths(opened, export)
+    assert widths == expected
+    dim = arguments["hidden_size"]
+    step = arguments.get("num_attention_heads", 4) if "llama" in (family, export) else 1
+    assert all(0 < w < dim and w % step == 0 for w in widths)
+
+
+# ---- windows -------------------------------------------------------------------------------------------------------
+
+
+def windows(count: int, length: int = 4) -> list[Window]:
+    """Windows that can be told apart by their index."""
+    n_bytes = torch.ones(length, dtype=torch.int64)
+    return [Window(i, torch.full((length,), i), n_bytes.cumsum(0), n_bytes, 0) for i in range(count)]
+
+
+def indices(dealt: list[Window]) -> list[int]:
+    return [w.index for w in dealt]
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize(("count", "each"), [(3, 1), (3, 8), (24, 8), (25, 8), (100, 8), (101, 7), (10, 2), (4, 2)])
+def test_nothing_that_is_judged_or_held_out_is_trained_or_calibrated_on(count, each, trains):
+    reading = deal(windows(count), each, trains, ["t"])
+    calibration, judged = indices(reading.calibration), indices(reading.judged)
+    held_out, training = indices(reading.held_out), indices(reading.training)
+    n = min(each, count // (3 if trains else 2))
+    assert len(calibration) == len(judged) == n
+    assert len(held_out) == (n if trains else 0)
+    assert len({*calibration, *judged, *held_out}) == len(calibration) + len(judged) + len(held_out)
+    assert not {*training} & {*judged, *held_out}
+    assert sorted([*training, *judged, *held_out]) == list(range(count))
+    assert {*calibration} <= {*training}
+
+
+def test_every_kind_comes_from_every_part_of_the_texts():
+    reading = deal(windows(60), 5, True, ["t"])
+    for dealt in (reading.calibration, reading.judged, reading.held_out):
+        assert [i // 12 for i in indices(dealt)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("count", "trains", "kind"), [(1, False, "judge"), (1, True, "hold out"), (2, True, "hold out")]
+)
+def test_too_few_windows_to_deal_are_refused_with_what_they_are_for(count, trains, kind):
+    with pytest.raises(InvalidArgument, match="too few") as refused:
+        deal(windows(count, 9), 8, trains, ["mine.txt", "yours.txt"])
+    line = str(refused.value)
+    assert "mine.txt, yours.txt" in line
+    assert f"{count} windows of 9 tokens" in line
+    assert kind in line
+    assert ("hold out" in line) == trains
