@@ -12,11 +12,9 @@ import polars as pl
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.page.render import Page, render_page, table_download
 from dimscope.page.section import Facts, Tables
-from dimscope.storage import alone, write_json, write_whole
+from dimscope.storage import STATE, alone, write_json, write_whole
 from dimscope.studies import STUDIES
 from dimscope.studies.study import SILENT, Monitor, Study, StudyCode, StudyResult, run_study
-
-STATE = ".dimscope-state"  # of a run that is not finished, in its folder
 
 
 def run_studies(

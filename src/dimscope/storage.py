@@ -22,6 +22,7 @@ from dimscope.errors import InvalidArgument
 if TYPE_CHECKING:
     from torch import Tensor
 
+STATE = ".dimscope-state"  # what an unfinished run keeps in its folder
 PACKAGES = ("dimscope", "torch", "transformers", "numpy", "scipy", "polars")
 
 

@@ -316,8 +316,8 @@ def _models_finding(rows: pl.DataFrame, metric: str, found: Asked) -> str:
     for model in found.models:
         points = profile(rows.filter(pl.col("model") == model), metric)
         if points.height:
-            peak = points.sort("of_dim", descending=True, maintain_order=True).row(0, named=True)
-            told.append((model, share(peak["of_dim"]), f"{peak['dim']:,}"))
+            peak = points.sort("share_of_dim", descending=True, maintain_order=True).row(0, named=True)
+            told.append((model, share(peak["share_of_dim"]), f"{peak['dim']:,}"))
     (model, part, dim), *others = told
     first = f"At its widest layer {model} needs {part} of its {dim} dimensions for {percent(metric):g}% of the variance"
     return ", ".join([first, *(f"{name} {needs} of its {width}" for name, needs, width in others)])

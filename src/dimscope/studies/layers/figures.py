@@ -7,6 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
+from dimscope.page import charts
 from dimscope.page.section import finite
 from dimscope.page.theme import (
     CONDITION_MARKS,
@@ -16,7 +17,6 @@ from dimscope.page.theme import (
     figure,
     log_ticks,
     series_mark,
-    tint,
 )
 from dimscope.studies.layers.profiles import NORM, RANK, conditions, meaning, profile
 
@@ -45,32 +45,18 @@ def layer_axis(layers: Iterable[tuple[int, str]]) -> dict[str, Any]:
     }
 
 
-def line(points: pl.DataFrame, name: str, mark: Mark, y: str = "value", **options: Any) -> go.Scatter:
-    """Return a profile as a line through marked points, naming the site of each when pointed at."""
-    size = 8 if points.height <= 16 else 5  # deep models: marks side by side, not one thick line
-    return go.Scatter(
-        x=points["layer"].to_numpy(),
-        y=points[y].to_numpy(),
-        customdata=points["site"].to_list(),
-        name=name,
-        line={"color": mark.colour, "dash": mark.dash, "width": 2.5},
-        hovertemplate=f"{name}: %{{y:,.4~g}}<extra>%{{customdata}}</extra>",
-        **{"mode": "lines+markers", "marker": {"color": mark.colour, "symbol": mark.symbol, "size": size}} | options,
-    )
+def profile_line(points: pl.DataFrame, name: str, mark: Mark, y: str = "value", **options: Any) -> go.Scatter:
+    """Return a profile as a line through marked points; hovering a point shows its site."""
+    hover = f"{name}: %{{y:,.4~g}}<extra>%{{customdata}}</extra>"
+    options = {"customdata": points["site"].to_list(), "hovertemplate": hover} | options
+    return charts.line(points["layer"], points[y], name, mark, **options)
 
 
-def band(
+def profile_band(
     points: pl.DataFrame, mark: Mark, y: str = "value", spread: str = "spread", **options: Any
 ) -> list[go.Scatter]:
     """Return the area of one standard deviation around a profile; nothing where there is no spread."""
-    known = points.drop_nulls(spread)
-    if known.is_empty():
-        return []
-    low, high = (known[y] - known[spread]).to_list(), (known[y] + known[spread]).to_list()
-    layers = known["layer"].to_list()
-    outline = {"x": [*layers, *layers[::-1]], "y": [*high, *low[::-1]]}
-    look = {"mode": "lines", "line": {"width": 0}, "fill": "toself", "fillcolor": tint(mark.colour, 0.22)}
-    return [go.Scatter(**outline, **look, hoverinfo="skip", showlegend=False, **options)]
+    return charts.band(points["layer"], points[y], points[spread], mark, **options)
 
 
 def noise_line(points: pl.DataFrame, y: str = "null", name: str = WHITE_NOISE, **options: Any) -> list[go.Scatter]:
@@ -78,7 +64,7 @@ def noise_line(points: pl.DataFrame, y: str = "null", name: str = WHITE_NOISE, *
     known = finite(points, y)
     # One layer alone has no line to be seen.
     mode = "lines" if known.height > 1 else "markers"
-    trace = line(known, name, GAUSSIAN_NULL, y, mode=mode, **options)
+    trace = profile_line(known, name, GAUSSIAN_NULL, y, mode=mode, **options)
     return [] if known.is_empty() else [trace]
 
 
@@ -99,7 +85,7 @@ def layer_profile(rows: pl.DataFrame, metric: str, *, top: float | None = None) 
     fig.add_traces(noise_line(real))
     for condition, points in reversed(profiles.items()):
         mark = CONDITION_MARKS[condition]
-        fig.add_traces([*band(points, mark), line(points, condition_name(condition, points), mark)])
+        fig.add_traces([*profile_band(points, mark), profile_line(points, condition_name(condition, points), mark)])
     fig.add_traces(list(_ranks(rows)))
     _relative_panel(fig, profiles)
     return fig
@@ -120,8 +106,8 @@ def _panels(rows: pl.DataFrame, upper: str, top: float | None = None, height: in
 def _relative_panel(fig: go.Figure, profiles: Mapping[str, pl.DataFrame]) -> None:
     """Draw real and shuffled as a share of white noise; of the numerical rank where there is no noise."""
     real = profiles.get("real")
-    column = "of_null" if real is not None and real["of_null"].is_not_null().any() else "of_rank"
-    reference = WHITE_NOISE if column == "of_null" else "rank"
+    column = "share_of_null" if real is not None and real["share_of_null"].is_not_null().any() else "share_of_rank"
+    reference = WHITE_NOISE if column == "share_of_null" else "rank"
     tops = (float(finite(points, column)[column].to_numpy().max(initial=1.0)) for points in profiles.values())
     title = {"text": f"% of {reference.removeprefix('white ')}"}
     fig.update_layout(yaxis2={"title": title, "tickformat": ".0%", "range": [0, 1.08 * max(tops, default=1.0)]})
@@ -130,8 +116,8 @@ def _relative_panel(fig: go.Figure, profiles: Mapping[str, pl.DataFrame]) -> Non
         if points is not None and points[column].is_not_null().any():
             shown = {"yaxis": "y2", "showlegend": False}
             hover = f"{condition}: %{{y:.1%}} of {reference}<extra>%{{customdata}}</extra>"
-            fig.add_traces(band(points, mark, column, f"{column}_spread", yaxis="y2"))
-            fig.add_trace(line(points, condition, mark, column, **shown).update(hovertemplate=hover))
+            fig.add_traces(profile_band(points, mark, column, f"{column}_spread", yaxis="y2"))
+            fig.add_trace(profile_line(points, condition, mark, column, **shown).update(hovertemplate=hover))
 
 
 def _ranks(rows: pl.DataFrame) -> Iterable[go.Scatter]:
@@ -146,7 +132,9 @@ def _ranks(rows: pl.DataFrame) -> Iterable[go.Scatter]:
         name = RANK if condition == "real" else f"{RANK}, {condition}"
         thin = {"color": mark.colour, "dash": "dot", "width": 1.5}
         mode = "lines" if points.height > 1 else "markers"
-        yield line(points, name, mark, mode=mode).update(line=thin, marker={"symbol": "line-ew-open", "size": 14})
+        yield profile_line(points, name, mark, mode=mode).update(
+            line=thin, marker={"symbol": "line-ew-open", "size": 14}
+        )
 
 
 def preprocessings(rows: pl.DataFrame, metric: str) -> go.Figure:
@@ -168,7 +156,9 @@ def _series(rows: pl.DataFrame, groups: Mapping[str, pl.DataFrame], metric: str)
     fig = figure(400, xaxis=layer_axis(sites), yaxis=axis)
     marked = [(name, points, series_mark(i)) for i, (name, points) in enumerate(groups.items())]
     # The first is drawn last, on top of the others; the legend reads from the first on.
-    fig.add_traces([line(points, name, mark) for name, points, mark in reversed(marked) if not points.is_empty()])
+    fig.add_traces(
+        [profile_line(points, name, mark) for name, points, mark in reversed(marked) if not points.is_empty()]
+    )
     return fig.update_layout(legend={"traceorder": "reversed"})
 
 
@@ -185,7 +175,7 @@ def models_profile(rows: pl.DataFrame, metric: str) -> go.Figure:
         points = profile(rows.filter((pl.col("model") == name) & (pl.col("site") != NORM)), metric)
         if not points.is_empty():
             depth = points["layer"] / max(int(points["layer"].to_numpy().max()), 1)
-            trace = line(points, f"{name} (d = {points['dim'][0]:,})", series_mark(i), "of_dim")
+            trace = profile_line(points, f"{name} (d = {points['dim'][0]:,})", series_mark(i), "share_of_dim")
             fig.add_trace(trace.update(x=depth.to_numpy()))
     return fig.update_traces(hovertemplate="%{customdata}: %{y:.1%} of d<extra>%{fullData.name}</extra>")
 
@@ -204,10 +194,10 @@ def intrinsic_profile(rows: pl.DataFrame, metric: str = "TwoNN, maximum likeliho
         points, mark = profile(rows, metric, condition), CONDITION_MARKS[condition]
         if points.is_empty():
             continue
-        trace = line(points, condition_name(condition, points), mark)
+        trace = profile_line(points, condition_name(condition, points), mark)
         if points["spread"].is_null().all() and points["stderr"].is_not_null().any():
             trace.error_y = {"array": points["stderr"].to_numpy(), "thickness": 1.5, "width": 3}
-        fig.add_traces([*band(points, mark), trace])
+        fig.add_traces([*profile_band(points, mark), trace])
     return fig
 
 
@@ -227,9 +217,11 @@ def alignment(pairs: pl.DataFrame, *, overlap: bool = True) -> go.Figure:
         fig.add_traces(noise_line(_nulls(pairs), "overlap_null", "overlap by chance (k/d)", yaxis="y2"))
     for condition in [name for name in reversed(CONDITION_MARKS) if name in set(pairs["other_condition"])]:
         points, mark = pairs.filter(pl.col("other_condition") == condition).sort("layer"), CONDITION_MARKS[condition]
-        fig.add_trace(line(finite(points, "cka"), f"real and {condition}", mark, "cka"))
+        fig.add_trace(profile_line(finite(points, "cka"), f"real and {condition}", mark, "cka"))
         if has_overlap:
-            fig.add_trace(line(finite(points, "overlap"), condition, mark, "overlap", yaxis="y2", showlegend=False))
+            fig.add_trace(
+                profile_line(finite(points, "overlap"), condition, mark, "overlap", yaxis="y2", showlegend=False)
+            )
     return fig
 
 

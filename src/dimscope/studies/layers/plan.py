@@ -1,10 +1,10 @@
-"""What a study of hidden layers is asked, and the passes that it takes: one model on one text under one condition each."""
+"""The passes of a study of hidden layers: one model on one text under one condition each. No model is loaded here."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from dimscope.activations.hidden_states import parse_layers
 from dimscope.checkpoints.checkpoint import Checkpoint
@@ -25,17 +25,16 @@ from dimscope.texts.windows import (
     stream_windows,
 )
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-LENGTH = 1024  # tokens of a window where the model's context is longer and none is asked for
-NOTEBOOK_LENGTH = 2048  # the same for the notebook, whose models read 1,024 and 2,048
+LONGEST = 1024  # tokens of a window where the model's context is longer and no length is set
+NOTEBOOK_LONGEST = 2048  # the same for the notebook, whose models have a context of 1,024 and 2,048
 ACROSS = 1024  # windows of a stream whose tokens are shuffled together
+
+Weights = Literal["trained", "random"]
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """A text as the windows that one model is given."""
+class TextWindows:
+    """A text as the windows that one model reads."""
 
     text: str
     length: int
@@ -45,91 +44,101 @@ class Reading:
 
     @property
     def n_tokens(self) -> int | None:
+        """Tokens of all windows, or None for a text that is streamed."""
         return None if self.n_windows is None else self.n_windows * self.length
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class PlannedPass:
     """One pass: what it is, which windows it reads, and all that its result depends on."""
 
-    of: Pass
-    model: int  # the number of the model; 0 is the one studied
-    weights: Literal["trained", "random"]
-    reading: Reading
+    identity: Pass
+    model: int  # the index of the model; 0 is the one studied
+    weights: Weights
+    source: TextWindows
+    batch: int
     arguments: Mapping[str, Any]
 
     @property
     def slug(self) -> str:
+        """A file name that tells passes apart. Thresholds are left out: what is collected does not depend on them."""
         collected = {key: value for key, value in self.arguments.items() if key != "thresholds"}
         digest = hashlib.sha256(json.dumps(collected, sort_keys=True).encode()).hexdigest()[:16]
-        return f"{self.of.condition.replace(' ', '-')}-{self.of.draw}-{digest}"
+        return f"{self.identity.condition.replace(' ', '-')}-{self.identity.draw}-{digest}"
 
     def windows(self, seed: int) -> Iterator[Window]:
-        given = self.reading.windows()
-        if self.of.condition == "shuffled":
-            return (shuffle_within(w, seed, self.of.draw) for w in given)
-        if self.of.condition == "shuffled across":
-            return (w for group in grouped(given, ACROSS) for w in shuffle_across(group, seed, self.of.draw))
-        return iter(given)
+        """Yield the windows, shuffled where the condition says so."""
+        source, draw = self.source.windows(), self.identity.draw
+        if self.identity.condition == "shuffled":
+            return (shuffle_within(window, seed, draw) for window in source)
+        if self.identity.condition == "shuffled across":
+            return (window for group in grouped(source, ACROSS) for window in shuffle_across(group, seed, draw))
+        return iter(source)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LayersPlan:
     """The models of a study, where they run, its texts, and its passes in the order in which they run."""
 
+    settings: LayersSettings
     checkpoints: tuple[Checkpoint, ...]
     titles: tuple[str, ...]
     placements: tuple[Placement, ...]
     texts: Mapping[str, Text]  # by the name that is shown
-    units: tuple[Unit, ...]
+    passes: tuple[PlannedPass, ...]
 
-    def real(self, text: str) -> Unit:
-        """The pass of the studied model over the real text, against which others are held."""
-        return next(u for u in self.units if (u.model, u.of.text, u.of.condition) == (0, text, "real"))
+    def real(self, text: str) -> PlannedPass:
+        """Return the pass of the studied model over the real text, with which the others are compared."""
+        wanted = (0, text, "real")
+        return next(p for p in self.passes if (p.model, p.identity.text, p.identity.condition) == wanted)
 
 
-def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> Plan:
-    """Opens the texts, cuts them into windows, and lists the passes; no model is loaded.
+def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> LayersPlan:
+    """Open the texts, cut them into windows, and list the passes.
 
-    Raises InvalidArgument for texts and windows that do not fit, TokenizerMissing, UnsupportedCheckpoint.
+    Raises:
+        InvalidArgument: Texts or windows do not fit.
+        TokenizerMissing: A model has no tokenizer.
+        UnsupportedCheckpoint: A model is no causal language model.
     """
     for checkpoint in checkpoints:  # now, not after the passes of the models before it
         parse_layers(settings.layers, require_causal(checkpoint).get_text_config().num_hidden_layers + 1)
     titles = distinct([c.title for c in checkpoints], [c.name for c in checkpoints])
     placements = [place(c, dtype=settings.dtype, device=settings.device) for c in checkpoints]
     texts = named_texts(settings.texts)
-    longest = LENGTH if settings.preset is None else NOTEBOOK_LENGTH
-    readers = [Reader(window_length(c, settings.length, longest), require_tokenizer(c.source)) for c in checkpoints]
-    read = {(m, name): _reading(reader, name, text, settings.windows)
-            for m, reader in enumerate(readers) for name, text in texts.items()}  # fmt: skip
-    if settings.windows is None:  # as many of each text as of the shortest: dimensions grow with the tokens
-        least = min(reading.n_windows or 0 for reading in read.values())
-        read = {(m, name): r if r.n_windows == least else _reading(readers[m], name, texts[name], least)
-                for (m, name), r in read.items()}  # fmt: skip
-    units, marks = [], [fingerprint(c) for c in checkpoints]
+    sources = _cut_texts(checkpoints, texts, settings)
+    passes: list[PlannedPass] = []
     # Model by model, so that each is loaded once; random weights are a model of their own.
-    for m, weights, conditions in _runs(len(checkpoints), settings):
+    for model, weights, conditions in _runs(len(checkpoints), settings):
+        mark, placement = fingerprint(checkpoints[model]), placements[model]
         for name, text in texts.items():
+            source = sources[model, name]
+            batch = settings.batch or windows_at_once(placement, source.length)
+            common = _arguments(settings, text, source, placement) | {"model": mark, "batch": batch}
             for condition, draw in conditions:
-                reading = read[m, name]
-                if condition == "shuffled across" and reading.n_windows == 1:
+                if condition == "shuffled across" and source.n_windows == 1:
                     continue
-                arguments = {
-                    "model": marks[m], "title": titles[m], "text": text.fingerprint, "text_name": name,
-                    "condition": condition, "draw": draw, "windows": reading.n_windows, "length": reading.length,
-                    "batch": settings.batch or windows_at_once(placements[m], reading.length),
-                    "placement": asdict(placements[m]),
-                    **{key: getattr(settings, key) for key in ("layers", "logits", "thresholds", "reservoir", "seed")},
-                }  # fmt: skip
-                units.append(Unit(Pass(titles[m], name, condition, draw), m, weights, reading, arguments))
-    return Plan(tuple(checkpoints), tuple(titles), tuple(placements), texts, tuple(units))
+                seed = None if condition == "real" else settings.seed + draw
+                identity = Pass(titles[model], name, condition, draw, seed)
+                arguments = common | {"title": titles[model], "condition": condition, "draw": draw}
+                passes.append(PlannedPass(identity, model, weights, source, batch, arguments))
+    return LayersPlan(settings, tuple(checkpoints), tuple(titles), tuple(placements), texts, tuple(passes))
+
+
+def _arguments(settings: LayersSettings, text: Text, source: TextWindows, placement: Placement) -> dict[str, Any]:
+    """Return what the passes over a text have in common: all that changes their numbers."""
+    return {
+        "text": text.fingerprint, "text_name": source.text, "windows": source.n_windows, "length": source.length,
+        "placement": asdict(placement),
+        **{key: getattr(settings, key) for key in ("layers", "logits", "thresholds", "reservoir", "seed")},
+    }  # fmt: skip
 
 
 Conditions = list[tuple[str, int]]
 
 
-def _runs(n_models: int, settings: LayersSettings) -> Iterator[tuple[int, Literal["trained", "random"], Conditions]]:
-    """Which conditions each model runs under: all for the studied one, real text for those beside it."""
+def _runs(n_models: int, settings: LayersSettings) -> Iterator[tuple[int, Weights, Conditions]]:
+    """Yield which conditions each model runs under: all for the studied one, real text for those compared with it."""
     shuffles = [("shuffled", draw) for draw in range(settings.shuffles)]
     shuffles += [("shuffled across", draw) for draw in range(settings.shuffles_across)]
     yield 0, "trained", [("real", 0), *shuffles]
@@ -139,20 +148,33 @@ def _runs(n_models: int, settings: LayersSettings) -> Iterator[tuple[int, Litera
         yield other, "trained", [("real", 0)]
 
 
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """How a model reads: how many tokens at once, and its tokenizer."""
+def _cut_texts(
+    checkpoints: Sequence[Checkpoint], texts: Mapping[str, Text], settings: LayersSettings
+) -> dict[tuple[int, str], TextWindows]:
+    """Return the windows of every text for every model, by the index of the model and the name of the text."""
+    longest = LONGEST if settings.preset is None else NOTEBOOK_LONGEST
+    lengths = [window_length(checkpoint, settings.length, longest) for checkpoint in checkpoints]
 
-    length: int
-    tokenizer: "PreTrainedTokenizerBase"
+    def cut(model: int, name: str, windows: int | Literal["all"] | None) -> TextWindows:
+        return _cut_text(checkpoints[model], lengths[model], name, texts[name], windows)
+
+    sources = {(model, name): cut(model, name, settings.windows) for model in range(len(lengths)) for name in texts}
+    if settings.windows is None:  # as many of each text as of the shortest: dimensions grow with the tokens
+        fewest = min(source.n_windows or 0 for source in sources.values())
+        sources = {
+            key: source if source.n_windows == fewest else cut(*key, windows=fewest) for key, source in sources.items()
+        }
+    return sources
 
 
-def _reading(reader: Reader, name: str, text: Text, windows: int | Literal["all"] | None) -> Reading:
-    tokenizer, length = reader.tokenizer, reader.length
+def _cut_text(
+    checkpoint: Checkpoint, length: int, name: str, text: Text, windows: int | Literal["all"] | None
+) -> TextWindows:
+    tokenizer = require_tokenizer(checkpoint.source)
     bos = " ".join(tokenizer.convert_ids_to_tokens(special_prefix(tokenizer))) or None
     if windows == "all":
-        # The first window now: a text that is too short is said before a model is loaded.
+        # The first window now: a text that is too short is refused before a model is loaded.
         next(iter(stream_windows(text, tokenizer, length=length)))
-        return Reading(name, length, lambda: stream_windows(text, tokenizer, length=length), bos, None)
-    listed = middle_windows(text, tokenizer, length=length, count=windows)
-    return Reading(name, length, lambda: listed, bos, len(listed))
+        return TextWindows(name, length, lambda: stream_windows(text, tokenizer, length=length), bos, None)
+    cut = middle_windows(text, tokenizer, length=length, count=windows)
+    return TextWindows(name, length, lambda: cut, bos, len(cut))

@@ -35,15 +35,15 @@ def conditions(rows: pl.DataFrame) -> list[str]:
 
 
 def profile(rows: pl.DataFrame, metric: str, condition: str = "real") -> pl.DataFrame:
-    """Return one row per layer, sorted: mean and sample sd over the draws (null for one draw), null, of_null, n_draws."""
+    """Return one row per layer, sorted: mean and sample sd over the draws (null for one draw), null, share_of_null, n_draws."""
     chosen = finite(rows.filter((pl.col("metric") == metric) & (pl.col("condition") == condition)))
-    told = ("value", "stderr", "null", "of_null", "of_rank", "of_dim")
+    told = ("value", "stderr", "null", "share_of_null", "share_of_rank", "share_of_dim")
     numbers = {name: pl.col(name).cast(pl.Float64).fill_nan(None) for name in told}
     means = [numbers[name].mean().alias(name) for name in told]
     spreads = [
         numbers["value"].std(ddof=1).alias("spread"),
-        numbers["of_null"].std(ddof=1).alias("of_null_spread"),
-        numbers["of_rank"].std(ddof=1).alias("of_rank_spread"),
+        numbers["share_of_null"].std(ddof=1).alias("share_of_null_spread"),
+        numbers["share_of_rank"].std(ddof=1).alias("share_of_rank_spread"),
     ]
     sizes = [pl.len().alias("n_draws"), pl.col("n_tokens").max(), pl.col("dim").max()]
     return chosen.group_by("layer", "site").agg(*means, *spreads, *sizes).sort("layer")

@@ -106,7 +106,7 @@ def intrinsic_section(tables: Tables, facts: Facts) -> Section | None:
     rows = of(tables["layers"], found.model, found.text).filter(pl.col("preprocess") == "raw")
     # Distances do not change with the mean: where both were stored, one of them is enough.
     rows = rows.filter(pl.col("metric").is_in([TWO_NN, "GRIDE"])).unique(
-        ["condition", "draw", "layer", "metric", "scale"], keep="first", maintain_order=True
+        ["condition", "seed", "layer", "metric", "scale"], keep="first", maintain_order=True
     )
     real = profile(rows, TWO_NN)
     if real.is_empty():

@@ -79,7 +79,7 @@ def _sample_finding(real: pl.DataFrame, layers: pl.DataFrame, found: Asked) -> s
 
 
 def _draws(layers: pl.DataFrame, condition: str) -> int:
-    return layers.filter(pl.col("condition") == condition)["draw"].n_unique()
+    return layers.filter(pl.col("condition") == condition)["seed"].n_unique()
 
 
 def _texts_grid(rows: pl.DataFrame, found: Asked) -> Grid:
@@ -230,12 +230,12 @@ def _largest(real: pl.DataFrame, other: pl.DataFrame, names: dict[int, str]) -> 
 
 
 def _against_noise(real: pl.DataFrame, names: dict[int, str]) -> str:
-    known = finite(real, "of_null")
+    known = finite(real, "share_of_null")
     if known.is_empty():
         return ""
-    low, high = (float(v) for v in (known["of_null"].to_numpy().min(), known["of_null"].to_numpy().max()))
+    low, high = (float(v) for v in (known["share_of_null"].to_numpy().min(), known["share_of_null"].to_numpy().max()))
     # The same 3% that the other comparisons with a null call "about as many".
-    level = known.filter(pl.col("of_null") >= 0.97)["layer"].to_list()
+    level = known.filter(pl.col("share_of_null") >= 0.97)["layer"].to_list()
     if level:
         return f"Real text needs about as many components as white noise, or more, {places(level, names)}."
     reach = share(low) if known.height == 1 or high - low < 5e-4 else f"{share(low)} to {share(high)}"

@@ -21,8 +21,7 @@ SIMILARITY = {
     "comparison": pl.String, "model": pl.String, "text": pl.String, "site": pl.String, "layer": pl.Int64,
     "other_model": pl.String, "other_text": pl.String, "other_condition": pl.String, "other_site": pl.String,
     "other_layer": pl.Int64, "cka": pl.Float64, "cka_null_sd": pl.Float64, "overlap": pl.Float64,
-    "overlap_null": pl.Float64, "k": pl.Int64, "angle_smallest": pl.Float64, "angle_median": pl.Float64,
-    "angle_largest": pl.Float64, "n_tokens": pl.Int64,
+    "overlap_null": pl.Float64, "k": pl.Int64, "n_tokens": pl.Int64,
 }  # fmt: skip
 
 
@@ -30,7 +29,7 @@ SIMILARITY = {
 class Side:
     """One of two sides of a comparison: which pass it is, the names of its sites, and its states at sampled tokens."""
 
-    of: Pass
+    identity: Pass
     sites: Mapping[int, str]
     sample: Sample
 
@@ -43,7 +42,7 @@ def between_layers(one: Side) -> pl.DataFrame:
 def between_conditions(real: Side, other: Side) -> pl.DataFrame:
     """Every layer with itself: real text with shuffled text, or with random weights, at the same positions."""
     shared = [layer for layer in real.sites if layer in other.sites]
-    return _frame(f"real and {other.of.condition}", real, other, ((layer, layer) for layer in shared))
+    return _frame(f"real and {other.identity.condition}", real, other, ((layer, layer) for layer in shared))
 
 
 def between_models(one: Side, other: Side) -> pl.DataFrame:
@@ -56,16 +55,16 @@ def _frame(comparison: str, one: Side, other: Side, pairs: Iterable[tuple[int, i
     n = min(len(samples[0].ends), TOKENS)
     if n < FEWEST:
         return pl.DataFrame(schema=SIMILARITY)
-    places = np.linspace(0, len(samples[0].ends) - 1, n).round().astype(np.int64)  # spread over the whole text
-    left = _states(samples[0].at(places))
-    right = left if other is one else _states(samples[1].at(places))
+    positions = np.linspace(0, len(samples[0].ends) - 1, n).round().astype(np.int64)  # spread over the whole text
+    left = _states(samples[0].at(positions))
+    right = left if other is one else _states(samples[1].at(positions))
     cka = debiased_cka(left.grams, right.grams)
     rows = []
     for a, b in pairs:
         row = {
-            "comparison": comparison, "model": one.of.model, "text": one.of.text, "site": one.sites[a], "layer": a,
-            "other_model": other.of.model, "other_text": other.of.text, "other_condition": other.of.condition,
-            "other_site": other.sites[b], "other_layer": b, "cka": float(cka[left.place[a], right.place[b]]),
+            "comparison": comparison, "model": one.identity.model, "text": one.identity.text, "site": one.sites[a], "layer": a,
+            "other_model": other.identity.model, "other_text": other.identity.text, "other_condition": other.identity.condition,
+            "other_site": other.sites[b], "other_layer": b, "cka": float(cka[left.index[a], right.index[b]]),
             # Over all pairings of the tokens of any two clouds: see `debiased_cka`.
             "cka_null_sd": (2 / (n * (n - 3))) ** 0.5, "n_tokens": n,
         }  # fmt: skip
@@ -75,7 +74,7 @@ def _frame(comparison: str, one: Side, other: Side, pairs: Iterable[tuple[int, i
 
 @dataclass(frozen=True, slots=True)
 class _States:
-    place: Mapping[int, int]  # layer -> row of `grams`
+    index: Mapping[int, int]  # layer -> row of `grams`
     grams: Float[Tensor, "l m"]
     bases: Mapping[int, Float[Tensor, "d k"]]
 
@@ -91,8 +90,5 @@ def _overlap(left: Float[Tensor, "d k"], right: Float[Tensor, "e j"]) -> dict[st
     """Nothing where the widths differ: then the two are not spanned in one space."""
     if left.shape[0] != right.shape[0] or 0 in (left.shape[1], right.shape[1]):
         return {}
-    found = subspace_overlap(left, right)
-    return {
-        "overlap": found.overlap, "overlap_null": found.null, "k": found.k, "angle_smallest": float(found.angles[0]),
-        "angle_median": float(found.angles.median()), "angle_largest": float(found.angles[-1]),
-    }  # fmt: skip
+    overlap = subspace_overlap(left, right)
+    return {"overlap": overlap.overlap, "overlap_null": overlap.null, "k": overlap.k}

@@ -11,6 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
+from dimscope.page import charts
 from dimscope.page.section import finite
 from dimscope.page.theme import CONDITION_MARKS, GAUSSIAN_NULL, WHITE_NOISE, Mark, figure, log_ticks, tint
 from dimscope.studies.layers.profiles import NORM, conditions, meaning
@@ -45,7 +46,8 @@ def scree(spectra: pl.DataFrame, layer: int) -> go.Figure:
     for number, name, mark, points in _curves(shown, "share", "null_share"):
         points = points.filter(pl.col("y") >= FLOOR)
         hover = f"{name}, component %{{x}}: %{{y:.2~%}} of the variance<extra></extra>"
-        fig.add_trace(_curve(points["index"], points["y"], name, mark, number == layer, number, hovertemplate=hover))
+        curve = points["index"], points["y"]
+        fig.add_trace(_curve(curve, name, mark, number, layer, hovertemplate=hover))
     return fig
 
 
@@ -66,7 +68,8 @@ def cumulative_scree(spectra: pl.DataFrame, layer: int, threshold: float) -> go.
         count = f"{crossing['index'][0]:,}" if crossing.height else "not reached"
         kept, visible = _thinned(points), number == layer
         hover = f"{name}: the first %{{x}} hold %{{y:.1%}}<extra></extra>"
-        fig.add_trace(_curve(kept["index"], kept["y"], f"{name}: {count}", mark, visible, number, hovertemplate=hover))
+        curve = kept["index"], kept["y"]
+        fig.add_trace(_curve(curve, f"{name}: {count}", mark, number, layer, hovertemplate=hover))
         fig.add_trace(_crossing(crossing, mark, visible, number))
     return fig
 
@@ -101,17 +104,13 @@ def _thinned(points: pl.DataFrame) -> pl.DataFrame:
     return points[np.unique(np.concatenate([bend, np.linspace(0, max(last, 0), KEPT).round().astype(int)]))[: last + 1]]
 
 
-def _curve(x: pl.Series, y: pl.Series, name: str, mark: Mark, visible: bool, layer: int, **options: Any) -> go.Scatter:
-    return go.Scatter(
-        x=x.to_numpy(),
-        y=y.to_numpy(),
-        name=name,
-        mode="lines",
-        line={"color": mark.colour, "dash": mark.dash, "width": 2.5},
-        visible=visible,
-        meta={"layer": layer},
-        **options,
-    )
+def _curve(
+    points: tuple[pl.Series, pl.Series], name: str, mark: Mark, layer: int, shown: int, *, markers: bool = False,
+    **options: Any,
+) -> go.Scatter:  # fmt: skip
+    """Return the curve of one layer, as (x, y), which the page shows once that layer is chosen."""
+    visible, meta = layer == shown, {"layer": layer}
+    return charts.line(*points, name, mark, markers=markers, visible=visible, meta=meta, **options)
 
 
 def confidence(bins: pl.DataFrame) -> go.Figure:
@@ -221,9 +220,9 @@ def scale_curve(rows: pl.DataFrame, layer: int) -> go.Figure:
     for (number,), of_layer in gride.group_by("layer", maintain_order=True):
         for condition in reversed(conditions(of_layer)):
             points = _over(of_layer.filter(pl.col("condition") == condition), "scale")
-            mark, shown = CONDITION_MARKS[condition], int(str(number)) == layer
-            trace = _curve(points["scale"], points["value"], condition, mark, shown, int(str(number)))
-            fig.add_trace(_marked(trace, mark, points["stderr"]))
+            curve, mark = (points["scale"], points["value"]), CONDITION_MARKS[condition]
+            trace = _curve(curve, condition, mark, int(str(number)), layer, markers=True)
+            fig.add_trace(_with_errors(trace, points["stderr"]))
     return fig
 
 
@@ -232,9 +231,9 @@ def _over(rows: pl.DataFrame, column: str) -> pl.DataFrame:
     return rows.group_by(column).agg(*means).sort(column)
 
 
-def _marked(trace: go.Scatter, mark: Mark, errors: pl.Series | None = None) -> go.Scatter:
-    trace.update(mode="lines+markers", marker={"color": mark.colour, "symbol": mark.symbol, "size": 8})
-    if errors is not None and errors.is_not_null().any():
+def _with_errors(trace: go.Scatter, errors: pl.Series) -> go.Scatter:
+    """Add standard errors as bars, where there are any."""
+    if errors.is_not_null().any():
         trace.error_y = {"array": errors.to_numpy(), "thickness": 1.5, "width": 3}
     return trace
 
@@ -255,13 +254,12 @@ def sample_curve(rows: pl.DataFrame, metric: str, layer: int) -> go.Figure:
     )
     fig.update_xaxes(ticktext=[f"{size:,}" for size in sizes])
     for (number,), of_layer in chosen.group_by("layer", maintain_order=True):
-        shown = int(str(number)) == layer
         real = finite(of_layer.filter(pl.col("condition") == "real"), "null").sort("n_tokens")
         if real.height:
-            fig.add_trace(_curve(real["n_tokens"], real["null"], WHITE_NOISE, GAUSSIAN_NULL, shown, int(str(number))))
+            curve = real["n_tokens"], real["null"]
+            fig.add_trace(_curve(curve, WHITE_NOISE, GAUSSIAN_NULL, int(str(number)), layer))
         for condition in reversed(conditions(of_layer)):
             points = _over(of_layer.filter(pl.col("condition") == condition), "n_tokens")
-            mark = CONDITION_MARKS[condition]
-            trace = _curve(points["n_tokens"], points["value"], condition, mark, shown, int(str(number)))
-            fig.add_trace(_marked(trace, mark))
+            curve, mark = (points["n_tokens"], points["value"]), CONDITION_MARKS[condition]
+            fig.add_trace(_curve(curve, condition, mark, int(str(number)), layer, markers=True))
     return fig
