@@ -418,7 +418,7 @@ def test_a_batch_that_does_not_fit_is_one_line(model_of, windows_of, error):
 
     handle = model.model.layers[1].register_forward_hook(fail)
     with pytest.raises(
-        InvalidArgument, match=r"^2 x 24 tokens at once: out of memory; take a smaller --length or --batch"
+        InvalidArgument, match=r"^2 x 24 tokens at once: out of memory; take a smaller `length` or `batch`"
     ):
         run(model.train(), windows_of("llama"))
     handle.remove()

@@ -541,7 +541,7 @@ def test_without_a_template_a_prompt_is_plain_and_has_no_system_prompt(tokenizer
     with pytest.raises(InvalidArgument) as caught:
         prepare_prompt(tokenizer, TEXTS[0], "chat")
     assert str(caught.value) == (
-        "this model's tokenizer has no chat template; leave --chat out to give the prompt as it is"
+        "this model's tokenizer has no chat template; leave `chat` out to pass the prompt as it is"
     )
 
 
@@ -558,7 +558,7 @@ def test_a_template_that_takes_no_system_prompt_says_so_in_its_own_words(chatty)
 def test_a_template_that_leaves_the_system_prompt_out_is_refused(chatty):
     chatty.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     assert prepare_prompt(chatty, TEXTS[0], "chat").chat
-    with pytest.raises(InvalidArgument, match="leaves a system prompt out"):
+    with pytest.raises(InvalidArgument, match="ignores a system prompt"):
         prepare_prompt(chatty, TEXTS[0], "chat", SYSTEM)
 
 
@@ -596,7 +596,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_all_numbers():
         check_room([short, long], Decoding(max_new_tokens=8), 64)
     assert str(caught.value) == (
         "the prompt 'a long one' has 57 tokens, and 8 new ones make 65: the model reads at most 64; "
-        "shorten it or take a smaller --new-tokens"
+        "shorten it, or take a smaller `new_tokens`"
     )
 
 

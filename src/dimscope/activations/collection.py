@@ -169,7 +169,7 @@ def collect(
             )
             raise NonFiniteActivations(
                 f"NaN or Inf in the hidden states at layer {site.layer} ({site.name}), {span}: "
-                "the weights are damaged, or --dtype is too narrow; try --dtype float32"
+                "the weights are damaged, or `dtype` is too narrow; try `dtype` float32"
             ) from e
         into.reservoir.take(site.layer, hidden, places)
 

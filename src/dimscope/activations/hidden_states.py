@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dimscope.activations.hooks import evaluating
 from dimscope.errors import InvalidArgument, NonFiniteActivations, UnsupportedCheckpoint
 
 if TYPE_CHECKING:
@@ -66,14 +67,14 @@ def parse_layers(layers: str | None, last: int) -> set[int] | None:
     for part in layers.split(","):
         match = re.fullmatch(r"(\d+)(?::(\d+))?", part.strip())
         if match is None and part.strip() not in words:
-            raise InvalidArgument(f"--layers is a list such as 0,4:8,norm; {part!r} is no layer")
+            raise InvalidArgument(f"`layers` must be a list such as 0,4:8,norm, got {part!r} in it")
         first = words[part.strip()] if match is None else int(match[1])
         end = int(match[2]) if match and match[2] else first + 1
         chosen |= set(range(first, min(end, max(first, last + 1) + 1)))  # one too many tells as much as a million
     if beyond := sorted(layer for layer in chosen if layer > last):
         raise InvalidArgument(f"there is no layer {beyond[0]}: this model has 0 (embeddings) to {last} ({FINAL_NORM})")
     if not chosen:
-        raise InvalidArgument(f"--layers {layers}: no layer is in it; the end of a range is left out")
+        raise InvalidArgument(f"`layers` {layers} selects no layer; the end of a range is excluded")
     return chosen
 
 
@@ -121,7 +122,9 @@ def first_norm(model: "PreTrainedModel") -> nn.Module | None:
         *(m.register_forward_pre_hook(met) for m in norms),
     ]
     try:
-        model.get_decoder()(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=input_device(model)), use_cache=False)
+        with evaluating(model):
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
+            model.get_decoder()(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -182,7 +185,7 @@ def run_batch(
         options["logits_to_keep"] = 1
     handle = model.get_decoder().register_forward_hook(lambda module, args, result: last.append(_tensor(result)))
     try:
-        with watched(sites, consume):
+        with evaluating(model), watched(sites, consume):
             result = model(input_ids=ids.to(device), **options)
     finally:
         handle.remove()
@@ -193,7 +196,8 @@ def run_batch(
 @torch.no_grad()
 def final_states(model: "PreTrainedModel", ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
     """What the output table is multiplied with: the states after the final norm, without a logit being computed."""
-    return _tensor(model.get_decoder()(input_ids=ids.to(input_device(model)), use_cache=False))
+    with evaluating(model):
+        return _tensor(model.get_decoder()(input_ids=ids.to(input_device(model)), use_cache=False))
 
 
 def position_blocks(positions: Int[Tensor, " n"], vocab_size: int) -> Sequence[Int[Tensor, " r"]]:
@@ -232,14 +236,14 @@ def _logits_by_blocks(
         ours, own.float(), rtol=2e-2, atol=2e-2 * float(own.abs().max())
     ):
         raise UnsupportedCheckpoint(
-            f"{type(model).__name__}: its logits are not its output embedding applied to the last hidden state; pass --no-logits"
+            f"{type(model).__name__}: its logits are not its output embedding applied to the last hidden state; pass `logits`=False"
         )
     kept = torch.arange(b * t) if mask is None else torch.nonzero(mask.cpu().flatten()).squeeze(1)
     for rows in position_blocks(kept, own.shape[-1]):
         block = transform(head(flat[rows.to(flat.device)]).float())
         if not bool(torch.isfinite(block.sum())):
             raise NonFiniteActivations(
-                "NaN or Inf in the logits: the weights are damaged, or --dtype is too narrow; try --dtype float32"
+                "NaN or Inf in the logits: the weights are damaged, or `dtype` is too narrow; try `dtype` float32"
             )
         consume(rows, block)
 

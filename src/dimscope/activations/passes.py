@@ -1,14 +1,14 @@
 """One pass of windows through a model: batched, checkpointed on disk, and split over processes where that is asked."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dimscope.activations.collection import Collection, collect, empty_collection, load_collection, save_collection
 from dimscope.activations.hidden_states import Site
+from dimscope.activations.hooks import evaluating
 from dimscope.checkpoints.model import is_out_of_memory, out_of_memory
 from dimscope.texts.windows import Window, grouped
 
@@ -50,7 +50,7 @@ def run_pass(
         return done
     saved, cost = time.monotonic(), 0.0
     first, step = settings.shard
-    with _evaluating(model):
+    with evaluating(model):  # once, not for every batch
         for number, group in enumerate(grouped(windows, settings.batch)):
             if number % step != first:
                 continue
@@ -72,15 +72,3 @@ def run_pass(
     if state is not None:
         save_collection(done, state)
     return done
-
-
-@contextmanager
-def _evaluating(model: "PreTrainedModel") -> Generator[None]:
-    """Without dropout, whatever mode the model is in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

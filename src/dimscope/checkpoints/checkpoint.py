@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Checkpoint:
     """An opened model: what it is made of and how to read it. Nothing is ever written to it.
 
     `config` and `skeleton` are None for a GGUF file, which describes its tables itself.
+
+    >>> open_checkpoint("builtin")
+    Checkpoint('builtin', LlamaForCausalLM, 4,224 x 256, tied)
     """
 
     name: str
@@ -33,6 +36,11 @@ class Checkpoint:
     input_table: TensorInfo
     output_table: TensorInfo | None  # None where the model has none, or where it is the input table
     tied: bool
+
+    def __repr__(self) -> str:
+        n_rows, dim = self.input_table.shape
+        tied = "tied" if self.tied else "untied"
+        return f"Checkpoint({self.name!r}, {self.architecture}, {n_rows:,} x {dim:,}, {tied})"
 
     @property
     def revision(self) -> str | None:
@@ -55,7 +63,7 @@ class Checkpoint:
 
 
 def title_of(name: str) -> str:
-    """The name of a model as people say it: a hub id whole, of a path its last part.
+    """Return the short name of a model: a hub id whole, of a path its last part.
 
     >>> title_of("Qwen/Qwen2.5-0.5B"), title_of("./runs/tiny/")
     ('Qwen/Qwen2.5-0.5B', 'tiny')
@@ -89,12 +97,12 @@ def open_checkpoint(
         raise CheckpointNotFound(f"{source.name}: no config.json there, so it is not a model")
     config = _read_config(source, trust_remote_code) if has_config else None
     if config is not None:
-        _refuse_quantised(config, source.name)
+        refuse_quantised(config, source.name)
     reader = open_weights(source, allow_pickle=allow_pickle)
     if config is None or isinstance(reader, gguf.GgufReader):  # GGUF repositories often carry a config too
         return _located_gguf(source, reader)
     skeleton = build_skeleton(config, source.name, trust_remote_code=trust_remote_code)
-    return _located(source, reader, config, skeleton)
+    return locate_tables(source, reader, config, skeleton)
 
 
 def _find_source(name: str, revision: str | None) -> tuple[Source, str | None]:
@@ -131,7 +139,7 @@ def _read_config(source: Source, trust_remote_code: bool) -> "PretrainedConfig":
     if not known and "auto_map" in raw and not trust_remote_code:
         raise UnsafeCheckpoint(
             f"{source.name}: its architecture {model_type!r} is code in the repository, which would run on this machine; "
-            "pass --trust-remote-code if you trust it"
+            "pass `trust_remote_code` if you trust it"
         )
     if not known and "auto_map" not in raw:
         raise UnsupportedCheckpoint(f"{source.name}: transformers does not know the model type {model_type!r}")
@@ -153,7 +161,12 @@ def _read_config(source: Source, trust_remote_code: bool) -> "PretrainedConfig":
         raise CorruptCheckpoint(f"{source.name}: config.json contradicts itself ({reason})") from e
 
 
-def _refuse_quantised(config: "PretrainedConfig", name: str) -> None:
+def refuse_quantised(config: "PretrainedConfig", name: str) -> None:
+    """Refuse a config that declares quantised weights.
+
+    Raises:
+        UnsupportedCheckpoint: The config declares a quantisation.
+    """
     # MLX writes its own key; everybody else the one of transformers.
     quantised = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
     if quantised:
@@ -165,7 +178,13 @@ def _refuse_quantised(config: "PretrainedConfig", name: str) -> None:
         )
 
 
-def _located(source: Source, reader: TensorReader, config: "PretrainedConfig", skeleton: Skeleton) -> Checkpoint:
+def locate_tables(source: Source, reader: TensorReader, config: "PretrainedConfig", skeleton: Skeleton) -> Checkpoint:
+    """Find the embedding tables among the tensors of a checkpoint, and check their shapes and dtypes.
+
+    Raises:
+        CorruptCheckpoint: A table is missing, or has another shape than the config says.
+        UnsupportedCheckpoint: A table is quantised.
+    """
     names = set(reader.tensors)
     input_file = skeleton.file_name(skeleton.input_name, names)
     if input_file is None and skeleton.tied:

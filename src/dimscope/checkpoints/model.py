@@ -1,17 +1,19 @@
-"""A checkpoint as a model that runs: loaded with its weights, or its twin with fresh random ones."""
+"""A checkpoint as a model that runs: with its weights, or randomly initialised."""
 
-import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from dimscope.checkpoints.checkpoint import Checkpoint
+from dimscope.checkpoints.loaded import LoadedModel
 from dimscope.checkpoints.sources import HubRepository
 from dimscope.checkpoints.tensors import StateDictReader
 from dimscope.errors import CorruptCheckpoint, InvalidArgument, MissingExtra, UnsupportedCheckpoint
@@ -33,37 +35,80 @@ class Placement:
 
 
 def place(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -> Placement:
-    """Settles what "auto" means for a checkpoint on this machine.
+    """Return where a checkpoint runs on this machine, with every "auto" resolved.
 
-    `dtype` "auto" is float32 on a CPU where that fits into memory (CPUs multiply bfloat16 slowly, or not at all), else
-    as stored. `device` is "auto" (CUDA, Apple's GPU or the CPU), a torch device, or "map": spread over all devices by accelerate.
-    Raises InvalidArgument for an unknown dtype or a device that is not there, MissingExtra for "map" without accelerate.
+    Args:
+        checkpoint: A checkpoint on disk, or a model in memory, which runs as it is.
+        dtype: "auto" or a name of DTYPES. "auto" is float32 on a CPU where that fits into memory (CPUs multiply bfloat16
+            slowly, or not at all), else the dtype that the weights are stored in.
+        device: "auto" (CUDA, Apple's GPU or the CPU), a torch device, or "map": spread over all devices by accelerate.
+
+    Raises:
+        InvalidArgument: The dtype is unknown, the device is missing, or the model in memory has others.
+        MissingExtra: The device is "map", and accelerate is not installed.
     """
     if dtype not in ("auto", *DTYPES):
-        raise InvalidArgument(f"--dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
-    found = pick_device(device)
+        raise InvalidArgument(f"`dtype` must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    if isinstance(checkpoint.source, LoadedModel):
+        return _placement_of(checkpoint.source, dtype, device)
+    device = pick_device(device)
     if dtype != "auto":
-        return Placement(dtype, found)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    if found == "cpu" and 4 * _n_numbers(checkpoint) < LARGEST_SHARE * memory:
-        return Placement("float32", found)
-    return Placement(STORED.get(checkpoint.input_table.dtype, "float32"), found)
+        return Placement(dtype, device)
+    if device == "cpu" and 4 * _n_weights(checkpoint) < LARGEST_SHARE * psutil.virtual_memory().total:
+        return Placement("float32", device)
+    return Placement(STORED.get(checkpoint.input_table.dtype, "float32"), device)
+
+
+def _placement_of(source: LoadedModel, dtype: str, device: str) -> Placement:
+    """Return the placement of a model in memory; refuse another one, because the model is not changed."""
+    own = next((name for name, value in DTYPES.items() if value is source.dtype), None)
+    if own is None:
+        raise UnsupportedCheckpoint(
+            f"{source.name}: its weights are {source.dtype}; convert the model to float32 first"
+        )
+    if dtype not in ("auto", own):
+        raise InvalidArgument(f"`dtype` {dtype}: the model in memory is {own}, and is not changed; convert it first")
+    if device != "auto" and not _same_device(device, source.device):
+        raise InvalidArgument(
+            f"`device` {device}: the model in memory is on {source.device}, and is not moved; move it first"
+        )
+    return Placement(own, source.device)
+
+
+def _same_device(requested: str, actual: str) -> bool:
+    """Whether two devices are the same; one without an index is any device of its type."""
+    kind, _, index = requested.partition(":")
+    own_kind, _, own_index = actual.partition(":")
+    return kind == own_kind and (not index or index == (own_index or "0"))
 
 
 def load_model(
     checkpoint: Checkpoint, placement: Placement | None = None, *, trust_remote_code: bool = False
 ) -> "PreTrainedModel":
-    """The causal language model of a checkpoint, in evaluation mode, ready to run; placed as `place` decides if not told.
+    """Return the causal language model of a checkpoint, ready to run.
 
-    Raises UnsupportedCheckpoint for what is no causal language model, CorruptCheckpoint for weights that do not fit it,
-    InvalidArgument where they do not fit into memory.
+    A model in memory is returned as it is: the same object, in whatever mode it is. Others are loaded in evaluation mode.
+
+    Args:
+        checkpoint: What to load.
+        placement: Dtype and device; by default what `place` resolves.
+        trust_remote_code: Run code of the repository.
+
+    Raises:
+        UnsupportedCheckpoint: The checkpoint is not a causal language model.
+        CorruptCheckpoint: The weights do not fit the config.
+        InvalidArgument: The weights do not fit into memory, or a model in memory has another dtype or device.
     """
     from transformers import AutoModelForCausalLM
 
     require_causal(checkpoint)
+    source = checkpoint.source
+    if isinstance(source, LoadedModel):
+        if placement is not None:
+            _placement_of(source, placement.dtype, placement.device)
+        return source.model
     placement = placement or place(checkpoint)
     _require_memory(checkpoint, placement)
-    source = checkpoint.source
     # accelerate may keep weights on disk; safetensors files it reads where they are, others it writes there
     offload = tempfile.mkdtemp(prefix="dimscope-") if placement.device == "map" else None
     try:
@@ -93,33 +138,46 @@ def load_model(
     return model.eval()
 
 
-def random_twin(
+def randomly_initialised(
     checkpoint: Checkpoint, placement: Placement, *, seed: int = 0, trust_remote_code: bool = False
 ) -> "PreTrainedModel":
-    """A model of the same config, dtype and device with the random weights that training would start from.
+    """Return a model of the same config, dtype and device with the random weights that training would start from.
 
-    Raises what `load_model` raises.
+    Raises:
+        CheckpointError: What `load_model` raises.
+        InvalidArgument: The weights do not fit into memory.
     """
-    from transformers import AutoModelForCausalLM
-
     config = deepcopy(require_causal(checkpoint))  # transformers writes the dtype into it
     _require_memory(checkpoint, placement)
+    build = _builder(checkpoint, trust_remote_code)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
         try:
-            twin = AutoModelForCausalLM.from_config(
-                config, dtype=DTYPES[placement.dtype], trust_remote_code=trust_remote_code
-            )
-            twin = twin.to("cpu" if placement.device == "map" else placement.device)
+            model = build(config, dtype=DTYPES[placement.dtype])
+            model = model.to("cpu" if placement.device == "map" else placement.device)
         except (RuntimeError, MemoryError) as e:
             if is_out_of_memory(e):
                 raise out_of_memory(f"{checkpoint.name} with random weights") from e
             raise
-    return twin.eval()
+    return model.eval()
+
+
+def _builder(checkpoint: Checkpoint, trust_remote_code: bool) -> Callable[..., Any]:
+    """Return what builds a model from a config: the class of a model in memory, else the one transformers knows."""
+    if isinstance(checkpoint.source, LoadedModel):
+        return type(checkpoint.source.model)._from_config
+    from transformers import AutoModelForCausalLM
+
+    return partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
 
 
 def pick_device(device: str) -> str:
-    """The name of a device that is there, or "map". Raises InvalidArgument, MissingExtra."""
+    """Return the name of a device of this machine, or "map".
+
+    Raises:
+        InvalidArgument: The device is missing.
+        MissingExtra: The device is "map", and accelerate is not installed.
+    """
     if device == "map":
         try:
             import accelerate  # noqa: F401
@@ -131,56 +189,55 @@ def pick_device(device: str) -> str:
     try:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
-        raise InvalidArgument(f"--device {device}: there is no such device here; take cpu, cuda, mps or map") from e
+        raise InvalidArgument(f"`device` {device}: there is no such device here; take cpu, cuda, mps or map") from e
     return device
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on whatever device."""
-    told = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
     # The allocator of the CPU has no error of its own.
-    return told or any(
-        words in str(error) for words in ("can't allocate memory", "out of memory", "Cannot allocate memory")
-    )
+    return any(words in str(error) for words in ("can't allocate memory", "out of memory", "Cannot allocate memory"))
 
 
 def out_of_memory(name: str) -> InvalidArgument:
-    """The line for a model, or a batch, that does not fit."""
+    """Return the error for a model, or a batch, that does not fit into memory."""
     return InvalidArgument(
-        f"{name}: out of memory; take a smaller --length or --batch, --dtype bfloat16, or --device map to spread the model"
+        f"{name}: out of memory; take a smaller `length` or `batch`, `dtype` bfloat16, or `device` map to spread the model"
     )
 
 
-def available_memory() -> int | None:
-    """Bytes of this machine's memory that are free to use, where the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return None
+def available_memory() -> int:
+    """Return the bytes of this machine's memory that are free to use."""
+    return psutil.virtual_memory().available
 
 
 def _require_memory(checkpoint: Checkpoint, placement: Placement) -> None:
-    """Says at once that the weights do not fit: Linux would end the process without a word when they are touched."""
+    """Refuse weights that do not fit: Linux would end the process without a word when they are touched."""
     free = available_memory()
-    needed = DTYPES[placement.dtype].itemsize * _n_numbers(checkpoint)
-    if placement.device == "cpu" and free is not None and needed > free:
+    needed = DTYPES[placement.dtype].itemsize * _n_weights(checkpoint)
+    if placement.device == "cpu" and needed > free:
         raise InvalidArgument(
             f"{checkpoint.name}: its weights take {needed / 1e9:.1f} GB in {placement.dtype}, and {free / 1e9:.1f} GB of "
-            "memory are free; take --dtype bfloat16, or --device map to spread the model"
+            "memory are free; take `dtype` bfloat16, or `device` map to spread the model"
         )
 
 
-def _n_numbers(checkpoint: Checkpoint) -> int:
+def _n_weights(checkpoint: Checkpoint) -> int:
     return sum(info.n_elements for info in checkpoint.tensors.values())
 
 
 def require_causal(checkpoint: Checkpoint) -> "PretrainedConfig":
-    """The config of a causal language model. Raises UnsupportedCheckpoint for what is none, or cannot be run."""
+    """Return the config of a causal language model.
+
+    Raises:
+        UnsupportedCheckpoint: The checkpoint is not a causal language model, or cannot be run.
+    """
     if checkpoint.skeleton is None or checkpoint.config is None:
-        raise UnsupportedCheckpoint(f"{checkpoint.name}: GGUF weights are read, not run; give the original checkpoint")
+        raise UnsupportedCheckpoint(f"{checkpoint.name}: GGUF weights are read, not run; use the original checkpoint")
     if not checkpoint.skeleton.causal:
         raise UnsupportedCheckpoint(
-            f"{checkpoint.name}: {checkpoint.architecture} is no causal language model, and only those are run"
+            f"{checkpoint.name}: {checkpoint.architecture} is not a causal language model, and only those are run"
         )
     return checkpoint.config

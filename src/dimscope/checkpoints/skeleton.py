@@ -53,14 +53,29 @@ class Skeleton:
 
 
 def build_skeleton(config: "PretrainedConfig", name: str, *, trust_remote_code: bool) -> Skeleton:
-    """Builds the model of a config on the meta device, and reads names, shapes, ties and roles off it."""
+    """Build the model of a config on the meta device, and read names, shapes, ties and roles from it.
+
+    Raises:
+        UnsupportedCheckpoint: transformers cannot build the model, or it has no token-embedding table.
+    """
     model = _meta_model(config, name, trust_remote_code)
+    return skeleton_of(model, name, rename=_renamer(model))
+
+
+def skeleton_of(model: Any, name: str, *, rename: Callable[[str], str]) -> Skeleton:
+    """Read names, shapes, ties and roles from a model, whose weights are not needed.
+
+    Args:
+        model: A `PreTrainedModel`, on the meta device or with its weights.
+        name: Its name in error messages.
+        rename: Turns the name of a tensor in the checkpoint into the name of a parameter.
+
+    Raises:
+        UnsupportedCheckpoint: The model has no token-embedding table.
+    """
     named = dict(model.named_parameters())
     names = {id(p): n for n, p in named.items()}
-    input_module, output_module = model.get_input_embeddings(), _output_embeddings(model)
-    if not isinstance(getattr(input_module, "weight", None), nn.Parameter):
-        raise UnsupportedCheckpoint(f"{name}: {type(model).__name__} has no token-embedding table")
-    input_name = names[id(input_module.weight)]
+    input_name, output_module = names[id(_input_table(model, name))], _output_embeddings(model)
     output_name = None if output_module is None else names[id(output_module.weight)]
     owners = {
         f"{m}.{n}".lstrip("."): module
@@ -78,7 +93,7 @@ def build_skeleton(config: "PretrainedConfig", name: str, *, trust_remote_code: 
         output_name=output_name,
         tied=output_name == input_name,
         causal=_is_causal(model),
-        rename=_renamer(model),
+        rename=rename,
         ignored=(
             *(model._keys_to_ignore_on_load_unexpected or ()),
             *(re.escape(n) + "$" for n, _ in model.named_buffers()),
@@ -86,6 +101,16 @@ def build_skeleton(config: "PretrainedConfig", name: str, *, trust_remote_code: 
             r"\.masked_bias$",
         ),
     )
+
+
+def _input_table(model: Any, name: str) -> nn.Parameter:
+    try:
+        table = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # models of images or sounds
+        table = None
+    if not isinstance(table, nn.Parameter):
+        raise UnsupportedCheckpoint(f"{name}: {type(model).__name__} has no token-embedding table")
+    return table
 
 
 def _is_causal(model: Any) -> bool:

@@ -129,10 +129,19 @@ class StateDictReader:
     tensors: Mapping[str, TensorInfo]
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.state[name][start:stop].detach().clone()
+        return self.state[name][start:stop].detach().to("cpu", copy=True)
 
     def prefetch(self, name: str) -> None:
         """Nothing to do."""
+
+
+def read_state_dict(state: Mapping[str, Tensor], files: Mapping[str, str]) -> StateDictReader:
+    """Return the reader of tensors in memory; `files` holds the file that each comes from, if any."""
+    infos = {
+        name: TensorInfo(name, tuple(t.shape), NAMES.get(t.dtype, str(t.dtype)), t.nbytes, files.get(name, ""))
+        for name, t in state.items()
+    }
+    return StateDictReader(state, infos)
 
 
 def open_safetensors(source: Source, files: list[str]) -> SafetensorsReader:
@@ -179,11 +188,7 @@ def open_pickle(source: Source, files: list[str]) -> StateDictReader:
         part = {name: tensor for name, tensor in part.items() if isinstance(tensor, Tensor)}
         state |= part
         origin |= dict.fromkeys(part, file)
-    infos = {
-        n: TensorInfo(n, tuple(t.shape), NAMES.get(t.dtype, str(t.dtype)), t.nbytes, origin[n])
-        for n, t in state.items()
-    }
-    return StateDictReader(state, infos)
+    return read_state_dict(state, origin)
 
 
 def open_weights(source: Source, *, allow_pickle: bool) -> TensorReader:
@@ -208,7 +213,7 @@ def open_weights(source: Source, *, allow_pickle: bool) -> TensorReader:
     if pickles:
         raise UnsafeCheckpoint(
             f"{source.name}: only pickle weights ({pickles[0]}), which can run code when loaded; "
-            "convert them to safetensors, or pass --allow-pickle if you trust them"
+            "convert them to safetensors, or pass `allow_pickle` if you trust them"
         )
     raise CheckpointNotFound(f"{source.name}: no weights found (no *.safetensors, no *.gguf)")
 

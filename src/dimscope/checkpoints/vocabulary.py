@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dimscope.checkpoints.loaded import LoadedModel
 from dimscope.checkpoints.sources import HubRepository, Source
 from dimscope.errors import DimscopeError, TokenizerMissing
 
@@ -66,7 +67,9 @@ class Vocabulary:
 
 
 def read_tokenizer(source: Source) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer of a checkpoint, or None where it has none. Remote code is never run for it."""
+    """Return the tokenizer of a checkpoint, or None where it has none. Remote code is never run for it."""
+    if isinstance(source, LoadedModel):
+        return source.tokenizer
     from transformers import AutoTokenizer
 
     present = [f for f in TOKENIZER_FILES if f in source.files]
@@ -79,7 +82,11 @@ def read_tokenizer(source: Source) -> "PreTrainedTokenizerBase | None":
 
 
 def require_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint. Raises TokenizerMissing where it has none, or one that cannot be read."""
+    """Return the tokenizer of a checkpoint.
+
+    Raises:
+        TokenizerMissing: The checkpoint has none, or one that cannot be read.
+    """
     tokenizer, missing = _try_tokenizer(source)
     if tokenizer is None:
         raise TokenizerMissing(f"{source.name}: {missing}, and texts cannot be read without one")
@@ -97,8 +104,12 @@ def read_vocabulary(source: Source, n_rows: int) -> Vocabulary:
 
 def _try_tokenizer(source: Source) -> "tuple[PreTrainedTokenizerBase | None, str]":
     """The tokenizer, or why there is none: studies that need no text go on without, and say so."""
+    in_memory = isinstance(source, LoadedModel)
+    missing = (
+        "the model came without a tokenizer (pass the tokenizer)" if in_memory else "the checkpoint has no tokenizer"
+    )
     try:
-        return read_tokenizer(source), "the checkpoint has no tokenizer"
+        return read_tokenizer(source), missing
     except DimscopeError:
         raise
     except Exception as e:  # damaged or of an unknown kind: tokenizers raises bare Exception

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dimscope.activations.hidden_states import input_device
+from dimscope.activations.hooks import evaluating
 from dimscope.checkpoints.vocabulary import piece_decoder
 from dimscope.errors import InvalidArgument
 from dimscope.texts.windows import Window, room_after, special_prefix
@@ -75,7 +76,7 @@ def prepare_prompt(
     chat = template == "chat" or (template == "auto" and has_template(tokenizer))
     if chat and not has_template(tokenizer):
         raise InvalidArgument(
-            "this model's tokenizer has no chat template; leave --chat out to give the prompt as it is"
+            "this model's tokenizer has no chat template; leave `chat` out to pass the prompt as it is"
         )
     ids = _templated(tokenizer, text, system) if chat else [*special_prefix(tokenizer), *_bare(tokenizer, text)]
     if not ids:
@@ -91,7 +92,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None
     said = [{"role": "system", "content": system}] if system is not None else []
     written = _rendered(tokenizer, [*said, {"role": "user", "content": text}])
     if system is not None and system.strip() not in written:
-        raise InvalidArgument("this model's chat template leaves a system prompt out; give the prompt without --system")
+        raise InvalidArgument("this model's chat template ignores a system prompt; leave `system` out")
     return _bare(tokenizer, written)  # templates write their special tokens themselves
 
 
@@ -112,7 +113,7 @@ def check_room(prompts: Sequence[Prompt], decoding: Decoding, context: int | Non
             shown = prompt.text if len(prompt.text) <= 40 else prompt.text[:37] + "..."
             raise InvalidArgument(
                 f"the prompt {shown!r} has {len(prompt.ids)} tokens, and {decoding.max_new_tokens} new ones make {needed}: "
-                f"the model reads at most {context}; shorten it or take a smaller --new-tokens"
+                f"the model reads at most {context}; shorten it, or take a smaller `new_tokens`"
             )
 
 
@@ -194,10 +195,11 @@ def _generated(
 
     generator: Any = model
     try:
-        return generator.generate(
-            input_ids=ids, attention_mask=mask, tokenizer=tokenizer, logits_processor=LogitsProcessorList([_Finite()]),
-            **options,
-        )  # fmt: skip
+        with evaluating(model):
+            return generator.generate(
+                input_ids=ids, attention_mask=mask, tokenizer=tokenizer,
+                logits_processor=LogitsProcessorList([_Finite()]), **options,
+            )  # fmt: skip
     except ValueError as e:
         reason = " ".join(str(e).split())[:200]
         raise InvalidArgument(f"the model cannot be generated from as its generation config asks: {reason}") from e

@@ -79,7 +79,7 @@ def baseline(model: PreTrainedModel, windows: Sequence[Window], batch: int = 1) 
     states = tuple(final_states(model, _ids(group)).cpu() for group in grouped(windows, batch))
     base = Baseline(tuple(windows), batch, states, head.weight, getattr(head, "bias", None), None)
     size = 4 * len(head.weight) * sum(len(w.ids) for w in windows)
-    if head.weight.device.type != "cpu" or size > KEPT_SHARE * (available_memory() or 0):
+    if head.weight.device.type != "cpu" or size > KEPT_SHARE * available_memory():
         return base
     flat = [batch_states.flatten(0, 1) for batch_states in states]
     kept = tuple(tuple(base.log_probs(model, f[rows]) for rows in base.blocks(len(f))) for f in flat)

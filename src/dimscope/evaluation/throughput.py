@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dimscope.activations.hidden_states import input_device
+from dimscope.activations.hooks import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,8 @@ def throughput(
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for number in range(ROUNDS + 1):
         for name, model in models.items():
-            found = _timed(model, ids, written)
+            with evaluating(model):
+                found = _timed(model, ids, written)
             if number:  # the first round warms up
                 seconds[name].append(found)
     medians = {

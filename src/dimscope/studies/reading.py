@@ -27,7 +27,7 @@ def distinct(names: Sequence[str], longer: Sequence[str]) -> list[str]:
 def named_texts(sources: Sequence[str]) -> dict[str, Text]:
     """The texts at the sources, by the name that is shown. Raises InvalidArgument for none, and what `open_text` raises."""
     if not sources:
-        raise InvalidArgument("give a text: --text FILE, or builtin:prose")
+        raise InvalidArgument("`texts` is empty; pass a file, or builtin:prose")
     texts = [open_text(source) for source in sources]
     return dict(zip(distinct([t.name for t in texts], sources), texts, strict=True))
 
@@ -38,7 +38,7 @@ def texts_or_written(sources: Sequence[str]) -> dict[str, Text | None]:
     Raises InvalidArgument for none, and what `open_text` raises.
     """
     if not sources:
-        raise InvalidArgument(f"give a text: --text FILE, builtin:prose or {GENERATED}")
+        raise InvalidArgument(f"`texts` is empty; pass a file, builtin:prose or {GENERATED}")
     others = [source for source in sources if source != GENERATED]
     found: dict[str, Text | None] = {**named_texts(others)} if others else {}
     return found | ({GENERATED: None} if GENERATED in sources else {})
@@ -56,5 +56,5 @@ def window_length(checkpoint: Checkpoint, asked: int | None, longest: int) -> in
     """
     context = context_of(checkpoint)
     if asked is not None and context is not None and asked > context:
-        raise InvalidArgument(f"--length {asked}: {checkpoint.title} reads at most {context} tokens at once")
+        raise InvalidArgument(f"`length` must be at most {context}, the context of {checkpoint.title}, got {asked}")
     return min(context or longest, longest) if asked is None else asked

@@ -1219,10 +1219,10 @@ def test_the_summary_is_the_table_change_by_change(studied):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"length": 65}, "--length 65: .* reads at most 64 tokens"),
+        ({"length": 65}, "^`length` must be at most 64, "),
         ({"length": 2}, "--length 2 is too short"),
         ({"length": 1, "texts": ("generated",)}, "--length 1 is too short"),
-        ({"texts": ()}, "give a text"),
+        ({"texts": ()}, "^`texts` is empty"),
         ({"windows": 4000}, "fits .* windows of 16, not 4000"),
         ({"texts": ("short",)}, "fewer than one window of 16"),
         ({"texts": ("short",), "from_start": True}, "fewer than one window of 16"),

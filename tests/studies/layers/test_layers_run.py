@@ -320,8 +320,8 @@ def test_one_window_is_not_shuffled_across(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"length": 65}, "--length 65: .* reads at most 64 tokens"),
-        ({"texts": ()}, "give a text"),
+        ({"length": 65}, "^`length` must be at most 64, "),
+        ({"texts": ()}, "^`texts` is empty"),
         ({"windows": 4000}, "fits .* windows of 32, not 4000"),
         ({"windows": "all", "length": 64, "texts": "short"}, "fewer than one window of 64"),
         ({"layers": "9"}, "there is no layer 9"),
@@ -352,7 +352,7 @@ def refuse(*args, **kwargs):
 def test_a_second_run_computes_nothing(whole, tiny, monkeypatch):
     folder, facts, tables = whole("llama")
     stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("*.parquet")}
-    for name in ("load_model", "random_twin"):
+    for name in ("load_model", "randomly_initialised"):
         monkeypatch.setattr(module, name, refuse)
     again, found = study(tiny(), folder, curve=True)
     same(found, tables)
@@ -366,7 +366,7 @@ def test_a_lost_pass_is_computed_again_and_no_other(tiny, tmp_path, monkeypatch)
     others = {p: p.stat().st_mtime_ns for p in (tmp_path / "tables/passes").glob("*.parquet") if p != lost}
     lost.unlink()
     (tmp_path / "tables/layers.json").unlink()
-    monkeypatch.setattr(module, "random_twin", refuse)
+    monkeypatch.setattr(module, "randomly_initialised", refuse)
     _, found = study(tiny(), tmp_path)
     same(found, tables, **AGAIN)
     assert {p: p.stat().st_mtime_ns for p in others} == others

@@ -12,7 +12,7 @@ from dimscope.activations.collection import Collection, load_collection
 from dimscope.activations.hidden_states import find_sites, select_sites
 from dimscope.activations.passes import PassSettings, run_pass
 from dimscope.activations.reservoir import Reservoir, load_reservoir, save_reservoir
-from dimscope.checkpoints.model import load_model, random_twin
+from dimscope.checkpoints.model import load_model, randomly_initialised
 from dimscope.geometry.spectrum import Spectrum
 from dimscope.studies.layers.plan import LayersPlan, PlannedPass
 from dimscope.studies.layers.tables import raw_spectra
@@ -60,7 +60,7 @@ class PassRunner:
         settings = self.plan.settings
         checkpoint, placement = self.plan.checkpoints[planned.model], self.plan.placements[planned.model]
         if planned.weights == "random":
-            return random_twin(checkpoint, placement, seed=settings.seed, trust_remote_code=settings.trust_remote_code)
+            return randomly_initialised(checkpoint, placement, seed=settings.seed, trust_remote_code=settings.trust_remote_code)
         return load_model(checkpoint, placement, trust_remote_code=settings.trust_remote_code)
 
     def collection(self, planned: PlannedPass) -> Collection:
