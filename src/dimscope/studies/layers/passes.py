@@ -60,7 +60,9 @@ class PassRunner:
         settings = self.plan.settings
         checkpoint, placement = self.plan.checkpoints[planned.model], self.plan.placements[planned.model]
         if planned.weights == "random":
-            return randomly_initialised(checkpoint, placement, seed=settings.seed, trust_remote_code=settings.trust_remote_code)
+            return randomly_initialised(
+                checkpoint, placement, seed=settings.seed, trust_remote_code=settings.trust_remote_code
+            )
         return load_model(checkpoint, placement, trust_remote_code=settings.trust_remote_code)
 
     def collection(self, planned: PlannedPass) -> Collection:
