@@ -9,8 +9,8 @@ import torch
 from hypothesis import settings
 
 from dimscope.geometry.spectrum import Spectrum, spectrum
-from dimscope.vectors.embedding import EmbeddingTable, table_from_tensor
 from dimscope.vectors.moments import moments
+from dimscope.vectors.table import VectorTable, table_from_tensor
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 """Property tests: the same examples in every run, no folder of them, no deadline on a busy machine."""
@@ -35,10 +35,10 @@ def with_singular_values(n: int, values: Sequence[float], seed: int = 0) -> torc
     return left * torch.tensor(values, dtype=torch.float64) @ orthogonal(len(values), seed + 1).T
 
 
-def table_without(matrix: torch.Tensor, excluded: Iterable[int]) -> EmbeddingTable:
+def table_without(matrix: torch.Tensor, excluded: Iterable[int]) -> VectorTable:
     """Return the table of a matrix whose rows `excluded` do not take part."""
     table = table_from_tensor(matrix)
-    return EmbeddingTable(table.n_rows, table.dim, table.dtype, table.read, frozenset(excluded))
+    return VectorTable(table.n_rows, table.dim, table.dtype, table.read, frozenset(excluded))
 
 
 def spectrum_of(matrix: torch.Tensor, *, centred: bool = True) -> Spectrum:

@@ -12,9 +12,9 @@ from scipy.special import logsumexp
 from sklearn.metrics.pairwise import cosine_similarity
 
 from dimscope.geometry.isotropy import mean_cosine, partition_isotropy, row_norms
-from dimscope.vectors import embedding
-from dimscope.vectors.embedding import table_from_tensor
+from dimscope.vectors import table as table_module
 from dimscope.vectors.moments import moments
+from dimscope.vectors.table import table_from_tensor
 
 
 def all_pairs(x):
@@ -41,9 +41,9 @@ def test_the_closed_form_is_the_mean_over_all_pairs(dtype, shift):
 def test_any_block_size_gives_the_same(n, d, seed, size):
     x = gaussian(n, d, seed) + 0.3
     whole = table_from_tensor(x)
-    cut = embedding.EmbeddingTable(n, d, "F32", whole.read)
+    cut = table_module.VectorTable(n, d, "F32", whole.read)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding.EmbeddingTable.blocks, "__defaults__", (size,))
+        patch.setattr(table_module.VectorTable.blocks, "__defaults__", (size,))
         found = mean_cosine(cut)
     assert found == pytest.approx(all_pairs(x), abs=1e-12)
     assert -1 / (n - 1) - 1e-9 <= found <= 1 + 1e-9
@@ -157,7 +157,7 @@ def test_partition_isotropy_of_blocks_and_excluded_rows():
     norm = float(row_norms(table).mean())
     of = moments([x[kept]], dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding.EmbeddingTable.blocks, "__defaults__", (16,))
+        patch.setattr(table_module.VectorTable.blocks, "__defaults__", (16,))
         found = partition_isotropy(table, of, norm, centred=False)
     assert found == pytest.approx(by_hand(x[kept], centred=False), rel=1e-5)
 

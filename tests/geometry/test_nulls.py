@@ -19,7 +19,7 @@ from dimscope.geometry.nulls import (
     permuted_spectrum,
     white_noise_spectrum,
 )
-from dimscope.vectors.embedding import table_from_tensor
+from dimscope.vectors.table import table_from_tensor
 
 SHAPES = [(1000, 1000), (1000, 500), (200, 1000), (10_000, 10), (7, 7)]
 

@@ -8,7 +8,7 @@ import torch
 from matrices import DTYPES, gaussian, table_without
 
 from dimscope.geometry.untrained import MIN_SEED, untrained_scores
-from dimscope.vectors.embedding import table_from_tensor
+from dimscope.vectors.table import table_from_tensor
 
 N, D = 3000, 64
 SEED = torch.arange(0, 120, 3)  # 40 rows that cannot have been trained

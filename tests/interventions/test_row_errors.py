@@ -15,8 +15,8 @@ from dimscope.activations.hidden_states import first_norm
 from dimscope.interventions.maps import GaussianNoise, LinearMap
 from dimscope.interventions.perturbations import TableSummary, make_chain, make_map
 from dimscope.interventions.row_errors import Ratio, row_errors, token_errors
-from dimscope.vectors.embedding import BLOCK, table_from_tensor
 from dimscope.vectors.moments import moments
+from dimscope.vectors.table import BLOCK, table_from_tensor
 
 N, D = 240, 16
 IDS = torch.arange(N)

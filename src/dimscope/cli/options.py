@@ -17,7 +17,7 @@ from dimscope.storage import check_folder
 
 if TYPE_CHECKING:
     from dimscope.checkpoints.checkpoint import Checkpoint
-    from dimscope.vectors.embedding import EmbeddingTable
+    from dimscope.vectors.table import VectorTable
 
 STANDARD_INPUT = "\0-"  # how the command line hands "-" on; no shell can pass it
 
@@ -91,7 +91,7 @@ class TableOptions:
     skip_nonfinite: Annotated[bool, Parameter(negative=())] = False
     "Leave out rows with NaN or Inf instead of refusing the table."
 
-    def open(self, checkpoint: Checkpoint) -> EmbeddingTable:
+    def open(self, checkpoint: Checkpoint) -> VectorTable:
         from dimscope.vectors.embedding import open_table
 
         return open_table(checkpoint, self.side, skip_nonfinite=self.skip_nonfinite)

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dimscope.geometry.spectrum import Spectrum, spectrum, table_moments
-from dimscope.vectors.embedding import EmbeddingTable
 from dimscope.vectors.moments import Moments
+from dimscope.vectors.table import VectorTable
 
 TRACY_WIDOM_99 = 2.0234  # 99% quantile of the Tracy-Widom law for real matrices (Johnstone 2001)
 STRETCHES = 64  # pieces of the table that every permuted block is made of
@@ -81,7 +81,7 @@ class PermutedSpectrum:
     sd: Float[Tensor, " m"]  # NaN for one draw
 
 
-def permuted_moments(table: EmbeddingTable, *, draws: int, seed: int) -> list[Moments]:
+def permuted_moments(table: VectorTable, *, draws: int, seed: int) -> list[Moments]:
     """Moments of the table with every column permuted by itself, once for each draw.
 
     Parallel analysis (Horn 1965; permutations: Buja & Eyuboglu 1992): columns keep their values, so their
@@ -100,7 +100,7 @@ def permuted_spectrum(draws: list[Moments], *, centred: bool) -> PermutedSpectru
     return PermutedSpectrum(Spectrum(values.mean(dim=0), runs[0].n_rows, runs[0].dim, centred), sd)
 
 
-def _permuted_blocks(table: EmbeddingTable, seed: int) -> Iterator[Float[Tensor, "_ d"]]:
+def _permuted_blocks(table: VectorTable, seed: int) -> Iterator[Float[Tensor, "_ d"]]:
     """Blocks whose columns are permuted within the block; a block is made of stretches from all over the table.
 
     The rows of a block are shuffled and each column is then rotated by an offset of its own, so that any two
@@ -117,7 +117,7 @@ def _permuted_blocks(table: EmbeddingTable, seed: int) -> Iterator[Float[Tensor,
         yield rows[order].gather(0, index)
 
 
-def _scattered_blocks(table: EmbeddingTable) -> Iterator[Float[Tensor, "_ d"]]:
+def _scattered_blocks(table: VectorTable) -> Iterator[Float[Tensor, "_ d"]]:
     size = 128
     starts = torch.arange(0, table.n_rows, size)
     n_blocks = max(1, len(starts) // STRETCHES)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dimscope.vectors.embedding import EmbeddingTable
+from dimscope.vectors.table import VectorTable
 
 MIN_SEED = 3  # rows; fewer say nothing about how untrained rows scatter
 FOLDS = 8  # parts of the seed rows, each measured against the centroid of the others
@@ -32,7 +32,7 @@ class UntrainedScores:
     n_seed: int
 
 
-def untrained_scores(table: EmbeddingTable, seed_ids: Int[Tensor, " s"]) -> UntrainedScores:
+def untrained_scores(table: VectorTable, seed_ids: Int[Tensor, " s"]) -> UntrainedScores:
     """Scores every row by its distance to rows that cannot have been trained.
 
     Seed rows are those beyond the tokenizer, of bytes that no text holds, and of tokens that no text produces. They stay at

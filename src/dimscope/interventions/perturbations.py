@@ -24,8 +24,8 @@ from dimscope.interventions.maps import (
     compose,
     mapped_moments,
 )
-from dimscope.vectors.embedding import EmbeddingTable
 from dimscope.vectors.moments import Moments, moments
+from dimscope.vectors.table import VectorTable
 
 LARGEST_BITS = 16
 
@@ -62,7 +62,7 @@ class TableSummary:
         return _falling(self.moments.scatter(centred=True))
 
 
-def summarise(table: EmbeddingTable) -> TableSummary:
+def summarise(table: VectorTable) -> TableSummary:
     """One pass over a table, with float64 products: exact errors are differences of nearly equal numbers."""
     return TableSummary(moments((rows for _, rows in table.blocks()), dtype=torch.float64))
 

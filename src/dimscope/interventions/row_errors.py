@@ -15,7 +15,7 @@ from torch import Tensor
 from dimscope.interventions.maps import RowMap
 
 if TYPE_CHECKING:
-    from dimscope.vectors.embedding import EmbeddingTable
+    from dimscope.vectors.table import VectorTable
 
 Norm = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 
@@ -73,7 +73,7 @@ def _cosines(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"]) -> Float
     return torch.where(product > 0, (before * after).sum(dim=1) / product, math.nan)
 
 
-def token_errors(table: EmbeddingTable, change: RowMap) -> pl.DataFrame:
+def token_errors(table: VectorTable, change: RowMap) -> pl.DataFrame:
     """The error of every token, block by block: id, norm of its row, norm of the error, cosine (null for rows of zeros)."""
     parts = []
     for ids, rows in table.blocks():

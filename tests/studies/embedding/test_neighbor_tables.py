@@ -22,8 +22,9 @@ from dimscope.studies.embedding.neighbors import (
     project,
     query_vector,
 )
-from dimscope.vectors.embedding import open_table, table_from_tensor
+from dimscope.vectors.embedding import open_table
 from dimscope.vectors.moments import moments
+from dimscope.vectors.table import table_from_tensor
 
 PIECES = ["king", " king", " man", "man", " woman", " w", "at", "er", "+", "-", "#", " "]
 

@@ -54,7 +54,8 @@ from dimscope.studies.reading import GENERATED, context_of, texts_or_written, wi
 from dimscope.studies.study import Monitor, RunOutput
 from dimscope.texts.texts import Text
 from dimscope.texts.windows import Window, middle_windows, require_rows, room_after, stream_windows
-from dimscope.vectors.embedding import EmbeddingTable, open_table
+from dimscope.vectors.embedding import open_table
+from dimscope.vectors.table import VectorTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -140,7 +141,7 @@ class DamageWork:
         return load_model(self.checkpoint, self.placement, trust_remote_code=self.settings.trust_remote_code)
 
     @cached_property
-    def tables(self) -> dict[str, EmbeddingTable]:
+    def tables(self) -> dict[str, VectorTable]:
         """The tables that are changed; a tied model has one, under both names."""
         wanted = {table for side in self.settings.sides for table in tables_of(side)}
         first = {table: "input" if self.checkpoint.tied else table for table in sorted(wanted)}

@@ -17,8 +17,8 @@ from dimscope.checkpoints.vocabulary import Vocabulary, read_vocabulary
 from dimscope.errors import InvalidArgument
 from dimscope.geometry.neighbors import Metric, NeighborIndex, build_index
 from dimscope.geometry.spectrum import principal_components, table_moments
-from dimscope.vectors.embedding import EmbeddingTable
 from dimscope.vectors.moments import Moments
+from dimscope.vectors.table import VectorTable
 
 Combine = Literal["mean", "sum"]
 NEIGHBORS = {
@@ -73,7 +73,7 @@ def _term_ids(term: str, vocabulary: Vocabulary, alone: bool) -> tuple[int, ...]
     return tuple(spaced if len(spaced) == 1 else vocabulary.ids(term))
 
 
-def query_vector(query: Query, table: EmbeddingTable, combine: Combine = "mean") -> Float[Tensor, " d"]:
+def query_vector(query: Query, table: VectorTable, combine: Combine = "mean") -> Float[Tensor, " d"]:
     """The signed sum of the terms, float64; the rows of a term are averaged, or summed.
 
     The sum grows with the number of tokens and drifts towards their common mean; it matters for Euclidean neighbours.
@@ -128,7 +128,7 @@ def find_neighbors(
 
 def neighbor_tables(
     checkpoint: Checkpoint,
-    table: EmbeddingTable,
+    table: VectorTable,
     texts: Sequence[str],
     *,
     k: int = 20,

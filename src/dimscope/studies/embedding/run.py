@@ -27,8 +27,9 @@ from dimscope.studies.embedding import tables
 from dimscope.studies.embedding.neighbors import NEIGHBORS, find_neighbors, parse_query, project, query_vector
 from dimscope.studies.embedding.settings import EmbeddingSettings
 from dimscope.studies.study import Monitor, RunOutput
-from dimscope.vectors.embedding import EmbeddingTable, open_table
+from dimscope.vectors.embedding import open_table
 from dimscope.vectors.moments import Moments
+from dimscope.vectors.table import VectorTable
 
 PROBES = (" water", " king", " London", " Monday", " red", " he", "1", "A", "$", "**")
 CORRELATED = 0.99  # Pearson correlation from which two tokens count as near-perfectly correlated
@@ -43,13 +44,13 @@ class EmbeddingWork:
         self,
         checkpoint: Checkpoint,
         settings: EmbeddingSettings,
-        table: EmbeddingTable,
-        other: EmbeddingTable | None = None,
+        table: VectorTable,
+        other: VectorTable | None = None,
     ) -> None:
         self.checkpoint, self.settings, self.table, self.other = checkpoint, settings, table, other
 
     @cached_property
-    def sides(self) -> list[tuple[str, EmbeddingTable, Moments]]:
+    def sides(self) -> list[tuple[str, VectorTable, Moments]]:
         """The studied table, and the other one of an untied model too."""
         sides = [(self.settings.side, self.table, self.moments)]
         if self.other is not None:
@@ -151,7 +152,7 @@ class EmbeddingWork:
         return pl.concat(frames).with_columns(query=pl.col("query").str.replace("^ ", "␣"))
 
 
-def moments_of(table: EmbeddingTable) -> Moments:
+def moments_of(table: VectorTable) -> Moments:
     """Count, sum and Gram matrix of all rows of a table, in one pass, or two where the spectrum is very wide."""
     return table_moments(lambda: (rows for _, rows in table.blocks()), table.n_used, table.dim)
 
@@ -167,7 +168,7 @@ def run_embedding(checkpoint: Checkpoint, settings: EmbeddingSettings, store: St
     )
     given = asdict(settings)
 
-    def both(compute: Callable[[str, EmbeddingTable, Moments], pl.DataFrame]) -> pl.DataFrame:
+    def both(compute: Callable[[str, VectorTable, Moments], pl.DataFrame]) -> pl.DataFrame:
         return pl.concat(compute(*side) for side in work.sides)
 
     table, null, graph = (
@@ -203,9 +204,7 @@ def run_embedding(checkpoint: Checkpoint, settings: EmbeddingSettings, store: St
     return _output(work, done, given)
 
 
-def token_table(
-    checkpoint: Checkpoint, table: EmbeddingTable, *, duplicates: bool
-) -> tuple[pl.DataFrame, pl.DataFrame]:
+def token_table(checkpoint: Checkpoint, table: VectorTable, *, duplicates: bool) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The tokens of a table, and, where asked for, their groups of near-duplicates: `tokens_frame`, `duplicates_frame`."""
     work = EmbeddingWork(checkpoint, EmbeddingSettings(), table)
     tokens = tables.tokens_frame(work.vocabulary, table, work.moments, work.untrained)
@@ -216,7 +215,7 @@ def token_table(
 
 
 def pair_tables(
-    checkpoint: Checkpoint, table: EmbeddingTable, radius: float | None
+    checkpoint: Checkpoint, table: VectorTable, radius: float | None
 ) -> tuple[pl.DataFrame, pl.DataFrame, float]:
     """Pairs within a radius (ids, labels, distance, nearest first), their groups, and the radius (1% of the mean norm if None)."""
     work = EmbeddingWork(checkpoint, EmbeddingSettings(), table)
@@ -233,7 +232,7 @@ def pair_tables(
 
 
 def correlation_tables(
-    checkpoint: Checkpoint, table: EmbeddingTable, span: tuple[int, int], at_least: float
+    checkpoint: Checkpoint, table: VectorTable, span: tuple[int, int], at_least: float
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The correlation matrix of the ids of a range, and the blocks linked by correlations of at least `at_least`.
 

@@ -26,8 +26,8 @@ from dimscope.geometry.nulls import (
 from dimscope.geometry.pairs import Groups, Pairs, diameter
 from dimscope.geometry.spectrum import Spectrum, principal_components, spectrum
 from dimscope.geometry.untrained import UntrainedScores, untrained_scores
-from dimscope.vectors.embedding import EmbeddingTable
 from dimscope.vectors.moments import Moments
+from dimscope.vectors.table import VectorTable
 
 COMPONENTS = 10  # coordinates kept for the map and for neighbours in a projection
 
@@ -60,14 +60,14 @@ def seed_ids(vocabulary: Vocabulary) -> list[int]:
     return [t.id for t in vocabulary.tokens if t.category in ("beyond", "unreachable")]
 
 
-def score_untrained(vocabulary: Vocabulary, table: EmbeddingTable) -> UntrainedScores:
+def score_untrained(vocabulary: Vocabulary, table: VectorTable) -> UntrainedScores:
     """Under-trained scores of a table, seeded with the rows that no text can have trained."""
     return untrained_scores(
         table, torch.tensor([i for i in seed_ids(vocabulary) if i not in table.excluded], dtype=torch.int64)
     )
 
 
-def tokens_frame(vocabulary: Vocabulary, table: EmbeddingTable, of: Moments, found: UntrainedScores) -> pl.DataFrame:
+def tokens_frame(vocabulary: Vocabulary, table: VectorTable, of: Moments, found: UntrainedScores) -> pl.DataFrame:
     """The vocabulary with each row's norm, principal coordinates and under-trained score. Excluded rows have nulls."""
     components = principal_components(of, COMPONENTS)
     mean = of.mean.float()
@@ -102,7 +102,7 @@ def _untrained_reason(found: UntrainedScores) -> pl.Expr:
     return pl.when(pl.col("untrained")).then(both)
 
 
-def spectrum_frame(side: str, table: EmbeddingTable, of: Moments, draws: int, seed: int) -> pl.DataFrame:
+def spectrum_frame(side: str, table: VectorTable, of: Moments, draws: int, seed: int) -> pl.DataFrame:
     """Singular values, centred and not, beside those of a Gaussian table and of the column-permuted table."""
     shuffled = permuted_moments(table, draws=draws, seed=seed)
     parts = []
@@ -166,7 +166,7 @@ def dimensions_frame(side: str, spectra: pl.DataFrame, n_rows: int, dim: int) ->
     )
 
 
-def measures_frame(side: str, table: EmbeddingTable, of: Moments) -> pl.DataFrame:
+def measures_frame(side: str, table: VectorTable, of: Moments) -> pl.DataFrame:
     """Single numbers about a table: noise fit, isotropy, norms."""
     from scipy.stats import spearmanr
 

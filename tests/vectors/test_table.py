@@ -12,8 +12,9 @@ from models import stock_tables
 
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.errors import InvalidArgument, NonFiniteRows
-from dimscope.vectors import embedding
-from dimscope.vectors.embedding import EmbeddingTable, nonfinite_rows, open_table, table_from_tensor
+from dimscope.vectors import table as table_module
+from dimscope.vectors.embedding import open_table
+from dimscope.vectors.table import VectorTable, nonfinite_rows, table_from_tensor
 
 
 @PROPERTY
@@ -37,7 +38,7 @@ def test_a_block_is_never_longer_than_asked_for():
         asked.append((start, stop))
         return torch.zeros(stop - start, 2)
 
-    table = EmbeddingTable(10, 2, "F32", read)
+    table = VectorTable(10, 2, "F32", read)
     assert [len(ids) for ids, _ in table.blocks(4)] == [4, 4, 2]
     assert asked == [(0, 4), (4, 8), (8, 10)]
 
@@ -62,13 +63,13 @@ def test_rows_come_as_float32_and_float64_stays_in_blocks(dtype):
 def test_rows_by_id_in_any_order_with_repeats(ids, block):
     x = gaussian(100, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding, "BLOCK", block)
+        patch.setattr(table_module, "BLOCK", block)
         found = table_from_tensor(x).rows(torch.tensor(ids, dtype=torch.int64))
     assert torch.equal(found, x[ids])
 
 
 def test_far_ids_are_read_apart(monkeypatch):
-    monkeypatch.setattr(embedding, "BLOCK", 1000)
+    monkeypatch.setattr(table_module, "BLOCK", 1000)
     spans = []
 
     def read(start, stop):
@@ -76,7 +77,7 @@ def test_far_ids_are_read_apart(monkeypatch):
         return torch.zeros(stop - start, 1)
 
     ids = [9_999, 3, 5, 5_000, 0, 4_999, *range(1990, 2010)]
-    EmbeddingTable(10_000, 1, "F32", read).rows(torch.tensor(ids))
+    VectorTable(10_000, 1, "F32", read).rows(torch.tensor(ids))
     assert sum(spans) < 100
     assert spans == [6, 10, 10, 1, 1, 1]  # no read crosses the end of a block
 
@@ -144,7 +145,7 @@ def test_a_side_that_is_not_there(checkpoint):
 def test_nonfinite_rows_are_refused_by_name_or_left_out(checkpoint, editable):
     folder = editable(checkpoint("qwen2"))
     set_rows(folder, [2, 5, 8, 11, 14, 17, 20], math.nan)
-    with pytest.raises(NonFiniteRows, match=r"7 of 512 rows .* \(rows 2, 5, 8, 11, 14, \.\.\.\).*--skip-nonfinite"):
+    with pytest.raises(NonFiniteRows, match=r"7 of 512 rows .* \(rows 2, 5, 8, 11, 14, \.\.\.\).*`skip_nonfinite`"):
         open_table(open_checkpoint(folder))
     table = open_table(open_checkpoint(folder), skip_nonfinite=True)
     assert table.excluded == {2, 5, 8, 11, 14, 17, 20}
