@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.measure import PEAK, in_child, timed
 from dimscope.activations.collection import collect, empty_collection
-from dimscope.activations.hidden_states import find_sites
+from dimscope.activations.sites import find_sites
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.model import load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer

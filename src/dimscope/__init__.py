@@ -36,7 +36,7 @@ _HOMES = {
     "middle_windows": ("dimscope.texts.windows", "middle_windows"),
     "stream_windows": ("dimscope.texts.windows", "stream_windows"),
     "shuffle_within": ("dimscope.texts.windows", "shuffle_within"),
-    "find_sites": ("dimscope.activations.hidden_states", "find_sites"),
+    "find_sites": ("dimscope.activations.sites", "find_sites"),
     "PassSettings": ("dimscope.activations.passes", "PassSettings"),
     "run_pass": ("dimscope.activations.passes", "run_pass"),
     "raw_spectra": ("dimscope.studies.layers.tables", "raw_spectra"),

@@ -28,9 +28,9 @@ from dimscope.activations.collection import (
     load_collection,
     save_collection,
 )
-from dimscope.activations.hidden_states import find_sites
 from dimscope.activations.predictions import Predictions
 from dimscope.activations.reservoir import Reservoir
+from dimscope.activations.sites import find_sites
 from dimscope.errors import NonFiniteActivations
 from dimscope.texts.texts import Text
 from dimscope.texts.windows import Window, middle_windows, shuffle_within

@@ -11,16 +11,11 @@ import pytest
 import torch
 import transformers
 
-from dimscope.activations import hidden_states as module
-from dimscope.activations.hidden_states import (
-    Site,
-    find_sites,
-    first_norm,
-    input_device,
-    run_batch,
-    select_sites,
-    watched,
-)
+from dimscope.activations import output_head as module
+from dimscope.activations.first_norm import first_norm
+from dimscope.activations.forward import input_device, run_batch, watched
+from dimscope.activations.layer_selection import select_sites
+from dimscope.activations.sites import Site, find_sites
 from dimscope.errors import InvalidArgument, NonFiniteActivations, UnsupportedCheckpoint
 
 LAYERS = 2
@@ -430,7 +425,7 @@ def test_logits_by_blocks_are_those_of_the_model(model_of, monkeypatch, case, ro
     model, ids = model_of(case, dtype), some_ids()
     expected = stock(model, ids).logits.float()
     if rows is not None:
-        monkeypatch.setattr(module, "LOGITS", rows * 4 * expected.shape[-1])
+        monkeypatch.setattr(module, "BLOCK_BYTES", rows * 4 * expected.shape[-1])
     found, sizes = logits_of(model, ids)
     assert sizes == ([33] if rows is None else [rows] * (33 // rows) + [33 % rows] * (33 % rows > 0))
     limit = shares(case, dtype) * float(expected.abs().max())
@@ -447,14 +442,14 @@ def test_the_scales_and_caps_of_these_cases_matter(model_of, case):
 
 
 def test_a_block_of_a_vocabulary_larger_than_the_limit_is_one_row(model_of, monkeypatch):
-    monkeypatch.setattr(module, "LOGITS", 1)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1)
     assert logits_of(model_of("gpt2"), some_ids())[1] == [1] * 33
 
 
 def test_logits_that_are_not_the_head_applied_to_the_last_hidden_state_are_refused(model_of):
     model, blocks = model_of("CohereForCausalLM"), []
     model.config.logit_scale = 0.9  # the model itself goes on with the scale that it was built with
-    message = r"^CohereForCausalLM: its logits are not its output embedding applied .*; pass --no-logits$"
+    message = r"^CohereForCausalLM: its logits are not its output embedding applied .*; pass `logits`=False$"
     with pytest.raises(UnsupportedCheckpoint, match=message):
         run_batch(model, some_ids(), logits=lambda rows, block: blocks.append(rows))
     assert blocks == []
@@ -467,7 +462,7 @@ def test_logits_that_are_no_numbers_are_refused(model_of, value, row):
     model = model_of("llama")
     with torch.no_grad():
         model.get_output_embeddings().weight[row, 5] = value
-    with pytest.raises(NonFiniteActivations, match=r"^NaN or Inf in the logits: .*try --dtype float32$"):
+    with pytest.raises(NonFiniteActivations, match=r"^NaN or Inf in the logits: .*try `dtype` float32$"):
         run_batch(model, some_ids(), logits=lambda rows, block: None)
 
 

@@ -18,8 +18,9 @@ from test_collection import alike, facts
 from transformers import AutoTokenizer
 
 from dimscope.activations.collection import Collection, load_collection
-from dimscope.activations.hidden_states import find_sites, select_sites
+from dimscope.activations.layer_selection import select_sites
 from dimscope.activations.passes import PassSettings, run_pass
+from dimscope.activations.sites import find_sites
 from dimscope.errors import InvalidArgument, NonFiniteActivations
 from dimscope.texts.texts import Text
 from dimscope.texts.windows import Window, middle_windows, shuffle_within, stream_windows

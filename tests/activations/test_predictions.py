@@ -15,7 +15,7 @@ from scipy.special import log_softmax
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
-from dimscope.activations import hidden_states as hidden_states_module
+from dimscope.activations import output_head
 from dimscope.activations.collection import collect, empty_collection
 from dimscope.activations.predictions import BINS, Predictions
 from dimscope.texts.texts import Text
@@ -203,7 +203,7 @@ def cut(window: Window, length: int) -> Window:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])  # without and with a prefix
 def test_the_sums_of_a_pass_are_those_of_stock_logits(opened, monkeypatch, family, size, block):
     if block is not None:
-        monkeypatch.setattr(hidden_states_module, "LOGITS", block)
+        monkeypatch.setattr(output_head, "BLOCK_BYTES", block)
     model, windows = opened(family)
     assert windows[0].n_prefix == (family == "llama")
     for given_windows in (windows, [shuffle_within(w, 3, 0) for w in windows]):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
 
-from dimscope.activations.hidden_states import find_sites, first_norm
+from dimscope.activations.first_norm import first_norm
 from dimscope.activations.passes import run_pass
+from dimscope.activations.sites import find_sites
 from dimscope.checkpoints.budget import parameter_budget
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.loaded import as_checkpoint, checkpoint_of

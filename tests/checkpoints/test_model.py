@@ -20,8 +20,9 @@ from transformers import AutoTokenizer
 from transformers.integrations import accelerate as placing
 
 from dimscope.activations.collection import Collection
-from dimscope.activations.hidden_states import find_sites, input_device, run_batch
+from dimscope.activations.forward import input_device, run_batch
 from dimscope.activations.passes import PassSettings, run_pass
+from dimscope.activations.sites import find_sites
 from dimscope.checkpoints import model as module
 from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dimscope.checkpoints.model import (

@@ -9,7 +9,7 @@ from models import FAMILIES, TEXT
 from scipy.special import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GraniteConfig
 
-from dimscope.activations import hidden_states
+from dimscope.activations import output_head
 from dimscope.evaluation import judging
 from dimscope.evaluation.judging import baseline, judge
 from dimscope.interventions.insertion import perturbed
@@ -65,7 +65,7 @@ def by_hand(before, after, windows):
 @pytest.mark.parametrize("family", CAUSAL)
 def test_a_judgement_is_that_of_stock_logits(case, family, side, monkeypatch):
     """To 1e-4: logits in float32 by blocks of three positions, judged here in float64 by whole windows."""
-    monkeypatch.setattr(hidden_states, "ROWS", 3)
+    monkeypatch.setattr(output_head, "BLOCK_ROWS", 3)
     model, windows = case(family)
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:  # Phi's, which starts at zero
@@ -155,7 +155,7 @@ def test_log_probabilities_that_were_kept_judge_bit_for_bit_as_those_computed_ag
     case, family, materialise, monkeypatch
 ):
     """In blocks of seven positions of 48, the last of one window of 24 alone."""
-    monkeypatch.setattr(hidden_states, "ROWS", 7)
+    monkeypatch.setattr(output_head, "BLOCK_ROWS", 7)
     model, windows = case(family)
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matrices import PROPERTY, gaussian, table_without
 from transformers import AutoModelForCausalLM
 
-from dimscope.activations.hidden_states import first_norm
+from dimscope.activations.first_norm import first_norm
 from dimscope.interventions.maps import GaussianNoise, LinearMap
 from dimscope.interventions.perturbations import TableSummary, make_chain, make_map
 from dimscope.interventions.row_errors import Ratio, row_errors, token_errors

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
 
-from dimscope.activations import hidden_states
+from dimscope.activations import output_head
 from dimscope.errors import InvalidArgument
 from dimscope.narrowing import training
 from dimscope.narrowing.training import Goal, Point, Schedule, best_point, distance, mean_distance, minimise
@@ -94,9 +94,9 @@ def naive(student: Any, teacher: Any, ids: torch.Tensor) -> torch.Tensor:
     ],
 )  # fmt: skip
 def test_the_distance_and_its_gradients_are_those_of_all_logits_at_once(pair, monkeypatch, family, tied, blocks):
-    monkeypatch.setattr(hidden_states, "LOGITS", BLOCKS[blocks][0])
-    monkeypatch.setattr(hidden_states, "ROWS", BLOCKS[blocks][1])
-    sizes = [len(rows) for rows in hidden_states.position_blocks(torch.arange(IDS.numel()), V)]
+    monkeypatch.setattr(output_head, "BLOCK_BYTES", BLOCKS[blocks][0])
+    monkeypatch.setattr(output_head, "BLOCK_ROWS", BLOCKS[blocks][1])
+    sizes = [len(rows) for rows in output_head.position_blocks(torch.arange(IDS.numel()), V)]
     assert sizes == {"one": [42], "five by memory": [9] * 4 + [6], "three by rows": [16, 16, 10]}[blocks]
     student, teacher = pair(family, tied=tied)
     loss = naive(student, teacher, IDS)

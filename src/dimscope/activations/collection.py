@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dimscope.activations.hidden_states import Site, run_batch
+from dimscope.activations.forward import run_batch
 from dimscope.activations.predictions import Predictions
 from dimscope.activations.reservoir import Reservoir
+from dimscope.activations.sites import Site
 from dimscope.errors import NonFiniteActivations
 from dimscope.storage import write_tensors
 from dimscope.texts.windows import Window, require_rows

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dimscope.activations.collection import Collection, collect, empty_collection, load_collection, save_collection
-from dimscope.activations.hidden_states import Site
 from dimscope.activations.hooks import evaluating
+from dimscope.activations.sites import Site
 from dimscope.checkpoints.model import is_out_of_memory, out_of_memory
 from dimscope.texts.windows import Window, grouped
 

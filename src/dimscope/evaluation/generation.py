@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dimscope.activations.hidden_states import input_device
+from dimscope.activations.forward import input_device
 from dimscope.activations.hooks import evaluating
 from dimscope.checkpoints.vocabulary import piece_decoder
 from dimscope.errors import InvalidArgument

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dimscope.activations.collection import next_tokens
-from dimscope.activations.hidden_states import final_states, logit_transform, position_blocks
+from dimscope.activations.forward import final_states
+from dimscope.activations.output_head import logit_transform, position_blocks
 from dimscope.checkpoints.model import available_memory
 from dimscope.texts.windows import Window, grouped
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dimscope.activations.hidden_states import input_device
+from dimscope.activations.forward import input_device
 from dimscope.activations.hooks import evaluating
 
 if TYPE_CHECKING:

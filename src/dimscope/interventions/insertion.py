@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dimscope.activations.hooks import Hook, hooked
 from dimscope.errors import InvalidArgument
 from dimscope.interventions.maps import LinearMap, RowMap
 
@@ -16,23 +17,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Side = Literal["input", "output", "both"]
-BLOCK = 8192  # rows changed at once where a table is materialised
+BLOCK_ROWS = 8192  # rows of a materialised table changed at once
 
 
 @contextmanager
 def perturbed(
     model: PreTrainedModel, change: RowMap, side: Side = "input", *, materialise: bool = False
 ) -> Generator[None]:
-    """While open, the model reads (`input`), predicts with (`output`), or does both with a changed table.
+    """Perturb the embedding tables of a model as long as the context is open.
 
-    No weight is touched: rows are changed as they are looked up, T x d work a pass, and the output table is changed by
-    changing what it is multiplied with, which a linear map allows. Other maps of the output side, and `materialise`,
-    put a changed copy of the table in its place, V x d work and memory once. A tied model stays tied only with
-    "both"; with one side the other keeps the table as it is. The model is as before afterwards, bit for bit, also after
-    an exception.
+    No weight is touched. Rows are changed as they are looked up, T x d work a pass. The output table is changed by
+    changing what it is multiplied with, which a linear map allows. A shift of the output table adds the same number to
+    all logits, and is left out there. Other maps of the output table, and `materialise`, put a changed copy of the table
+    in its place: V x d work and memory, once. Afterwards the model is as before, bit for bit, also after an exception.
 
-    A shift of the output table is not put in where rows are not materialised: it adds the same to all logits.
-    Raises InvalidArgument for an output table where the model has none.
+    Args:
+        model: The model to perturb.
+        change: The map of rows.
+        side: The table that the model reads with ("input"), predicts with ("output"), or "both". A tied model stays
+            tied only with "both"; with one side the other keeps the table as it is.
+        materialise: Change the whole table once instead of rows on the fly.
+
+    Raises:
+        InvalidArgument: The model has no output table to change.
     """
     reader, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None and side != "input":
@@ -46,15 +53,6 @@ def perturbed(
         yield
 
 
-@contextmanager
-def _hooked(register: Callable[[], Any]) -> Generator[None]:
-    handle = register()
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _table(module: nn.Module) -> nn.Parameter:
     weight = module.weight
     assert isinstance(weight, nn.Parameter), type(weight)
@@ -62,29 +60,36 @@ def _table(module: nn.Module) -> nn.Parameter:
 
 
 def _looked_up(module: nn.Module, change: RowMap) -> AbstractContextManager[None]:
-    def changed(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
+    """Change rows as the input table looks them up."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], result: Tensor) -> Tensor:
         ids = args[0]
         rows = change(_table(module)[ids.flatten()], ids.flatten()).view(*ids.shape, -1)
         # Gemma's embedding multiplies what it looks up by a number of its own.
         return (rows * getattr(module, "embed_scale", 1.0)).to(result.dtype)
 
-    return _hooked(lambda: module.register_forward_hook(changed))
+    return hooked([Hook(module, hook)])
 
 
 def _multiplied(module: nn.Module, change: LinearMap) -> AbstractContextManager[None]:
-    def changed(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        return (change.transposed(hidden.reshape(-1, hidden.shape[-1])).view_as(hidden), *args[1:])
+    """Change the hidden states that the output table is multiplied with."""
 
-    return _hooked(lambda: module.register_forward_pre_hook(changed))
+    def hook(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        hidden = args[0]
+        return (change.transposed(hidden.reshape(-1, hidden.shape[-1])).view_as(hidden), *args[1:]), kwargs
+
+    return hooked([Hook(module, hook, before=True)])
 
 
 @contextmanager
 def _replaced(module: nn.Module, change: RowMap) -> Generator[None]:
+    """Put a changed copy of the table in its place."""
     original = _table(module)
     with torch.no_grad():
         ids = torch.arange(len(original), device=original.device)
-        parts = [change(original[block], block) for block in ids.split(BLOCK)]
+        parts = [change(original[block], block) for block in ids.split(BLOCK_ROWS)]
     module.weight = nn.Parameter(torch.cat(parts), requires_grad=original.requires_grad)
     try:
         yield

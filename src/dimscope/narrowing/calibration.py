@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dimscope.activations.hidden_states import final_states, position_blocks
+from dimscope.activations.forward import final_states
+from dimscope.activations.output_head import position_blocks
 from dimscope.checkpoints.families import Layout
 from dimscope.texts.windows import Window, grouped
 from dimscope.vectors.moments import upper_gram

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dimscope.activations.hidden_states import final_states, input_device, logit_transform, position_blocks
+from dimscope.activations.forward import final_states, input_device
+from dimscope.activations.output_head import logit_transform, position_blocks
 from dimscope.storage import write_tensors
 from dimscope.texts.windows import Window, grouped
 

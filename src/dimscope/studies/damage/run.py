@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dimscope.activations.hidden_states import first_norm, input_device
+from dimscope.activations.first_norm import first_norm
+from dimscope.activations.forward import input_device
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.model import is_out_of_memory, load_model, out_of_memory, place
 from dimscope.checkpoints.vocabulary import require_tokenizer

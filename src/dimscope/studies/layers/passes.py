@@ -9,9 +9,10 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from dimscope.activations.collection import Collection, load_collection
-from dimscope.activations.hidden_states import find_sites, select_sites
+from dimscope.activations.layer_selection import select_sites
 from dimscope.activations.passes import PassSettings, run_pass
 from dimscope.activations.reservoir import Reservoir, load_reservoir, save_reservoir
+from dimscope.activations.sites import find_sites
 from dimscope.checkpoints.model import load_model, randomly_initialised
 from dimscope.geometry.spectrum import Spectrum
 from dimscope.studies.layers.plan import LayersPlan, PlannedPass

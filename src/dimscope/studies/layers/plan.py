@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from dimscope.activations.hidden_states import parse_layers
+from dimscope.activations.layer_selection import parse_layers
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.model import Placement, place, require_causal
 from dimscope.checkpoints.vocabulary import require_tokenizer

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from dimscope.activations.hidden_states import FINAL_NORM as NORM
+from dimscope.activations.sites import FINAL_NORM as NORM
 from dimscope.geometry import dimension
 from dimscope.geometry.dimension import COUNT
 from dimscope.page.section import finite

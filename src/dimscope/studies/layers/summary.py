@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from dimscope.activations.hidden_states import FINAL_NORM
+from dimscope.activations.sites import FINAL_NORM
 from dimscope.geometry.dimension import COUNT, told_count
 from dimscope.page.section import Facts, Tables
 from dimscope.studies.layers.sections import layers_strip

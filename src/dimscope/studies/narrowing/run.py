@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dimscope.activations.hidden_states import run_batch
+from dimscope.activations.forward import run_batch
 from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dimscope.checkpoints.families import check_width, layout_of
 from dimscope.checkpoints.model import Placement, load_model, place
