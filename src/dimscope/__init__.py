@@ -14,6 +14,8 @@ Names are loaded when they are first used, so that `import dimscope` alone costs
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.2.0.dev0"
+
 _HOMES = {
     "open": ("dimscope.checkpoints.checkpoint", "open_checkpoint"),
     "Checkpoint": ("dimscope.checkpoints.checkpoint", "Checkpoint"),

@@ -26,6 +26,27 @@ STATE = ".dimscope-state"  # what an unfinished run keeps in its folder
 PACKAGES = ("dimscope", "torch", "transformers", "numpy", "scipy", "polars")
 
 
+FORMAT = 2  # of the tables: their names and columns; tables of another format are computed again
+COLUMNS = {
+    "model": pl.String, "revision": pl.String, "text": pl.String, "condition": pl.String, "site": pl.String,
+    "metric": pl.String, "preprocess": pl.String, "layer": pl.Int64, "n_tokens": pl.Int64, "seed": pl.Int64,
+    "value": pl.Float64, "stderr": pl.Float64, "null": pl.Float64,
+}  # fmt: skip
+"""The columns that mean the same in every table: where a table has one, this is its type.
+
+`null` is the value that noise of the same shape, or theory, expects; `seed` is null where nothing is random.
+"""
+
+
+def check_columns(name: str, table: pl.DataFrame) -> None:
+    """Assert that a table keeps to the common columns: their names and types, and finite numbers or nulls."""
+    for column, kind in table.schema.items():
+        expected = COLUMNS.get(column, kind)
+        assert kind == expected, f"table {name}: column {column!r} is {kind}, and {expected} in every other table"
+        if column in ("value", "stderr", "null"):
+            assert not bool(table[column].is_nan().any()), f"table {name}: NaN in column {column!r}; a gap is null"
+
+
 @cache
 def versions() -> Mapping[str, str]:
     """The versions that a result depends on."""
@@ -143,7 +164,9 @@ class MemoryStore:
     def table(self, name: str, arguments: Mapping[str, Any], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
         """The table `name`, computed once."""
         if name not in self.tables:
-            self.tables[name] = compute()
+            table = compute()
+            check_columns(name, table)
+            self.tables[name] = table
         return self.tables[name]
 
     def drop(self, name: str) -> None:
@@ -169,16 +192,18 @@ class ResultFolder:
 
     def table(self, name: str, arguments: Mapping[str, Any], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
         """The table `name`: read where it is finished, else computed and put on disk before anything else begins."""
-        wanted = json.loads(json.dumps({"recipe": dict(self.recipe), "arguments": dict(arguments)}))
+        recipe = {"recipe": dict(self.recipe), "arguments": dict(arguments), "format": FORMAT}
+        recipe = json.loads(json.dumps(recipe))
         parquet, provenance = self.path / "tables" / f"{name}.parquet", self.path / "tables" / f"{name}.json"
         finished = _read_json(provenance)
-        if finished.get("made_by") == wanted and parquet.exists() and finished.get("sha256") == _digest(parquet):
+        if finished.get("recipe") == recipe and parquet.exists() and finished.get("sha256") == _digest(parquet):
             return pl.read_parquet(parquet)
         with writing(provenance):
             provenance.unlink(missing_ok=True)  # from here to the end of the write there is no finished table
         table = compute()
+        check_columns(name, table)
         write_table(parquet, table)
-        facts = {"made_by": wanted, "rows": len(table), "sha256": _digest(parquet), "versions": versions()}
+        facts = {"recipe": recipe, "rows": len(table), "sha256": _digest(parquet), "versions": versions()}
         write_json(provenance, facts)
         return table
 

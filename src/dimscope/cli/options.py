@@ -106,5 +106,11 @@ def text_sources(sources: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def announce(line: str) -> None:
-    """Print a line about what is about to run, or about a finished stage, to stderr."""
+    """Print a line to stderr; standard output is for results."""
     print(line, file=sys.stderr, flush=True)
+
+
+def log_stage(line: str) -> None:
+    """Print a finished stage to stderr where no progress bar shows it: in the log of a queue."""
+    if not sys.stderr.isatty():
+        announce(line)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dimscope.checkpoints import BUILTIN
-from dimscope.cli.options import COMMON, Common, announce
+from dimscope.cli.options import COMMON, Common, announce, log_stage
 from dimscope.cli.studies import prepared
 from dimscope.cli.terminal import Output
 from dimscope.errors import InvalidArgument
@@ -111,7 +111,7 @@ def _run(settings: Mapping[Study, Any], shared: Shared, model: str, common: Comm
     if shared.prompts is None and _runs_model(settings) and (context_of(checkpoint) or ROOM) >= ROOM:
         shared = replace(shared, prompts=(PROMPT,))
     own = {study: prepared(with_shared(chosen, shared), common) for study, chosen in settings.items()}
-    results = run_studies(checkpoint, own, common.out, Monitor(announce))
+    results = run_studies(checkpoint, own, common.out, Monitor(announce, log_stage))
     facts: dict[str, Any] = {"model": checkpoint.name}
     waiting = [shard for result in results for shard in result.waiting]
     facts |= {"waiting_for_shards": ", ".join(waiting)} if waiting else {"page": common.out / "index.html"}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from dimscope.checkpoints import BUILTIN
-from dimscope.cli.options import COMMON, Common, announce, text_sources
+from dimscope.cli.options import COMMON, Common, announce, log_stage, text_sources
 from dimscope.cli.terminal import Output
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run_command(
 
     checkpoint = common.open(model)
     own = prepared(settings, common)
-    monitor = Monitor(announce, watch)
+    monitor = Monitor(announce, log_stage, watch)
     if common.out is None:
         study.load().check(checkpoint)
         result = run_study(study, checkpoint, own, monitor=monitor)

@@ -16,6 +16,7 @@ from dimscope.page import theme
 from dimscope.page.payload import figure_spec, zipped_json
 from dimscope.page.section import Facts, Plot, Section
 from dimscope.page.wording import magnitude
+from dimscope.storage import write_whole
 
 EMBED_LIMIT = 1_000_000
 """Tables up to this many bytes travel inside the page; larger ones are linked where they lie."""
@@ -49,7 +50,7 @@ def render_page(page: Page, downloads: Iterable[Download] = ()) -> str:
         .get_template("page.html.jinja")
         .render(
             facts=facts,
-            strip=[*model_highlights(facts), *page.highlights],
+            highlights=[*model_highlights(facts), *page.highlights],
             sections=page.sections,
             downloads=list(downloads),
             components=page.data.get("components", []),
@@ -61,6 +62,15 @@ def render_page(page: Page, downloads: Iterable[Download] = ()) -> str:
             plotly=Markup(get_plotlyjs()),
         )
     )
+
+
+def write_page(page: Page, out: Path) -> Path:
+    """Write OUT/index.html with the tables in OUT/tables that belong to it, whole or not at all; return its path."""
+    names = sorted({name for study in page.facts.studies.values() for name in study.tables})
+    files = [path for name in names if (path := out / "tables" / f"{name}.parquet").exists()]
+    path = out / "index.html"
+    write_whole(path, render_page(page, [table_download(file) for file in files]).encode())
+    return path
 
 
 def model_highlights(facts: Facts) -> list[tuple[str, str, str]]:

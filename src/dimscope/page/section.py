@@ -1,4 +1,4 @@
-"""The nouns of the page: what a run knows about its model, and a section with its finding, pictures and limits."""
+"""What the page is made of: facts about the model and the run, and sections with a finding, figures and caveats."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -77,7 +77,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token in an HTML table: a link to its place on the map; bold where both sides of a comparison share it."""
+    """A token in an HTML table: a link to its point on the map; bold where both sides of a comparison have it."""
 
     id: int
     label: str
@@ -127,7 +127,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model wrote after a change, how many of its tokens are those of the undamaged model, and how much it repeats."""
+    """What a model generates after a change: how many tokens agree with the undamaged model, and how much it repeats."""
 
     change: str
     text: str
@@ -137,7 +137,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """The answers to one prompt, one below the other; `opened` where the reader sees them at first."""
+    """The answers to one prompt, one below the other; `opened` ones are unfolded at first."""
 
     prompt: str
     answers: tuple[Answer, ...]
@@ -151,7 +151,7 @@ class Gallery:
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """The layers whose traces a section's figures hold, as (number, name), and the one shown at first."""
+    """The layers that the reader of a section can choose from, as (number, name), and the one shown at first."""
 
     layers: tuple[tuple[int, str], ...]
     chosen: int
@@ -160,7 +160,7 @@ class LayerChoice:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section: its finding as the title, what shows it, how to read that, and what it does not say.
+    """One section: its finding as the title, figures and tables, how to read them, and a caveat.
 
     `findings` are further sentences under the title; `choice` lets the reader change the layer that the figures show.
     """

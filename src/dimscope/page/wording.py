@@ -30,7 +30,7 @@ def number(value: float | None) -> str:
 
 
 def magnitude(n: int) -> str:
-    """Return a count of parameters as people say it: "494 million", "1.54 billion", "260,032"."""
+    """Return a count of parameters in words: "494 million", "1.54 billion", "260,032"."""
     for size, name in ((1_000_000_000, "billion"), (1_000_000, "million")):
         if n >= size:
             return f"{n / size:.3g} {name}"

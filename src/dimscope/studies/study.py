@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dimscope.errors import InvalidArgument
+
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
     import polars as pl
 
     from dimscope.checkpoints.checkpoint import Checkpoint
+    from dimscope.page.render import Page
     from dimscope.page.section import Facts, Section, SectionMaker, Tables
     from dimscope.storage import Store
 
@@ -34,9 +38,16 @@ class RunOutput:
 
 @dataclass(frozen=True, slots=True)
 class Monitor:
-    """Who follows a run: `announce` gets one line per stage, `watch` whatever the study shows while it works."""
+    """Who follows a run.
+
+    Attributes:
+        announce: Called with a line before something long starts: what is going to run, and what it costs.
+        stage: Called with a line when a stage is finished, for logs without progress bars.
+        watch: Called with whatever a study shows while it works; None where nobody watches.
+    """
 
     announce: Callable[[str], object] = lambda line: None
+    stage: Callable[[str], object] = lambda line: None
     watch: Callable[[Any], object] | None = None
 
 
@@ -56,7 +67,14 @@ class Summary:
     answer: str
     frames: Mapping[str, pl.DataFrame]
     files: tuple[str, ...] = ()
-    """Tables of the study that are too large to print and that JSON gives too."""
+    """Tables of the study that are too large to print; JSON gives them too."""
+
+    def __str__(self) -> str:
+        """Return the answer and the first table, as a frame prints."""
+        table = next(iter(self.frames.values()), None)
+        return self.answer if table is None else f"{self.answer}\n{table}"
+
+    __repr__ = __str__
 
 
 def _no_highlights(tables: Tables, facts: Facts) -> list[Highlight]:
@@ -120,12 +138,18 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class StudyResult:
-    """The tables of a study, and ways to look at them."""
+    """The tables of a study, and ways to look at them.
+
+    Attributes:
+        study: The study that was run.
+        tables: Polars frames by name; `.to_pandas()` of a frame gives pandas.
+        report: What report.json holds: the model, the versions, and under "studies" the facts of this study.
+        waiting: The shards that are missing, as "2/3"; as long as there are any, there are no tables.
+    """
 
     study: Study
-    tables: Mapping[str, pl.DataFrame] = field(repr=False)
-    report: Mapping[str, Any] = field(repr=False)
-    """What report.json holds: the model, the versions, and under "studies" the facts of this study."""
+    tables: Mapping[str, pl.DataFrame]
+    report: Mapping[str, Any]
     waiting: Sequence[str] = ()
 
     @property
@@ -134,6 +158,69 @@ class StudyResult:
         from dimscope.page.section import Facts
 
         return Facts.from_json(self.report)
+
+    def summary(self) -> Summary:
+        """Return the answer in one sentence, and the tables that say most."""
+        return self.study.load().summarise(self.tables, self.facts)
+
+    def figures(self) -> dict[str, go.Figure]:
+        """Return every figure of the page by name, as plotly figures."""
+        from dimscope.page.section import Plot
+
+        sections = self.study.load().make_sections(self.tables, self.facts)
+        return {
+            block.anchor: block.figure for section in sections for block in section.blocks if isinstance(block, Plot)
+        }
+
+    def figure(self, name: str) -> go.Figure:
+        """Return one figure of the page.
+
+        Raises:
+            InvalidArgument: There is no figure of this name; the message lists the names.
+        """
+        figures = self.figures()
+        if name not in figures:
+            raise InvalidArgument(f"there is no figure {name!r}; the figures are {', '.join(figures)}")
+        return figures[name]
+
+    def page(self, out: str | Path) -> Path:
+        """Write the tables and the page of this study into a folder, and return the path of the page."""
+        from dimscope.page.render import write_page
+        from dimscope.storage import write_json, write_table
+
+        out = Path(out)
+        for name, frame in self.tables.items():
+            write_table(out / "tables" / f"{name}.parquet", frame)
+        write_json(out / "report.json", dict(self.report))
+        code, facts = self.study.load(), self.facts
+        return write_page(page_of([code], self.tables, facts), out)
+
+    def __repr__(self) -> str:
+        """Return the answer and the names of the tables, in a few lines."""
+        if self.waiting:
+            return f"{self.study.name}: waiting for shards {', '.join(self.waiting)}"
+        tables = ", ".join(f"{name} ({len(frame):,} rows)" for name, frame in self.tables.items())
+        return f"{self.summary().answer}\ntables: {tables}"
+
+    def _repr_html_(self) -> str:
+        """Return the answer and its first table for a notebook."""
+        from html import escape
+
+        summary = self.summary()
+        table = next(iter(summary.frames.values()), None)
+        return f"<p>{escape(summary.answer)}</p>" + ("" if table is None else table.head(20)._repr_html_())
+
+
+def page_of(codes: Sequence[StudyCode], tables: Tables, facts: Facts) -> Page:
+    """Return what the page shows of finished studies, in their order."""
+    from dimscope.page.render import Page
+
+    return Page(
+        facts,
+        tuple(highlight for code in codes for highlight in code.highlights(tables, facts)),
+        tuple(section for code in codes for section in code.make_sections(tables, facts)),
+        {name: value for code in codes for name, value in code.page_data(tables, facts).items()},
+    )
 
 
 def run_study(

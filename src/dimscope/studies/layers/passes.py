@@ -87,10 +87,9 @@ class PassRunner:
         options = PassSettings(
             planned.batch, settings.reservoir, settings.seed, settings.logits, settings.checkpoint_every, settings.shard
         )  # fmt: skip
-        identity = planned.identity
-        number = f" {identity.draw + 1}" if identity.draw else ""
-        title = f"{identity.model}, {identity.text}, {identity.condition}{number}"
-        with tqdm(total=planned.source.n_tokens, desc=title, unit="token", unit_scale=True, disable=None) as bar:
+        with tqdm(
+            total=planned.source.n_tokens, desc=planned.title, unit="token", unit_scale=True, disable=None
+        ) as bar:
             return run_pass(
                 model, sites, planned.windows(settings.seed), options, self.state_file(planned, part),
                 lambda windows: bar.update(sum(len(window.ids) for window in windows)),

@@ -60,6 +60,13 @@ class PlannedPass:
     arguments: Mapping[str, Any]
 
     @property
+    def title(self) -> str:
+        """Return the pass in words: "builtin, builtin prose, shuffled 2"."""
+        identity = self.identity
+        number = f" {identity.draw + 1}" if identity.draw else ""
+        return f"{identity.model}, {identity.text}, {identity.condition}{number}"
+
+    @property
     def slug(self) -> str:
         """A file name that tells passes apart. Thresholds are left out: what is collected does not depend on them."""
         collected = {key: value for key, value in self.arguments.items() if key != "thresholds"}

@@ -45,10 +45,11 @@ def run_layers(checkpoint: Checkpoint, settings: LayersSettings, store: Store, m
     if settings.shard[1] > 1 and (waiting := _run_shard(runner)):
         return RunOutput({}, {}, waiting=waiting)
     with _one_shard_at_a_time(runner):
-        for planned in plan.passes:
+        for number, planned in enumerate(plan.passes, 1):
             for name in _pass_tables(planned, settings):
                 _pass_table(runner, store, planned, name)
             runner.forget(planned)
+            monitor.stage(f"pass {number} of {len(plan.passes)} finished: {planned.title}")
         finished = {name: table for name in TABLES if (table := _study_table(runner, store, name)) is not None}
     if settings.shard[1] == 1 and runner.state is not None:  # other shards may still be reading theirs
         shutil.rmtree(runner.state, ignore_errors=True)

@@ -29,7 +29,7 @@ PREDICTIONS = {
     "model": pl.String, "text": pl.String, "condition": pl.String, "seed": pl.Int64, "metric": pl.String,
     "value": pl.Float64, "stderr": pl.Float64, "n_tokens": pl.Int64,
 }  # fmt: skip
-TYPES = {"seed": pl.Int64}  # of columns that may be null in every row
+TYPES = {"seed": pl.Int64, "layer": pl.Int64, "n_tokens": pl.Int64}  # of columns that polars would type otherwise
 SMALLEST = 64  # rows of the shortest stretch of the curve over N
 NUMERICAL_RANK, STABLE_RANK = "numerical rank", "stable rank"
 FEWEST = 3  # rows from which there is a dimension to speak of
