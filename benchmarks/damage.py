@@ -24,7 +24,7 @@ from torch.nn.functional import kl_div, nll_loss
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.measure import HIDDEN_SIZE, VOCAB_SIZE, qwen_sized_table, timed
-from dimscope.evaluation import judging
+from dimscope.evaluation import evaluate as evaluation
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.maps import LinearMap, exact_error
 from dimscope.interventions.perturbations import TableSummary, make_map
@@ -191,15 +191,15 @@ def naive_pass(
     return bare, after, loss / (n_positions - len(windows)), kl / n_positions
 
 
-def baseline(model: PreTrainedModel, windows: list[Window], *, kept: bool) -> judging.Baseline:
+def baseline(model: PreTrainedModel, windows: list[Window], *, kept: bool) -> evaluation.Baseline:
     """A baseline that keeps its log-probabilities, or computes them again, whatever memory is free."""
-    with patch.object(judging, "KEPT_SHARE", 1.0 if kept else 0.0):
-        base = judging.baseline(model, windows, BATCH)
-    assert (base.kept is not None) == kept, "too little memory to keep the log-probabilities"
+    with patch.object(evaluation, "CACHE_SHARE", 1.0 if kept else 0.0):
+        base = evaluation.baseline(model, windows, BATCH)
+    assert (base.cache is not None) == kept, "too little memory to keep the log-probabilities"
     return base
 
 
-def difference(found: judging.Judgement, loss: float, kl: float) -> float:
+def difference(found: evaluation.Evaluation, loss: float, kl: float) -> float:
     """The larger of the relative differences of loss and KL."""
     return max(abs(found.loss / loss - 1), abs(found.kl / kl - 1))
 
@@ -209,7 +209,7 @@ def judged_error(model: PreTrainedModel, window: Window, change: LinearMap) -> f
     base = baseline(model, [window], kept=True)
     log_p = all_logits(model, window).double().log_softmax(dim=1)
     with perturbed(model, change, "both"):
-        found = judging.judge(model, base)
+        found = evaluation.evaluate(model, base)
     with perturbed(model, change, "both", materialise=True):
         loss, kl = naive_sums(all_logits(model, window).double(), log_p, window.ids)
     n = len(window.ids)
@@ -228,13 +228,13 @@ def bench_judged(shape: Shape) -> dict[str, Any]:
     assert error < 1e-4, error
     before = [all_logits(model, window).log_softmax(dim=1) for window in windows]
     keeping = baseline(model, windows, kept=True)
-    again = replace(keeping, kept=None)
+    again = replace(keeping, cache=None)
     rounds: list[tuple[float, ...]] = []
     with perturbed(model, change, "both"):
         for _ in range(ROUNDS):
             bare, after, loss, kl = naive_pass(model, windows, before)
-            ours, found = timed(lambda: judging.judge(model, keeping))
-            recomputed, same = timed(lambda: judging.judge(model, again))
+            ours, found = timed(lambda: evaluation.evaluate(model, keeping))
+            recomputed, same = timed(lambda: evaluation.evaluate(model, again))
             assert difference(found, same.loss, same.kl) < 1e-9, (found, same)
             assert difference(found, loss, kl) < 1e-4, (found, loss, kl)
             rounds.append((bare, bare + after, ours, recomputed))

@@ -19,8 +19,8 @@ from dimscope.checkpoints.loaded import as_checkpoint, checkpoint_of
 from dimscope.checkpoints.model import Placement, load_model, place, randomly_initialised
 from dimscope.checkpoints.vocabulary import read_vocabulary, require_tokenizer
 from dimscope.errors import InvalidArgument, TokenizerMissing, UnsupportedCheckpoint
+from dimscope.evaluation.evaluate import baseline, evaluate
 from dimscope.evaluation.generation import Decoding, generate, prepare_prompt
-from dimscope.evaluation.judging import baseline, judge
 from dimscope.evaluation.throughput import throughput
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.maps import LinearMap
@@ -159,7 +159,7 @@ def test_nothing_of_a_loaded_model_is_changed_bit_for_bit(checkpoint, family):
     dim = loaded.input_table.shape[1]
     for materialise in (False, True):
         with perturbed(running, LinearMap(torch.eye(dim)), "both", materialise=materialise):
-            assert judge(running, base).kl < 1e-5
+            assert evaluate(running, base).kl < 1e-5
     generate(running, tokenizer, [prepare_prompt(tokenizer, "the")], Decoding("sample", 4))
     throughput({"model": running}, read=4, written=2)
     fingerprint(loaded)

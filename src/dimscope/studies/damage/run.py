@@ -23,6 +23,7 @@ from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.model import is_out_of_memory, load_model, out_of_memory, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
+from dimscope.evaluation.evaluate import Baseline, baseline, evaluate
 from dimscope.evaluation.generation import (
     Decoding,
     Template,
@@ -33,7 +34,6 @@ from dimscope.evaluation.generation import (
     prepare_prompt,
     sample_windows,
 )
-from dimscope.evaluation.judging import Baseline, baseline, judge
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.maps import LinearMap, RowMap
 from dimscope.interventions.perturbations import TableSummary, make_chain, make_map, summarise
@@ -261,7 +261,7 @@ class DamageWork:
                 numbers[f"{name} table"] = measures.error_numbers(change, self.summaries[name], sampled, point)
         with self.damaged(point) as model:
             numbers |= {
-                name: measures.judged_numbers(judge(model, base, changed=bool(point.steps)))
+                name: measures.judged_numbers(evaluate(model, base, changed=bool(point.steps)))
                 for name, base in bases.items()
             }
         return measures.damage_frame(place, numbers)

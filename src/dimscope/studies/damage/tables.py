@@ -6,9 +6,9 @@ from typing import Any
 
 import polars as pl
 
+from dimscope.evaluation.evaluate import Evaluation
 from dimscope.evaluation.generation import Continuation, Prompt
-from dimscope.evaluation.judging import Judgement
-from dimscope.evaluation.metrics import BITS, KL, LOSS, PERPLEXITY, RISE, TOP_1, TOP_5
+from dimscope.evaluation.metrics import BITS, KL, LOSS, PERPLEXITY, RISE, TOP_1
 from dimscope.interventions.maps import LinearMap, RowMap, exact_error
 from dimscope.interventions.operators import operator_statistics
 from dimscope.interventions.perturbations import TableSummary, find_perturbation
@@ -80,7 +80,7 @@ def error_numbers(change: RowMap, table: TableSummary, sampled: RowErrors, point
     return numbers + [(k, v.value, v.stderr, None, sampled.n) for k, v in others.items() if v is not None]
 
 
-def judged_numbers(found: Judgement) -> list[Number]:
+def judged_numbers(found: Evaluation) -> list[Number]:
     """What a text costs, and how far the model is from what it was."""
     return [
         (LOSS, found.loss, None, None, found.n_predicted),
@@ -89,7 +89,6 @@ def judged_numbers(found: Judgement) -> list[Number]:
         (BITS, found.bits_per_byte, None, None, found.n_predicted),
         (KL, found.kl, found.kl_stderr, None, found.n_positions),
         (TOP_1, found.top_1, None, None, found.n_positions),
-        (TOP_5, found.top_5, None, None, found.n_positions),
     ]
 
 

@@ -21,7 +21,7 @@ from dimscope.checkpoints.families import check_width, layout_of
 from dimscope.checkpoints.model import Placement, load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
-from dimscope.evaluation.metrics import BITS, KL, LOSS, TOP_1, TOP_5
+from dimscope.evaluation.metrics import BITS, KL, LOSS, TOP_1
 from dimscope.evaluation.throughput import Throughput, throughput
 from dimscope.narrowing.bases import FROM_TABLE, LEARNED, check_basis, make_basis
 from dimscope.narrowing.card import model_card
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXACT = 1e-4  # share of the largest logit by which a rotation in float32 may change one
-JUDGED = {"loss": LOSS, "bits_per_byte": BITS, "kl": KL, "top_1": TOP_1, "top_5": TOP_5}
+JUDGED = {"loss": LOSS, "bits_per_byte": BITS, "kl": KL, "top_1": TOP_1}
 TIMED = {"prefill": "prefill, tokens per second", "decode": "decode, tokens per second"}
 
 

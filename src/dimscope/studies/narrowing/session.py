@@ -19,8 +19,8 @@ from dimscope.checkpoints.families import layout_of
 from dimscope.checkpoints.model import Placement, load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
+from dimscope.evaluation.evaluate import Baseline, Evaluation, baseline, evaluate
 from dimscope.evaluation.generation import sample_windows
-from dimscope.evaluation.judging import Baseline, Judgement, baseline, judge
 from dimscope.interventions.maps import RowQuantisation
 from dimscope.interventions.perturbations import TableSummary, summarise
 from dimscope.narrowing.bases import FROM_TABLE, LEARNED, make_basis
@@ -162,9 +162,9 @@ class Bench:
     def baseline(self) -> Baseline:
         return baseline(self.dense, self.reading.judged, self.batch)
 
-    def judge(self, model: PreTrainedModel) -> Judgement:
+    def judge(self, model: PreTrainedModel) -> Evaluation:
         """A model beside the dense one, on the windows that nothing was fitted to."""
-        return judge(model, self.baseline, changed=model is not self.dense)
+        return evaluate(model, self.baseline, changed=model is not self.dense)
 
     def schedule(self, steps: int, rate: float) -> Schedule:
         """Steps of as many tokens whatever the length of a window."""
