@@ -11,7 +11,16 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from dimscope.errors import InvalidArgument
-from dimscope.storage import ResultFolder, check_folder, versions, write_json, write_table, write_whole
+from dimscope.storage import (
+    FORMAT,
+    MemoryStore,
+    ResultFolder,
+    check_folder,
+    versions,
+    write_json,
+    write_table,
+    write_whole,
+)
 
 FRAME = pl.DataFrame({"id": [1, 2], "label": ["␣a", None]}, schema={"id": pl.Int64, "label": pl.String})
 
@@ -126,12 +135,49 @@ def test_a_table_is_computed_once(tmp_path, compute):
 
 def test_the_provenance_says_what_made_it(tmp_path, compute):
     folder(tmp_path).table("t", {"k": 10}, compute)
-    found = json.loads((tmp_path / "tables" / "t.json").read_text(encoding="utf-8"))
-    assert found["made_by"] == {"recipe": {"model": "m", "seed": 0}, "arguments": {"k": 10}}
-    assert found["rows"] == 2
-    assert found["sha256"] == hashlib.sha256((tmp_path / "tables" / "t.parquet").read_bytes()).hexdigest()
-    assert found["versions"] == versions()
-    assert {"python", "dimscope", "torch", "transformers"} <= found["versions"].keys()
+    provenance = json.loads((tmp_path / "tables" / "t.json").read_text(encoding="utf-8"))
+    run = {"recipe": {"model": "m", "seed": 0}, "arguments": {"k": 10}, "format": FORMAT}
+    assert provenance["recipe"] == run
+    assert provenance["rows"] == 2
+    assert provenance["sha256"] == hashlib.sha256((tmp_path / "tables" / "t.parquet").read_bytes()).hexdigest()
+    assert provenance["versions"] == versions()
+    assert {"python", "dimscope", "torch", "transformers"} <= provenance["versions"].keys()
+
+
+def test_a_table_of_an_older_format_is_computed_again(tmp_path, compute, monkeypatch):
+    monkeypatch.setattr("dimscope.storage.FORMAT", FORMAT - 1)
+    folder(tmp_path).table("t", {}, compute)
+    monkeypatch.undo()
+    folder(tmp_path).table("t", {}, compute)
+    assert compute.runs == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"layer": pl.Series([1], dtype=pl.Int32)}, "'layer' is Int32"),
+        ({"text": [1]}, "'text' is Int64"),
+        ({"stderr": [None]}, "'stderr' is Null"),
+        ({"value": [float("nan")]}, "NaN in column 'value'"),
+    ],
+)
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_common_column_has_one_type_everywhere(tmp_path, columns, message, in_memory):
+    store = MemoryStore() if in_memory else folder(tmp_path)
+    with pytest.raises(AssertionError, match=message):
+        store.table("t", {}, lambda: pl.DataFrame(columns))
+    assert files(tmp_path) == []
+
+
+def test_in_memory_a_table_is_computed_once_and_nothing_is_written(tmp_path, compute, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = MemoryStore()
+    for _ in range(2):
+        assert store.table("t", {}, compute) is FRAME
+    store.drop("t")
+    assert store.table("t", {}, compute) is FRAME
+    assert compute.runs == 2
+    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -209,7 +255,7 @@ def test_a_failed_computation_leaves_the_error_and_no_table(tmp_path):
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b"null", b"[]", b'"made_by"', b"{}"], ids=repr)
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b"null", b"[]", b'"recipe"', b"{}"], ids=repr)
 def test_a_damaged_provenance_leads_to_a_new_computation(tmp_path, compute, damage):
     folder(tmp_path).table("t", {}, compute)
     (tmp_path / "tables" / "t.json").write_bytes(damage)

@@ -54,6 +54,7 @@ def report_command(known: Sequence[Study]) -> Callable[..., None]:
         kind = Annotated[study.settings, hidden]  # ty: ignore[invalid-type-form]
         columns.append((study.name, kind, field(default=study.settings())))
     options: Any = Parameter(name="*")(make_dataclass("StudyOptions", columns, frozen=True))
+    options.__module__ = __name__  # cyclopts takes classes of the standard library, make_dataclass's own, as one value
     defaults = options()
     names = Annotated[
         tuple[Literal[tuple(study.name for study in known)], ...],  # ty: ignore[invalid-type-form]
