@@ -21,7 +21,7 @@ from matrices import PROPERTY
 
 from dimscope.errors import InvalidArgument, NetworkError
 from dimscope.texts import texts as module
-from dimscope.texts.texts import open_text
+from dimscope.texts.texts import open_text, text_from_string
 
 WORDS = "Die Möwe sah 7 Schiffe 🚢 und\r\nflog — ohne Eile — weiter.\n"
 
@@ -128,10 +128,29 @@ def test_a_file_larger_than_a_piece_is_never_held_whole(tmp_path):
 
 
 def test_what_is_not_there(tmp_path):
-    assert refused(tmp_path / "none.txt").startswith(f"{tmp_path / 'none.txt'}: no such file or folder; --text takes")
+    assert refused(tmp_path / "none.txt").startswith(f"{tmp_path / 'none.txt'}: no such file or folder; pass a file")
     assert "no such file" in refused(tmp_path / "none.parquet:text")
-    assert "cannot be read (File name too long)" in refused("It was the best of times, " * 20)
-    assert "--text is empty" in refused("")
+    assert "cannot be read (File name too long)" in refused("a" * 300)
+    assert "a text is empty" in refused("")
+
+
+@pytest.mark.parametrize("sentence", ["The cat sat.", "It was the best of times, " * 20, "Mr. Smith\nwent out"])
+def test_a_sentence_is_told_from_a_missing_file(sentence):
+    message = refused(sentence)
+    assert message.startswith((f"'{sentence.split()[0]} ", f"'{sentence[:40]}...'"))
+    assert message.endswith(
+        "no such file or folder; to pass the text itself, use `text=...` in Python or - for standard input"
+    )
+
+
+def test_a_string_is_a_text():
+    text = text_from_string(WORDS, "words")
+    assert (text.name, read(text), read(text), text.n_bytes) == ("words", WORDS, WORDS, len(WORDS.encode()))
+    assert text.fingerprint != text_from_string(WORDS + ".", "words").fingerprint
+    assert read(text_from_string("builtin:prose")) == "builtin:prose"
+    for blank in ("", " \n\t"):
+        with pytest.raises(InvalidArgument, match="text: there is no text in it"):
+            text_from_string(blank)
 
 
 @pytest.mark.parametrize("content", ["", " \n\t\r\n", "\ufeff", "\ufeff \n", " " * 3_000_000], ids=range(5))
@@ -142,7 +161,7 @@ def test_a_file_without_text(content, tmp_path):
 def test_binary_files(tmp_path):
     assert "looks like a binary file (the byte at offset 4 is NUL)" in refused(write(tmp_path / "a.txt", b"abcd\0e"))
     noise = b"".join(hashlib.sha256(bytes([i])).digest() for i in range(99)).replace(b"\0", b"\1")
-    assert "control characters); --text takes" in refused(write(tmp_path / "b.txt", noise))
+    assert "control characters); pass plain text" in refused(write(tmp_path / "b.txt", noise))
     refused(write(tmp_path / "c.txt", gzip.compress(WORDS.encode())))
 
 
@@ -234,7 +253,7 @@ def test_a_column_of_strings_runs_on_without_its_nulls(tmp_path):
 def test_columns_that_must_be_named(tmp_path):
     source = parquet(tmp_path / "a.parquet", title=["t"], body=["b"], id=[1])
     for wrong in (source, f"{source}:id", f"{source}:nothing"):
-        assert f"those are title, body: --text {source}:title" in refused(wrong)
+        assert f"those are title, body; pass {source}:title" in refused(wrong)
     assert read(open_text(f"{source}:body")) == "b"
     assert read(open_text(parquet(tmp_path / "b.parquet", title=["t"], text=["x"]))) == "x"
     assert "no column of strings" in refused(parquet(tmp_path / "c.parquet", id=[1]))
@@ -398,7 +417,7 @@ def test_a_server_that_says_nothing(serve, monkeypatch):
 def test_a_server_that_drips_is_left_at_the_deadline(serve, monkeypatch):
     monkeypatch.setattr(module, "DEADLINE", 0.3)
     url, begin = serve({"/drip": lambda h: h.drip(b"a", 0.02)}), time.monotonic()
-    assert "not here after 0.3 s" in unreachable(f"{url}/drip")
+    assert "not complete after 0.3 s" in unreachable(f"{url}/drip")
     assert time.monotonic() - begin < 5
 
 

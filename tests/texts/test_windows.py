@@ -15,15 +15,15 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dimscope.errors import InvalidArgument
-from dimscope.texts import windows as module
-from dimscope.texts.texts import Text, open_text
+from dimscope.texts import encoding as module
+from dimscope.texts.encoding import encode, special_prefix
+from dimscope.texts.texts import Text, open_text, text_from_string
 from dimscope.texts.windows import (
     Window,
-    encode,
+    fitting_length,
     middle_windows,
     shuffle_across,
     shuffle_within,
-    special_prefix,
     stream_windows,
 )
 
@@ -84,7 +84,7 @@ def at_once(whole: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def encoded(text: Text, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     blocks = list(encode(text, tokenizer))
-    return [int(i) for ids, _ in blocks for i in ids], [int(e) for _, ends in blocks for e in ends]
+    return [int(i) for block in blocks for i in block.ids], [int(e) for block in blocks for e in block.ends]
 
 
 def pairs(window: Window) -> list[tuple[int, int]]:
@@ -313,7 +313,7 @@ def test_the_texts_of_the_package_as_the_model_of_the_package_reads_them():
 @pytest.mark.parametrize(("kind", "least"), [("byte_bpe", 2), ("sentencepiece", 3)])
 def test_a_window_holds_two_tokens_of_the_text(kind, least, tokenizers):
     for verb in (lambda **k: middle_windows(count=1, **k), lambda **k: next(stream_windows(**k))):
-        with pytest.raises(InvalidArgument, match=rf"--length {least - 1} is too short.*: --length {least} or more"):
+        with pytest.raises(InvalidArgument, match=rf"`length` must be {least} or more, got {least - 1}"):
             verb(text=text_of(TEXT), tokenizer=tokenizers[kind], length=least - 1)
         verb(text=text_of(TEXT), tokenizer=tokenizers[kind], length=least)
 
@@ -322,7 +322,7 @@ def test_a_text_shorter_than_a_window(tokenizers):
     tokenizer = tokenizers["sentencepiece"]
     total = len(at_once(TEXT[:200], tokenizer))
     message = (
-        rf"alice.txt has {total} tokens, fewer than one window of 512: give a longer text or --length {total + 1}$"
+        rf"alice.txt has {total} tokens, fewer than one window of 512: give a longer text or pass `length` {total + 1}$"
     )
     with pytest.raises(InvalidArgument, match=message):
         middle_windows(text_of(TEXT[:200]), tokenizer, length=512, count=None)
@@ -333,11 +333,29 @@ def test_a_text_shorter_than_a_window(tokenizers):
         middle_windows(text_of("a"), tokenizer, length=512, count=None)
 
 
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece"])
+def test_a_short_text_fits_one_window_of_all_its_tokens(kind, tokenizers):
+    tokenizer, prefix = tokenizers[kind], special_prefix(tokenizers[kind])
+    text = text_from_string("The cat sat.")
+    length = fitting_length(text, tokenizer, 512)
+    assert length == len(prefix) + len(at_once("The cat sat.", tokenizer))
+    assert fitting_length(text, tokenizer, length) == fitting_length(text, tokenizer, length + 1) == length
+    assert len(middle_windows(text, tokenizer, length=length, count=None)) == 1
+    with pytest.raises(InvalidArgument, match="text has 1 tokens; a text needs at least 2"):
+        fitting_length(text_from_string("a"), tokenizers["byte_bpe"], 512)
+
+
+def test_a_long_text_is_read_only_as_far_as_a_window_goes(tokenizers):
+    pulled: list[int] = []
+    assert fitting_length(text_of(TEXT * 300, 20_000, pulled), tokenizers["byte_bpe"], 64) == 64
+    assert pulled == [0]
+
+
 def test_a_count_that_does_not_fit(tokenizers):
     tokenizer = tokenizers["byte_bpe"]
     length = len(at_once(TEXT, tokenizer)) // 3
     for count in (8, 0, -1):
-        message = rf"alice.txt fits 3 windows of {length}, not {count}: --windows 3 or a smaller --length"
+        message = rf"`windows` must be 1 to 3 for alice.txt and windows of {length} tokens, got {count}; pass fewer"
         with pytest.raises(InvalidArgument, match=message):
             middle_windows(text_of(TEXT), tokenizer, length=length, count=count)
 
@@ -346,7 +364,7 @@ def test_a_text_above_the_cap_is_streamed_only(tokenizers):
     pulled: list[int] = []
     known, unknown = text_of(TEXT, 100, pulled, n_bytes=len(TEXT)), text_of(TEXT * 20, 2000, pulled)
     for text, read in ((known, 0), (unknown, 4)):
-        with pytest.raises(InvalidArgument, match=r"larger than 0.0015 MB.*pass --windows all, which streams"):
+        with pytest.raises(InvalidArgument, match=r"larger than 0.0015 MB.*pass `windows` all, which streams"):
             middle_windows(text, tokenizers["byte_bpe"], length=16, count=1, cap_bytes=1500)
         assert len(pulled) <= read
     assert list(stream_windows(unknown, tokenizers["byte_bpe"], length=16))

@@ -16,7 +16,8 @@ from dimscope.activations.forward import input_device
 from dimscope.activations.hooks import evaluating
 from dimscope.checkpoints.vocabulary import piece_decoder
 from dimscope.errors import InvalidArgument
-from dimscope.texts.windows import Window, room_after, special_prefix
+from dimscope.texts.encoding import special_prefix
+from dimscope.texts.windows import Window, text_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -166,7 +167,7 @@ def sample_windows(
     """
     begin = begin_ids(tokenizer)
     ids = torch.tensor([begin] * count, device=input_device(model))
-    decoding = Decoding("sample", room_after(begin, length), seed)
+    decoding = Decoding("sample", text_tokens(begin, length), seed)
     ends = _end_ids(model, tokenizer) | ({tokenizer.eos_token_id} - {None})
     beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)  # rows with no token
     with _seeded(seed, ids.device), _configured(model, decoding, [], 0):

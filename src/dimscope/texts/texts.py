@@ -1,6 +1,7 @@
-"""Texts to put through a model: where they come from, read piece by piece. Knows nothing of tokens."""
+"""Texts for a model: opened from files, folders, Parquet, URLs or memory, read piece by piece. Knows nothing of tokens."""
 
 import codecs
+import errno
 import hashlib
 import io
 import json
@@ -25,12 +26,14 @@ from dimscope.errors import InvalidArgument, NetworkError
 PIECE = 1 << 20  # characters
 BLOCK = 1 << 20  # bytes of a file read at once
 ROWS = 512  # of a Parquet file read at once
-LARGEST = 64 << 20  # bytes; what can be read only once is held whole
+LARGEST = 64 << 20  # bytes; what can be read only once is kept in memory
 TIMEOUT = 20.0  # seconds without a sign of the server
 DEADLINE = 300.0  # seconds for a whole download
 BUILTIN = {"prose": "prose.txt", "html": "page.html"}
 SUFFIXES = (".txt", ".md", ".html", ".htm")
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+SOURCES = "pass a file, a folder, a URL, - or builtin:prose"
+SHOWN = 40  # characters of a sentence that an error repeats
 MOST_CONTROLS = 0.02  # share of control characters; random bytes have a tenth, texts in any encoding next to none
 
 
@@ -38,9 +41,8 @@ MOST_CONTROLS = 0.02  # share of control characters; random bytes have a tenth, 
 class Text:
     """A text that can be read again and again, in bounded memory.
 
-    `pieces` gives it from its beginning, anew at each call: strings of at most `PIECE` characters, cut after a line
-    break, or else a space, where their second half has one. They raise InvalidArgument where the source turns out to
-    be no text.
+    Each call of `pieces` reads it from its beginning: strings of at most `PIECE` characters, cut after a line break, or
+    else a space, where their second half has one. Reading raises InvalidArgument where the source is no text.
     """
 
     name: str  # as it is shown: a file's name, "builtin prose", a URL without its query, "standard input"
@@ -50,43 +52,82 @@ class Text:
 
 
 def open_text(source: str, *, stdin: io.BufferedIOBase | None = None) -> Text:
-    """The text at a source, checked as far as its first piece that is not white space.
+    """Open the text at a source, and read as far as its first piece that is not white space.
 
-    `source` is "builtin:prose" or "builtin:html"; "-", the standard input (or `stdin`); an http or https URL; a file;
-    a folder, whose *.txt, *.md, *.html and *.htm files at any depth run on in the order of their paths; or a Parquet
-    file, "data.parquet:column", whose rows run on, nulls left out (without a column: the only one of strings, or
-    "text"). A document that another follows gets a line break at its end where it has none, so that words never join.
-    Text is UTF-8, or what a URL's header says; a byte order mark is dropped, line ends stay as they are.
+    Several documents (files of a folder, rows of a Parquet file) are read as one text. A document that another follows
+    gets a line break at its end where it has none, so that words never join. Text is UTF-8, or what a URL's header
+    says; a byte order mark is dropped, line ends stay as they are. Standard input and URLs are read at once and kept in
+    memory, up to 64 MiB.
 
-    Standard input and URLs are read at once and held, up to 64 MiB.
-    Raises InvalidArgument for what is not there, not readable, empty or no UTF-8; NetworkError.
+    Args:
+        source: "builtin:prose" or "builtin:html"; "-" for standard input; an http or https URL; a file; a folder, of
+            which the *.txt, *.md, *.html and *.htm files at any depth are read in the order of their paths; or a Parquet
+            file, "data.parquet:column", without its nulls (without a column: the only one of strings, or "text").
+        stdin: what to read for "-" instead of standard input.
+
+    Raises:
+        InvalidArgument: for a source that does not exist, cannot be read, is empty or not UTF-8.
+        NetworkError: for a URL that cannot be read.
+
+    >>> open_text("builtin:prose").name
+    'builtin prose'
     """
-    text = _find(source, stdin)
+    return _require_text(_open(source, stdin))
+
+
+def text_from_string(text: str, name: str = "text") -> Text:
+    """Return a text from a string: the text itself, not the name of a file.
+
+    Args:
+        text: the text.
+        name: to call it by in tables and figures.
+
+    Raises:
+        InvalidArgument: for an empty string, or white space only.
+
+    >>> list(text_from_string("The cat sat.").pieces())
+    ['The cat sat.']
+    """
+    # Lone surrogates cannot be written as UTF-8; a tokenizer could not read them either.
+    return _require_text(_from_bytes(name, text.encode("utf-8", "replace")))
+
+
+def looks_like_text(source: str) -> bool:
+    """Return whether a source reads as a sentence, not as a path: several words without the suffix of a file.
+
+    >>> looks_like_text("The cat sat."), looks_like_text("my texts/the cat.txt"), looks_like_text("cat")
+    (True, False, False)
+    """
+    is_file_name = re.fullmatch(r"\.\w{1,8}", Path(source.strip()).suffix) is not None
+    return len(source.split()) > 1 and not is_file_name
+
+
+def _require_text(text: Text) -> Text:
     if not any(map(str.strip, text.pieces())):
-        raise InvalidArgument(f"{text.name}: there is no text in it, only white space at most; give another --text")
+        raise InvalidArgument(f"{text.name}: there is no text in it, or only white space; pass another text")
     return text
 
 
-def _find(source: str, stdin: io.BufferedIOBase | None) -> Text:
+def _open(source: str, stdin: io.BufferedIOBase | None) -> Text:
     if source.startswith("builtin:"):
         return _builtin(source.removeprefix("builtin:"))
     if source == "-":
-        return _held("standard input", _read_whole("standard input", (stdin or sys.stdin.buffer).read))
+        return _from_bytes("standard input", _read_whole("standard input", (stdin or sys.stdin.buffer).read))
     if match := SCHEME.match(source):
         return _url(source, match[1].lower())
     if not source:  # would be the current folder
-        raise InvalidArgument("--text is empty; it takes a file, a folder, a URL, - or builtin:prose")
+        raise InvalidArgument(f"a text is empty; {SOURCES}")
     return _path(source)
 
 
 def _builtin(key: str) -> Text:
     if key not in BUILTIN:
         raise InvalidArgument(f"the built-in texts are {', '.join(f'builtin:{k}' for k in BUILTIN)}, not builtin:{key}")
-    return _held(f"builtin {key}", files("dimscope.builtin").joinpath("texts", BUILTIN[key]).read_bytes())
+    return _from_bytes(f"builtin {key}", files("dimscope.builtin").joinpath("texts", BUILTIN[key]).read_bytes())
 
 
-def _held(name: str, data: bytes) -> Text:
-    """A text that is in memory already, as UTF-8."""
+def _from_bytes(name: str, data: bytes) -> Text:
+    """Return a text that is in memory already, as UTF-8."""
     fingerprint = {"name": name, "sha256": hashlib.sha256(data).hexdigest()}
     return Text(name, lambda: _cut(_decoded(name, io.BytesIO(data).read)), fingerprint, len(data))
 
@@ -94,12 +135,12 @@ def _held(name: str, data: bytes) -> Text:
 def _read_whole(label: str, read: Callable[[int], bytes]) -> bytes:
     data = read(LARGEST + 1)
     if len(data) > LARGEST:
-        raise InvalidArgument(f"{label}: {_too_large()}; save it to a file and give that as --text")
+        raise InvalidArgument(f"{label}: {_too_large()}; save it to a file and pass that")
     return data
 
 
 def _too_large() -> str:
-    return f"more than {LARGEST / (1 << 20):g} MiB, the most that is held in memory"
+    return f"more than {LARGEST / (1 << 20):g} MiB, the most that is kept in memory"
 
 
 # ---- files and folders ---------------------------------------------------------------------------------------------
@@ -116,7 +157,7 @@ def _path(source: str) -> Text:
         if path.is_file():
             return Text(path.name, lambda: _cut(_read_file(path)), _facts(path), path.stat().st_size)
         with path.open("rb") as pipe:  # or a device: it can be read only once
-            return _held(path.name, _read_whole(str(path), pipe.read))
+            return _from_bytes(path.name, _read_whole(str(path), pipe.read))
 
 
 def _split_column(source: str) -> tuple[Path, str | None]:
@@ -127,15 +168,15 @@ def _split_column(source: str) -> tuple[Path, str | None]:
 
 
 def _folder(path: Path) -> Text:
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
+    paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
         raise InvalidArgument(f"{path}: no text files in this folder ({', '.join('*' + s for s in SUFFIXES)})")
-    listing = [{**_facts(p), "name": p.relative_to(path).as_posix()} for p in found]
-    name, size = f"{path.resolve().name}/", sum(p.stat().st_size for p in found)
+    listing = [{**_facts(p), "name": p.relative_to(path).as_posix()} for p in paths]
+    name, size = f"{path.resolve().name}/", sum(p.stat().st_size for p in paths)
     # One hash for the list: it goes into every provenance file, and a corpus may have many thousands of files.
     sha256 = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    fingerprint = {"name": name, "files": len(found), "size": size, "listing_sha256": sha256}
-    return Text(name, lambda: _cut(_run_on(map(_read_file, found))), fingerprint, size)
+    fingerprint = {"name": name, "files": len(paths), "size": size, "listing_sha256": sha256}
+    return Text(name, lambda: _cut(_run_on(map(_read_file, paths))), fingerprint, size)
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -153,13 +194,23 @@ def _file_errors(path: Path) -> Generator[None]:
     try:
         yield
     except FileNotFoundError as e:
-        raise InvalidArgument(
-            f"{path}: no such file or folder; --text takes a file, a folder, a URL, - or builtin:prose"
-        ) from e
+        raise _missing(str(path)) from e
     except PermissionError as e:
         raise InvalidArgument(f"{path}: no permission to read it") from e
     except OSError as e:
+        if e.errno == errno.ENAMETOOLONG and looks_like_text(str(path)):
+            raise _missing(str(path)) from e
         raise InvalidArgument(f"{path}: cannot be read ({e.strerror or e})") from e
+
+
+def _missing(source: str) -> InvalidArgument:
+    if not looks_like_text(source):
+        return InvalidArgument(f"{source}: no such file or folder; {SOURCES}")
+    start = " ".join(source[: 2 * SHOWN].split())
+    start = f"{start[:SHOWN]}..." if len(start) > SHOWN else start
+    return InvalidArgument(
+        f"{start!r}: no such file or folder; to pass the text itself, use `text=...` in Python or - for standard input"
+    )
 
 
 def _run_on(documents: Iterable[Iterable[str]]) -> Iterator[str]:
@@ -173,23 +224,23 @@ def _run_on(documents: Iterable[Iterable[str]]) -> Iterator[str]:
 
 
 def _cut(parts: Iterable[str]) -> Iterator[str]:
-    held = ""
+    buffer = ""
     for part in parts:
-        held += part
-        while len(held) > PIECE:
+        buffer += part
+        while len(buffer) > PIECE:
             # A break in the first half does not count: pieces of a few characters would make this quadratic.
-            end = next((n + 1 for c in "\n " if (n := held.rfind(c, PIECE // 2, PIECE)) >= 0), PIECE)
-            yield held[:end]
-            held = held[end:]
-    if held:
-        yield held
+            end = next((n + 1 for c in "\n " if (n := buffer.rfind(c, PIECE // 2, PIECE)) >= 0), PIECE)
+            yield buffer[:end]
+            buffer = buffer[end:]
+    if buffer:
+        yield buffer
 
 
 # ---- bytes to characters -------------------------------------------------------------------------------------------
 
 
 def _decoded(label: str, read: Callable[[int], bytes]) -> Iterator[str]:
-    """UTF-8, block by block; a character that two blocks share comes with the second."""
+    """Decode UTF-8 block by block; a character that two blocks share comes with the second."""
     first = read(BLOCK)
     if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InvalidArgument(f"{label}: is UTF-16; convert it to UTF-8, e.g. iconv -f UTF-16 -t UTF-8")
@@ -218,7 +269,7 @@ def _undecodable(label: str, data: bytes, start: int, offset: int) -> InvalidArg
 
 
 def _binary(label: str, why: str) -> InvalidArgument:
-    return InvalidArgument(f"{label}: looks like a binary file ({why}); --text takes plain text or Parquet")
+    return InvalidArgument(f"{label}: looks like a binary file ({why}); pass plain text or Parquet")
 
 
 # ---- Parquet -------------------------------------------------------------------------------------------------------
@@ -227,7 +278,7 @@ def _binary(label: str, why: str) -> InvalidArgument:
 def _parquet(path: Path, column: str | None) -> Text:
     import polars as pl
 
-    with path.open("rb"):  # no permission is the system's word; polars has others for it
+    with path.open("rb"):  # polars words the error of a file without permission differently
         pass
     with _parquet_errors(path):
         schema = pl.scan_parquet(path, glob=False).collect_schema()
@@ -244,7 +295,7 @@ def _choose_column(path: Path, column: str | None, strings: list[str]) -> str:
     if not strings:
         raise InvalidArgument(f"{path}: no column of strings in it")
     raise InvalidArgument(
-        f"{path}: {column!r} is no column of strings; those are {', '.join(strings)}: --text {path}:{strings[0]}"
+        f"{path}: {column!r} is no column of strings; those are {', '.join(strings)}; pass {path}:{strings[0]}"
     )
 
 
@@ -273,23 +324,25 @@ def _parquet_errors(path: Path) -> Generator[None]:
 
 def _url(source: str, scheme: str) -> Text:
     if scheme not in ("http", "https"):
-        raise InvalidArgument(f"--text reads URLs that begin with http:// or https://, not {scheme}://")
+        raise InvalidArgument(f"texts are read from URLs that begin with http:// or https://, not {scheme}://")
     try:
         parts = urlsplit(source)
     except ValueError as e:
         raise InvalidArgument(f"{source}: no URL ({e})") from e
     if "@" in parts.netloc:  # the standard library does not log in, and its errors would show the password
-        raise InvalidArgument("--text reads URLs without user name and password; download the file and give its path")
+        raise InvalidArgument(
+            "texts are read from URLs without user name and password; download the file and pass its path"
+        )
     name = urlunsplit((scheme, parts.netloc, parts.path, "", ""))
     try:
         body, charset = _download(name, source)
     except (OSError, HTTPException, ValueError) as e:
         raise NetworkError(f"{name}: cannot be read ({_reason(e)}); check the address and the connection") from e
-    return _held(name, _to_utf8(name, body, charset))
+    return _from_bytes(name, _to_utf8(name, body, charset))
 
 
 def _opener() -> request.OpenerDirector:
-    """An opener without the standard one's file, data and ftp, which a redirect could lead to."""
+    """Return an opener without the standard one's file, data and ftp, which a redirect could lead to."""
     opener = request.OpenerDirector()
     for handler in (
         request.ProxyHandler(),
@@ -305,16 +358,16 @@ def _opener() -> request.OpenerDirector:
 
 
 def _download(name: str, url: str) -> tuple[bytes, str | None]:
-    """The body, and the charset that the header names."""
+    """Return the body, and the charset that the header names."""
     late = time.monotonic() + DEADLINE
-    asked = request.Request(url, headers={"User-Agent": "dimscope"})
-    with _opener().open(asked, timeout=TIMEOUT) as response:
+    query = request.Request(url, headers={"User-Agent": "dimscope"})
+    with _opener().open(query, timeout=TIMEOUT) as response:
         expected, body = response.length, bytearray()
         while expected is None or len(body) < expected:
             if max(len(body), expected or 0) > LARGEST:
-                raise NetworkError(f"{name}: {_too_large()}; download it and give the file as --text")
+                raise NetworkError(f"{name}: {_too_large()}; download it and pass the file")
             if time.monotonic() > late:
-                raise NetworkError(f"{name}: not here after {DEADLINE:g} s; download it and give the file as --text")
+                raise NetworkError(f"{name}: not complete after {DEADLINE:g} s; download it and pass the file")
             # read1 comes back with what has arrived; read would wait for the whole of it, past the deadline.
             if not (chunk := response.read1(1 << 16)):
                 break

@@ -54,7 +54,7 @@ from dimscope.studies.estimate import estimate_damage
 from dimscope.studies.reading import GENERATED, context_of, texts_or_written, window_length, windows_at_once
 from dimscope.studies.study import Monitor, RunOutput
 from dimscope.texts.texts import Text
-from dimscope.texts.windows import Window, middle_windows, require_rows, room_after, stream_windows
+from dimscope.texts.windows import Window, middle_windows, require_rows, stream_windows, text_tokens
 from dimscope.vectors.embedding import open_table
 from dimscope.vectors.table import VectorTable
 
@@ -115,7 +115,7 @@ class DamageWork:
         self.prompts = [prepare_prompt(self.tokenizer, p, self.template, settings.system) for p in settings.prompts]
         check_room(self.prompts, self.decoding, context_of(checkpoint))
         if GENERATED in settings.texts:
-            room_after(begin_ids(self.tokenizer), self.length)  # now, not after a model is loaded
+            text_tokens(begin_ids(self.tokenizer), self.length)  # now, not after a model is loaded
         self.texts = texts_or_written(settings.texts)
         self.read = {name: self._cut(text) for name, text in self.texts.items() if text is not None}
         known = [max(p.ids) for p in self.prompts] + [int(w.ids.max()) for ws in self.read.values() for w in ws]

@@ -14,6 +14,7 @@ from dimscope.studies.layers.settings import LayersSettings
 from dimscope.studies.layers.tables import Pass
 from dimscope.studies.provenance import fingerprint
 from dimscope.studies.reading import distinct, named_texts, window_length, windows_at_once
+from dimscope.texts.encoding import special_prefix
 from dimscope.texts.texts import Text
 from dimscope.texts.windows import (
     Window,
@@ -21,7 +22,6 @@ from dimscope.texts.windows import (
     middle_windows,
     shuffle_across,
     shuffle_within,
-    special_prefix,
     stream_windows,
 )
 
