@@ -1217,7 +1217,7 @@ def test_the_summary_is_the_table_change_by_change(studied):
     ("settings", "message"),
     [
         ({"length": 65}, "^`length` must be at most 64, "),
-        ({"length": 2}, "--length 2 is too short"),
+        ({"length": 2}, "`length` must be 3 or more, got 2"),
         ({"length": 1, "texts": ("generated",)}, "--length 1 is too short"),
         ({"texts": ()}, "^`texts` is empty"),
         ({"windows": 4000}, "fits .* windows of 16, not 4000"),
