@@ -18,7 +18,7 @@ from dimscope.geometry.spectrum import Spectrum
 
 THRESHOLDS = (0.80, 0.90, 0.95, 0.99)
 COUNT = "variance count "  # and the threshold in percent: the name of a count
-TOLD = 95.0  # the threshold in percent to speak of where it was asked for
+PREFERRED_PERCENT = 95.0  # the threshold of the variance count that texts and figures use, where it was computed
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
@@ -122,10 +122,10 @@ def percent(metric: str) -> float:
     return float(metric.removeprefix(COUNT).removesuffix("%"))
 
 
-def told_count(metrics: Iterable[str]) -> str | None:
-    """The variance count to speak of: that of 95% where it is among the metrics, else of the largest threshold."""
+def preferred_count(metrics: Iterable[str]) -> str | None:
+    """Return the variance count that texts and figures use: that of 95% if it is among the metrics, else the largest one."""
     thresholds = {percent(metric): metric for metric in metrics if metric.startswith(COUNT)}
-    return thresholds.get(TOLD) or (thresholds[max(thresholds)] if thresholds else None)
+    return thresholds.get(PREFERRED_PERCENT) or (thresholds[max(thresholds)] if thresholds else None)
 
 
 def linear_dimensions(

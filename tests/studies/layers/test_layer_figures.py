@@ -238,7 +238,7 @@ def test_layers_in_words(layers: list[int], words: str) -> None:
 )
 def test_count_to_tell(asked: list[float], told: str | None) -> None:
     rows = pl.DataFrame({"metric": [f"variance count {t:g}%" for t in asked] + ["numerical rank"]})
-    assert profiles.told_count(rows) == (f"variance count {told}" if told else None)
+    assert profiles.preferred_count(rows) == (f"variance count {told}" if told else None)
 
 
 def test_marks_of_one_figure_differ_in_colour_shape_and_dash() -> None:

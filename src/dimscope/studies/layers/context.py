@@ -8,7 +8,7 @@ import polars as pl
 
 from dimscope.page.section import Facts, LayerChoice, Tables, finite, table
 from dimscope.page.wording import number
-from dimscope.studies.layers.profiles import NORM, told_count
+from dimscope.studies.layers.profiles import NORM, preferred_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def counted(tables: Tables, facts: Facts) -> tuple[Asked, pl.DataFrame, str] | N
     if found is None or frame is None:
         return None
     rows = spectral(of(frame, found.model, found.text))
-    metric = told_count(finite(rows.filter(pl.col("condition") == "real")))
+    metric = preferred_count(finite(rows.filter(pl.col("condition") == "real")))
     return (found, rows, metric) if metric else None
 
 

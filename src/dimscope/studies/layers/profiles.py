@@ -16,9 +16,9 @@ MOST_RUNS = 4
 """Stretches of blocks that a sentence names; more are counted."""
 
 
-def told_count(rows: pl.DataFrame) -> str | None:
+def preferred_count(rows: pl.DataFrame) -> str | None:
     """Return the variance count of a frame to speak of: that of 95% where it was asked, else of the largest threshold."""
-    return dimension.told_count(rows["metric"].unique())
+    return dimension.preferred_count(rows["metric"].unique())
 
 
 def meaning(metric: str) -> str:

@@ -8,7 +8,7 @@ from dimscope.page.section import Facts, Grid, Plot, Section, Tables, finite, ta
 from dimscope.page.wording import count, listed, number, sentence, share
 from dimscope.studies.layers import figures, state_figures
 from dimscope.studies.layers.context import Asked, asked, at, counted, layer_choice, of, shown_layer, spread, subject
-from dimscope.studies.layers.profiles import conditions, meaning, profile, sites, told_count
+from dimscope.studies.layers.profiles import conditions, meaning, preferred_count, profile, sites
 
 RATIO = "participation ratio"
 TWO_NN = "TwoNN, maximum likelihood"
@@ -178,7 +178,7 @@ def curve_section(tables: Tables, facts: Facts) -> Section | None:
     if found is None or frame is None:
         return None
     rows = finite(of(frame, found.model, found.text))
-    metric = told_count(rows.filter(pl.col("condition") == "real")) or RATIO
+    metric = preferred_count(rows.filter(pl.col("condition") == "real")) or RATIO
     real = rows.filter((pl.col("condition") == "real") & (pl.col("metric") == metric))
     if real["n_tokens"].n_unique() < 2:
         return None

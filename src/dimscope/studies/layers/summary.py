@@ -3,7 +3,7 @@
 import polars as pl
 
 from dimscope.activations.sites import FINAL_NORM
-from dimscope.geometry.dimension import COUNT, told_count
+from dimscope.geometry.dimension import COUNT, preferred_count
 from dimscope.page.section import Facts, Tables
 from dimscope.studies.layers.sections import layers_strip
 from dimscope.studies.study import Summary
@@ -23,7 +23,7 @@ def summary_frame(layers: pl.DataFrame) -> pl.DataFrame:
     (mean and sd over the draws) and with random weights, and white noise's; rank, corrected participation ratio and TwoNN.
     """
     rows = layers.filter((pl.col("preprocess") == "raw") & pl.col("centred") & pl.col("scale").is_null())
-    told = told_count(rows["metric"].unique())
+    told = preferred_count(rows["metric"].unique())
     assert told is not None  # the command line asks for one threshold at least
     share = told.removeprefix(COUNT)
     place = ["model", "text", "layer", "site"]
