@@ -30,7 +30,7 @@ from dimscope.checkpoints.families import layout_of
 from dimscope.checkpoints.model import Placement, load_model
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.checkpoints.writer import Planned, write_safetensors
-from dimscope.evaluation.generation import sample_windows
+from dimscope.evaluation.generated_text import sample_windows
 from dimscope.evaluation.throughput import throughput
 from dimscope.narrowing.bases import FROM_TABLE, make_basis
 from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains

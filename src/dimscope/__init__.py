@@ -53,7 +53,7 @@ _HOMES = {
     "baseline": ("dimscope.evaluation.evaluate", "baseline"),
     "evaluate": ("dimscope.evaluation.evaluate", "evaluate"),
     "Decoding": ("dimscope.evaluation.generation", "Decoding"),
-    "prepare_prompt": ("dimscope.evaluation.generation", "prepare_prompt"),
+    "prepare_prompt": ("dimscope.evaluation.prompts", "prepare_prompt"),
     "generate": ("dimscope.evaluation.generation", "generate"),
     "DamageSettings": ("dimscope.studies.damage.plan", "DamageSettings"),
     "NarrowSettings": ("dimscope.studies.narrowing.session", "NarrowSettings"),

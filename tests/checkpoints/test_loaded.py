@@ -20,7 +20,8 @@ from dimscope.checkpoints.model import Placement, load_model, place, randomly_in
 from dimscope.checkpoints.vocabulary import read_vocabulary, require_tokenizer
 from dimscope.errors import InvalidArgument, TokenizerMissing, UnsupportedCheckpoint
 from dimscope.evaluation.evaluate import baseline, evaluate
-from dimscope.evaluation.generation import Decoding, generate, prepare_prompt
+from dimscope.evaluation.generation import Decoding, generate
+from dimscope.evaluation.prompts import prepare_prompt
 from dimscope.evaluation.throughput import throughput
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.maps import LinearMap

@@ -24,16 +24,9 @@ from dimscope.checkpoints.model import is_out_of_memory, load_model, out_of_memo
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
 from dimscope.evaluation.evaluate import Baseline, baseline, evaluate
-from dimscope.evaluation.generation import (
-    Decoding,
-    Template,
-    begin_ids,
-    check_room,
-    generate,
-    has_template,
-    prepare_prompt,
-    sample_windows,
-)
+from dimscope.evaluation.generated_text import begin_ids, sample_windows
+from dimscope.evaluation.generation import Decoding, generate
+from dimscope.evaluation.prompts import Template, check_context, has_template, prepare_prompt
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.maps import LinearMap, RowMap
 from dimscope.interventions.perturbations import TableSummary, make_chain, make_map, summarise
@@ -113,7 +106,7 @@ class DamageWork:
         )
         self.points = plan_points(settings, dims)
         self.prompts = [prepare_prompt(self.tokenizer, p, self.template, settings.system) for p in settings.prompts]
-        check_room(self.prompts, self.decoding, context_of(checkpoint))
+        check_context(self.prompts, self.decoding.max_new_tokens, context_of(checkpoint))
         if GENERATED in settings.texts:
             text_tokens(begin_ids(self.tokenizer), self.length)  # now, not after a model is loaded
         self.texts = texts_or_written(settings.texts)

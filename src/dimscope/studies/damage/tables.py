@@ -7,8 +7,9 @@ from typing import Any
 import polars as pl
 
 from dimscope.evaluation.evaluate import Evaluation
-from dimscope.evaluation.generation import Continuation, Prompt
+from dimscope.evaluation.generation import Continuation
 from dimscope.evaluation.metrics import BITS, KL, LOSS, PERPLEXITY, RISE, TOP_1
+from dimscope.evaluation.prompts import Prompt
 from dimscope.interventions.maps import LinearMap, RowMap, exact_error
 from dimscope.interventions.operators import operator_statistics
 from dimscope.interventions.perturbations import TableSummary, find_perturbation

@@ -19,7 +19,8 @@ from dimscope.checkpoints.families import check_width, head_size, layout_of, wid
 from dimscope.checkpoints.tensors import DTYPES
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
-from dimscope.evaluation.generation import Decoding, Prompt, generate, prepare_prompt
+from dimscope.evaluation.generation import Decoding, generate
+from dimscope.evaluation.prompts import Prompt, prepare_prompt
 from dimscope.evaluation.throughput import Throughput, throughput
 from dimscope.narrowing.bases import LEARNED, check_basis
 from dimscope.narrowing.conversion import check_export

@@ -20,7 +20,7 @@ from dimscope.checkpoints.model import Placement, load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
 from dimscope.evaluation.evaluate import Baseline, Evaluation, baseline, evaluate
-from dimscope.evaluation.generation import sample_windows
+from dimscope.evaluation.generated_text import sample_windows
 from dimscope.interventions.maps import RowQuantisation
 from dimscope.interventions.perturbations import TableSummary, summarise
 from dimscope.narrowing.bases import FROM_TABLE, LEARNED, make_basis
