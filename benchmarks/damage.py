@@ -27,7 +27,8 @@ from benchmarks.measure import HIDDEN_SIZE, VOCAB_SIZE, qwen_sized_table, timed
 from dimscope.evaluation import evaluate as evaluation
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.maps import LinearMap, exact_error
-from dimscope.interventions.perturbations import TableSummary, make_map
+from dimscope.interventions.perturbations import make_map
+from dimscope.interventions.table_summary import TableSummary
 from dimscope.texts.windows import Window
 from dimscope.vectors.moments import Moments, moments
 
@@ -52,7 +53,7 @@ QUICK = Shape(vocab_size=4096, layers=2, length=64)
 def decomposed(of: Moments) -> TableSummary:
     """A table whose directions are there already: it finds them once, when they are first asked for."""
     table = TableSummary(of)
-    assert table.directions[1].shape == of.gram.shape
+    assert table.directions.vectors.shape == of.gram.shape
     return table
 
 

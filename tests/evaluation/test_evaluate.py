@@ -13,7 +13,8 @@ from dimscope.activations import output_head
 from dimscope.evaluation import evaluate as module
 from dimscope.evaluation.evaluate import baseline, evaluate
 from dimscope.interventions.insertion import perturbed
-from dimscope.interventions.perturbations import TableSummary, make_map
+from dimscope.interventions.perturbations import make_map
+from dimscope.interventions.table_summary import TableSummary
 from dimscope.texts.texts import open_text
 from dimscope.texts.windows import middle_windows
 from dimscope.vectors.moments import moments

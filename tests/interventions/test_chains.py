@@ -1,7 +1,7 @@
 """Perturbations one after the other: as one map the same as step by step, each step for the table as it is by then."""
 
 import math
-from itertools import product
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,15 +20,8 @@ from dimscope.interventions.maps import (
     exact_error,
     mapped_moments,
 )
-from dimscope.interventions.perturbations import (
-    PERTURBATIONS,
-    TableSummary,
-    check_strength,
-    find_perturbation,
-    make_chain,
-    make_map,
-    step_seed,
-)
+from dimscope.interventions.perturbations import PERTURBATIONS, check_strength, find_perturbation, make_map
+from dimscope.interventions.table_summary import TableSummary, make_chain, step_seed
 from dimscope.vectors.moments import moments
 
 V, D = 300, 20
@@ -36,6 +29,9 @@ IDS = torch.arange(V)
 STEPS = {"project": 7, "truncate-centred": 9, "shift": 0.7, "scale": -0.6, "rotate": 0, "coordinates": 11}
 FULL_RANK = ("shift", "scale", "rotate")
 MORE = {**STEPS, "truncate": 5, "remove-leading": 4, "project-rescaled": 13, "project-sparse": 16}
+# Each kind after one and before another: both of low rank, one of the two, neither; a shift before, after and in between.
+IN_TURN = list(pairwise([*STEPS, "project"]))
+MORE_IN_TURN = list(pairwise([*MORE, "project"]))
 
 
 def rows_of(seed: int = 0, n: int = V) -> torch.Tensor:
@@ -64,7 +60,7 @@ def step_by_step(steps, rows: torch.Tensor, seed: int) -> torch.Tensor:
 # ---- composing -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", list(product(STEPS, repeat=2)), ids="-then-".join)
+@pytest.mark.parametrize("names", IN_TURN, ids="-then-".join)
 def test_a_composed_map_is_its_maps_one_after_the_other(names):
     rows = rows_of()
     maps = [make_map(name, table_of(rows), STEPS[name], seed) for seed, name in enumerate(names)]
@@ -79,7 +75,7 @@ def test_a_composed_map_is_its_maps_one_after_the_other(names):
     assert exact_error(both, table_of(rows).moments) == pytest.approx(float((rows - expected).norm()), rel=1e-10)
 
 
-@pytest.mark.parametrize("names", list(product(MORE, repeat=2)), ids="-then-".join)
+@pytest.mark.parametrize("names", MORE_IN_TURN, ids="-then-".join)
 def test_a_composed_map_is_held_in_the_factors_of_the_smaller_rank(names):
     maps = [make_map(name, table_of(rows_of()), MORE[name], seed) for seed, name in enumerate(names)]
     both = compose(maps)
@@ -88,7 +84,7 @@ def test_a_composed_map_is_held_in_the_factors_of_the_smaller_rank(names):
     close(both.matrix, maps[0].matrix @ maps[1].matrix)
 
 
-@pytest.mark.parametrize("names", [*product(MORE, repeat=1), *product(MORE, repeat=2)], ids="-then-".join)
+@pytest.mark.parametrize("names", [*((name,) for name in MORE), *MORE_IN_TURN], ids="-then-".join)
 def test_rows_that_are_promised_to_be_orthonormal_are(names):
     """Of each map alone, as many as it has, and of all that are composed of them."""
     change = compose([make_map(name, table_of(rows_of()), MORE[name], seed) for seed, name in enumerate(names)])
@@ -97,7 +93,7 @@ def test_rows_that_are_promised_to_be_orthonormal_are(names):
     assert change.orthonormal or len(names) == 2 or change.right is None
 
 
-@pytest.mark.parametrize("names", list(product(STEPS, repeat=2)), ids="-then-".join)
+@pytest.mark.parametrize("names", IN_TURN, ids="-then-".join)
 def test_what_an_output_table_is_multiplied_with_goes_through_the_maps_in_reverse(names):
     """h (W M1 M2)^T = ((h M2^T) M1^T) W^T."""
     hidden = gaussian(11, D, 5, torch.float64)
@@ -165,7 +161,7 @@ def test_moments_mapped_twice_are_moments_mapped_by_both():
 # ---- chains by name ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", list(product(MORE, repeat=2)), ids="-then-".join)
+@pytest.mark.parametrize("names", MORE_IN_TURN, ids="-then-".join)
 def test_each_linear_step_is_made_for_the_table_as_it_is_by_then(names):
     """Against maps made from the changed rows themselves; 1e-9: eigenvectors from products of mapped moments."""
     rows, steps = rows_of(), [(name, MORE[name]) for name in names]
@@ -300,23 +296,27 @@ def test_a_shift_of_no_strength_is_the_identity():
 
 REFUSED = [
     *(
-        (name, strength, f"{name} takes a number of dimensions from 0 to {D}, not {told}")
+        (name, strength, f"{name} takes a number of dimensions from 0 to {D}, got {told}")
         for name, kind in PERTURBATIONS.items()
-        if kind.strength == "dimensions"
-        for strength, told in ((D + 1, "21"), (-1, "-1"), (2.5, "2.5"), (math.inf, "inf"), (math.nan, "nan"))
+        if kind.unit == "dimensions"
+        for strength, told in ((D + 1, "21"), (2.5, "2.5"))
     ),
     *(
-        (name, strength, f"{name} takes standard deviations from 0 on, not {told}")
+        ("truncate", strength, f"truncate takes a number of dimensions from 0 to {D}, got {strength}")
+        for strength in (-1, math.inf, math.nan)
+    ),
+    *(
+        (name, strength, f"{name} takes standard deviations from 0 on, got {told}")
         for name in ("noise", "shift")
         for strength, told in ((-0.5, "-0.5"), (math.inf, "inf"), (math.nan, "nan"))
     ),
     *(
-        ("quantise", strength, f"quantise takes a number of bits from 2 to 16, not {told}")
+        ("quantise", strength, f"quantise takes a number of bits from 2 to 16, got {told}")
         for strength, told in ((1, "1"), (17, "17"), (4.5, "4.5"), (math.inf, "inf"), (math.nan, "nan"))
     ),
-    ("scale", math.inf, "scale takes a number, not inf"),
-    ("scale", math.nan, "scale takes a number, not nan"),
-    ("rotate", math.inf, "rotate takes a number, not inf"),
+    ("scale", math.inf, "scale takes a finite number, got inf"),
+    ("scale", math.nan, "scale takes a finite number, got nan"),
+    ("rotate", math.inf, "rotate takes a finite number, got inf"),
 ]
 
 
@@ -336,7 +336,7 @@ def test_a_strength_out_of_range_is_refused_with_the_range(name, strength, messa
 def test_strengths_at_the_ends_of_the_range_are_taken():
     for name, kind in PERTURBATIONS.items():
         ends = {"dimensions": (0, D), "standard deviations": (0, 1e6), "bits": (2, 16), "factor": (-1e6, 0), "": (0,)}
-        for strength in ends[kind.strength]:
+        for strength in ends[kind.unit]:
             check_strength(name, strength, D)
             assert bool(torch.isfinite(make_map(name, table_of(rows_of()), strength)(rows_of(), IDS)).all())
 
@@ -349,7 +349,7 @@ def test_an_unknown_name_is_told_all_that_there_are():
     ):
         with pytest.raises(InvalidArgument) as caught:
             refused()
-        assert str(caught.value) == f"a perturbation is one of {', '.join(PERTURBATIONS)}, not 'shrink'"
+        assert str(caught.value) == f"a perturbation is one of {', '.join(PERTURBATIONS)}, got 'shrink'"
     assert all(find_perturbation(name).name == name for name in PERTURBATIONS)
 
 

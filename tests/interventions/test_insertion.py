@@ -6,7 +6,8 @@ from models import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from dimscope.interventions.insertion import perturbed
-from dimscope.interventions.perturbations import TableSummary, make_map
+from dimscope.interventions.perturbations import make_map
+from dimscope.interventions.table_summary import TableSummary
 from dimscope.vectors.moments import moments
 
 CAUSAL = [name for name, family in FAMILIES.items() if family.output]

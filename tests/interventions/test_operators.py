@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dimscope.interventions.operators import operator_statistics
-from dimscope.interventions.perturbations import TableSummary, make_map
+from dimscope.interventions.perturbations import make_map
+from dimscope.interventions.table_summary import TableSummary
 from dimscope.vectors.moments import Moments
 
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from dimscope.activations.first_norm import first_norm
 from dimscope.interventions.maps import GaussianNoise, LinearMap
-from dimscope.interventions.perturbations import TableSummary, make_chain, make_map
+from dimscope.interventions.perturbations import make_map
 from dimscope.interventions.row_errors import Ratio, row_errors, token_errors
+from dimscope.interventions.table_summary import TableSummary, make_chain
 from dimscope.vectors.moments import moments
 from dimscope.vectors.table import BLOCK, table_from_tensor
 

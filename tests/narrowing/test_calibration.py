@@ -8,7 +8,7 @@ from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.families import LAYOUTS
 from dimscope.checkpoints.model import load_model
 from dimscope.errors import InvalidArgument
-from dimscope.interventions.perturbations import TableSummary
+from dimscope.interventions.table_summary import TableSummary
 from dimscope.narrowing.bases import BASES, FROM_TABLE, FROM_TEXT, check_basis, make_basis
 from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains, rms_normed
 from dimscope.texts.windows import Window

@@ -66,7 +66,7 @@ def _kinds() -> Output:
     from dimscope.interventions.perturbations import PERTURBATIONS
 
     rows = [
-        {"option": f"--{p.name}", "strength": p.strength or "on", "random": p.random, "about": p.about}
+        {"option": f"--{p.name}", "strength": p.unit or "on", "random": p.random, "about": p.about}
         for p in PERTURBATIONS.values()
     ]
     return Output({}, {"kinds": pl.DataFrame(rows)})

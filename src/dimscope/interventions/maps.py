@@ -58,6 +58,25 @@ class LinearMap:
         return self.left if self.right is None else self.left @ self.right
 
 
+def identity(dim: int) -> Float[Tensor, "d d"]:
+    """Return the identity matrix in float64."""
+    return torch.eye(dim, dtype=torch.float64)
+
+
+def projection(
+    basis: Float[Tensor, "d k"], *, around: Float[Tensor, " d"] | None = None, factor: float | None = None
+) -> LinearMap:
+    """Return the orthogonal projection on the span of a basis.
+
+    Args:
+        basis: Orthonormal columns.
+        around: A point that the projection keeps; None for the origin.
+        factor: A number by which the projected rows are multiplied.
+    """
+    shift = None if around is None else around - (around @ basis) @ basis.T
+    return LinearMap(basis if factor is None else basis * factor, basis.T, shift, orthonormal=True)
+
+
 def exact_error(of: LinearMap, moments: Moments) -> float:
     """||W - W'||_F of a table with these moments, in d x d work: no row is touched.
 

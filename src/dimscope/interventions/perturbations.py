@@ -1,264 +1,281 @@
-"""The perturbations by name: each one decorated function from a table's moments and a strength to a map of rows.
+"""The perturbations by name: one decorated function each, from a summary of a table and a strength to a map of rows.
 
-Adding one is writing such a function here; the library and the command line find it by its name.
+A new perturbation is one such function in this file. It carries its title, unit and mark, so that the command line, the
+study of damage and its figures know it by its name. Listing perturbations imports no torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
+from dimscope import interventions
 from dimscope.errors import InvalidArgument
-from dimscope.interventions.maps import (
-    GaussianNoise,
-    LinearMap,
-    RowMap,
-    RowQuantisation,
-    compose,
-    mapped_moments,
-)
-from dimscope.vectors.moments import Moments, moments
-from dimscope.vectors.table import VectorTable
 
+if TYPE_CHECKING:
+    from dimscope.interventions.maps import GaussianNoise, LinearMap, RowMap, RowQuantisation
+    from dimscope.interventions.table_summary import Directions, TableSummary
+
+Unit = Literal["dimensions", "standard deviations", "factor", "bits", ""]
 LARGEST_BITS = 16
 
 
-class TableSummary:
-    """What a perturbation may know of a table: its moments, and the directions in which it is widest."""
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How a kind of thing is drawn: colour, marker symbol and line dash."""
 
-    def __init__(self, moments: Moments) -> None:
-        self.moments = moments
-
-    @property
-    def dim(self) -> int:
-        return len(self.moments.total)
-
-    @property
-    def norm(self) -> float:
-        """||W||_F."""
-        return math.sqrt(float(self.moments.gram.trace()))
-
-    @property
-    def std(self) -> float:
-        """The standard deviation of all entries."""
-        n = self.moments.count * self.dim
-        return math.sqrt(max(self.norm**2 / n - (float(self.moments.total.sum()) / n) ** 2, 0.0))
-
-    @cached_property
-    def directions(self) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
-        """Squared singular values in falling order, and the right singular vectors as columns (uncentred)."""
-        return _falling(self.moments.scatter(centred=False))
-
-    @cached_property
-    def components(self) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
-        """The same of the centred table: its principal components."""
-        return _falling(self.moments.scatter(centred=True))
-
-
-def summarise(table: VectorTable) -> TableSummary:
-    """One pass over a table, with float64 products: exact errors are differences of nearly equal numbers."""
-    return TableSummary(moments((rows for _, rows in table.blocks()), dtype=torch.float64))
-
-
-def _falling(symmetric: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
-    values, vectors = torch.linalg.eigh(symmetric)
-    return values.clamp_min(0).flip(0), vectors.flip(1)
+    colour: str
+    symbol: str = "circle"
+    dash: str = "solid"
 
 
 @runtime_checkable
 class Maker(Protocol):
-    """A function from a table, a strength and a seed to a map of rows."""
+    """A function from the summary of a table, a strength and a seed to a map of rows."""
 
     __name__: str
 
     def __call__(self, table: TableSummary, strength: float, seed: int, /) -> RowMap: ...
 
 
-Expected = Callable[[TableSummary, float], float]
+ErrorFormula = Callable[["TableSummary", float], float]
+"""From the summary of a table and a strength to ||W - W'||_F."""
 
 
 @dataclass(frozen=True, slots=True)
 class Perturbation:
-    """A way to perturb a table: how its strength is called, how a map is made, and the error that theory expects."""
+    """A kind of change of a table.
+
+    Attributes:
+        name: As in options and in tables: the name of the function, with hyphens.
+        title: As in a sentence.
+        about: What it does, in one line.
+        unit: What its strength counts; "" for a perturbation without a strength.
+        mark: How figures draw it.
+        make: Makes the map of rows.
+        expected: The error that theory expects: exactly, or on average over seeds. None without a closed form.
+        random: Whether it depends on the seed.
+        stronger: Whether a larger strength is a "gentler" or a "harsher" change; None where it is neither.
+        keeps: Whether the strength is the number of dimensions that are kept.
+    """
 
     name: str
-    strength: str  # "dimensions", "standard deviations", "factor", "bits" or "" where it has none
-    make: Maker  # (table, strength, seed)
-    expected: Expected | None  # ||W - W'||_F in expectation, or exactly; None where there is no closed form
-    random: bool  # whether it depends on the seed
+    title: str
     about: str
+    unit: Unit
+    mark: Mark
+    make: Maker
+    expected: ErrorFormula | None
+    random: bool
+    stronger: Literal["gentler", "harsher"] | None
+    keeps: bool
 
 
 PERTURBATIONS: dict[str, Perturbation] = {}
 
 
-def perturbation(strength: str, *, expected: Expected | None, random: bool = False) -> Callable[[Maker], Maker]:
-    """Registers a function under its own name, with underscores as hyphens; the first line of its docstring is its help."""
+def perturbation(
+    title: str,
+    unit: Unit,
+    mark: Mark,
+    *,
+    expected: ErrorFormula | None,
+    random: bool = False,
+    stronger: Literal["gentler", "harsher"] | None = None,
+    keeps: bool = False,
+) -> Callable[[Maker], Maker]:
+    """Register a function as the perturbation of its name; the first line of its docstring says what it does.
+
+    The arguments are those of `Perturbation`.
+    """
 
     def register(make: Maker) -> Maker:
         name = make.__name__.replace("_", "-")
         about = (make.__doc__ or "").strip().splitlines()[0]
-        PERTURBATIONS[name] = Perturbation(name, strength, make, expected, random, about)
+        PERTURBATIONS[name] = Perturbation(name, title, about, unit, mark, make, expected, random, stronger, keeps)
         return make
 
     return register
 
 
 def find_perturbation(name: str) -> Perturbation:
-    """The perturbation of a name. Raises InvalidArgument for an unknown one."""
+    """Return the perturbation of a name.
+
+    Raises:
+        InvalidArgument: There is none of that name.
+    """
     if name not in PERTURBATIONS:
-        raise InvalidArgument(f"a perturbation is one of {', '.join(PERTURBATIONS)}, not {name!r}")
+        raise InvalidArgument(f"a perturbation is one of {', '.join(PERTURBATIONS)}, got {name!r}")
     return PERTURBATIONS[name]
 
 
 def check_strength(name: str, strength: float, dim: int) -> None:
-    """Raises InvalidArgument for an unknown name, and for a strength that it cannot have in `dim` dimensions."""
-    unit = find_perturbation(name).strength
+    """Check a strength for tables of `dim` dimensions.
+
+    Raises:
+        InvalidArgument: The name is unknown, or the strength is out of range.
+    """
+    unit = find_perturbation(name).unit
     if unit == "dimensions" and not (0 <= strength <= dim and strength == int(strength)):
-        raise InvalidArgument(f"{name} takes a number of dimensions from 0 to {dim}, not {strength:.12g}")
+        raise InvalidArgument(f"{name} takes a number of dimensions from 0 to {dim}, got {strength:.12g}")
     if unit == "standard deviations" and not 0 <= strength < math.inf:
-        raise InvalidArgument(f"{name} takes standard deviations from 0 on, not {strength:.12g}")
+        raise InvalidArgument(f"{name} takes standard deviations from 0 on, got {strength:.12g}")
     if unit == "bits" and not (2 <= strength <= LARGEST_BITS and strength == int(strength)):
-        raise InvalidArgument(f"{name} takes a number of bits from 2 to {LARGEST_BITS}, not {strength:.12g}")
+        raise InvalidArgument(f"{name} takes a number of bits from 2 to {LARGEST_BITS}, got {strength:.12g}")
     if not math.isfinite(strength):
-        raise InvalidArgument(f"{name} takes a number, not {strength:.12g}")
+        raise InvalidArgument(f"{name} takes a finite number, got {strength:.12g}")
 
 
 def make_map(name: str, table: TableSummary, strength: float = 0.0, seed: int = 0) -> RowMap:
-    """The map of a perturbation at a strength. Raises InvalidArgument for an unknown name or a strength out of range."""
+    """Return the map of rows of a perturbation.
+
+    Args:
+        name: Name of the perturbation.
+        table: Summary of the table that is changed.
+        strength: Strength, in the unit of the perturbation; ignored by those without one.
+        seed: Seed of a random perturbation.
+
+    Raises:
+        InvalidArgument: The name is unknown, or the strength is out of range.
+    """
     check_strength(name, strength, table.dim)
     return PERTURBATIONS[name].make(table, strength, seed)
 
 
-def step_seed(seed: int, number: int) -> int:
-    """The seed of a step of a chain: that of the chain for the first, streams of their own for the others."""
-    return (seed + number * 0x9E3779B97F4A7C15) % 2**63
+# ---- keeping dimensions: full lines for the common ones, variants share the colour -----------------------------------
 
 
-def make_chain(steps: Sequence[tuple[str, float]], table: TableSummary, seed: int = 0) -> RowMap:
-    """Perturbations one after the other, as (name, strength). Raises what `make_map` raises.
-
-    After linear ones the next is made for the table as it is then; noise and rounding do not change what it knows.
-    """
-    maps: list[RowMap] = []
-    for number, (name, strength) in enumerate(steps):
-        change = make_map(name, table, strength, step_seed(seed, number))
-        maps.append(change)
-        if isinstance(change, LinearMap) and len(maps) < len(steps):
-            table = TableSummary(mapped_moments(change, table.moments))
-    return maps[0] if len(maps) == 1 else compose(maps)
-
-
-def _tail(values: Float[Tensor, " d"], k: float) -> float:
-    return math.sqrt(float(values[int(k) :].sum()))
-
-
-@perturbation("dimensions", expected=lambda t, k: _tail(t.directions[0], k))
-def truncate(table: TableSummary, k: float, seed: int) -> LinearMap:
-    """Keeps the k widest directions of the table as it is: the nearest table of rank k (Eckart & Young 1936)."""
-    leading = table.directions[1][:, : int(k)]
-    return LinearMap(leading, leading.T, orthonormal=True)
-
-
-@perturbation("dimensions", expected=lambda t, k: _tail(t.components[0], k))
-def truncate_centred(table: TableSummary, k: float, seed: int) -> LinearMap:
-    """Keeps the mean row and the k leading principal components around it (centred PCA)."""
-    leading, mean = table.components[1][:, : int(k)], table.moments.mean
-    return LinearMap(leading, leading.T, mean - (mean @ leading) @ leading.T, orthonormal=True)
-
-
-@perturbation("dimensions", expected=lambda t, k: math.sqrt(float(t.directions[0][: int(k)].sum())))
-def remove_leading(table: TableSummary, k: float, seed: int) -> LinearMap:
-    """Takes the k widest directions away and keeps the rest (Mu & Viswanath 2018, uncentred)."""
-    rest = table.directions[1][:, int(k) :]
-    return LinearMap(rest, rest.T, orthonormal=True)
+def _dropped_norm(directions: Directions, k: float) -> float:
+    return math.sqrt(float(directions.energies[int(k) :].sum()))
 
 
 @perturbation(
-    "dimensions",
-    expected=lambda t, k: math.sqrt(float(t.moments.gram.diagonal().sort().values[: t.dim - int(k)].sum())),
-)
+    "truncation by SVD", "dimensions", Mark("#3f86cf"),
+    expected=lambda table, k: _dropped_norm(table.directions, k), stronger="gentler", keeps=True,
+)  # fmt: skip
+def truncate(table: TableSummary, k: float, seed: int) -> LinearMap:
+    """Keep the k widest directions of the table as it is: the nearest table of rank k (Eckart & Young 1936)."""
+    return interventions.maps.projection(table.directions.vectors[:, : int(k)])
+
+
+@perturbation(
+    "centred truncation", "dimensions", Mark("#3f86cf", "circle-open", "dash"),
+    expected=lambda table, k: _dropped_norm(table.components, k), stronger="gentler", keeps=True,
+)  # fmt: skip
+def truncate_centred(table: TableSummary, k: float, seed: int) -> LinearMap:
+    """Keep the mean row and the k leading principal components around it (centred PCA)."""
+    return interventions.maps.projection(table.components.vectors[:, : int(k)], around=table.moments.mean)
+
+
+@perturbation(
+    "removal of the leading directions", "dimensions", Mark("#3f86cf", "triangle-down", "longdash"),
+    expected=lambda table, k: math.sqrt(float(table.directions.energies[: int(k)].sum())), stronger="harsher",
+)  # fmt: skip
+def remove_leading(table: TableSummary, k: float, seed: int) -> LinearMap:
+    """Remove the k widest directions and keep the rest (Mu & Viswanath 2018, uncentred)."""
+    return interventions.maps.projection(table.directions.vectors[:, int(k) :])
+
+
+def _weak_coordinates(table: TableSummary, k: float) -> float:
+    return math.sqrt(float(table.moments.gram.diagonal().sort().values[: table.dim - int(k)].sum()))
+
+
+@perturbation(
+    "keeping the strongest coordinates", "dimensions", Mark("#3f86cf", "x", "dot"),
+    expected=_weak_coordinates, stronger="gentler", keeps=True,
+)  # fmt: skip
 def coordinates(table: TableSummary, k: float, seed: int) -> LinearMap:
-    """Keeps the k coordinates with the most energy and sets the others to zero."""
-    kept = table.moments.gram.diagonal().argsort(descending=True, stable=True)[: int(k)]
-    chosen = torch.eye(table.dim, dtype=torch.float64)[:, kept]
-    return LinearMap(chosen, chosen.T, orthonormal=True)
+    """Keep the k coordinates with the most energy and set the others to zero."""
+    strongest = table.moments.gram.diagonal().argsort(descending=True, stable=True)[: int(k)]
+    return interventions.maps.projection(interventions.maps.identity(table.dim)[:, strongest])
 
 
-def _projected(table: TableSummary, k: float) -> float:
+def _projection_error(table: TableSummary, k: float) -> float:
     return table.norm * math.sqrt(1 - k / table.dim)
 
 
-def _rescaled(table: TableSummary, k: float) -> float:
+def _rescaled_error(table: TableSummary, k: float) -> float:
     return table.norm * math.sqrt(table.dim / k - 1) if k else table.norm
 
 
-@perturbation("dimensions", expected=_projected, random=True)
+@perturbation(
+    "random projection", "dimensions", Mark("#d55e00", "square"),
+    expected=_projection_error, random=True, stronger="gentler", keeps=True,
+)  # fmt: skip
 def project(table: TableSummary, k: float, seed: int) -> LinearMap:
-    """Projects on the span of k random Gaussian directions and back: P = A A^+ (a uniformly random k-space)."""
-    basis = _orthonormal(_gaussian(table.dim, int(k), seed))
-    return LinearMap(basis, basis.T, orthonormal=True)
+    """Project on the span of k random Gaussian directions and back: P = A A^+ (a uniformly random k-space)."""
+    bases = interventions.random_bases
+    return interventions.maps.projection(bases.orthonormal_basis(bases.gaussian_columns(table.dim, int(k), seed)))
 
 
-@perturbation("dimensions", expected=_rescaled, random=True)
+@perturbation(
+    "rescaled random projection", "dimensions", Mark("#b07f00", "diamond"),
+    expected=_rescaled_error, random=True, stronger="gentler", keeps=True,
+)  # fmt: skip
 def project_rescaled(table: TableSummary, k: float, seed: int) -> LinearMap:
-    """The random projection times d / k, so that inner products are kept on average: the error rises, the length does not fall."""
-    basis = _orthonormal(_gaussian(table.dim, int(k), seed))
-    return LinearMap(basis * (table.dim / k if k else 0.0), basis.T, orthonormal=True)
+    """Multiply the random projection by d / k: inner products are kept on average, and the error is larger."""
+    bases = interventions.random_bases
+    basis = bases.orthonormal_basis(bases.gaussian_columns(table.dim, int(k), seed))
+    return interventions.maps.projection(basis, factor=table.dim / k if k else 0.0)
 
 
-@perturbation("dimensions", expected=_projected, random=True)
+@perturbation(
+    "sparse random projection", "dimensions", Mark("#d55e00", "square-open", "dash"),
+    expected=_projection_error, random=True, stronger="gentler", keeps=True,
+)  # fmt: skip
 def project_sparse(table: TableSummary, k: float, seed: int) -> LinearMap:
-    """Projects on the span of k random directions with entries -1, 0, 0, 0, 0, 1 (Achlioptas 2003), and back."""
-    draws = torch.rand(table.dim, int(k), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    basis = _orthonormal((draws < 1 / 6).double() - (draws > 5 / 6).double())
-    return LinearMap(basis, basis.T, orthonormal=True)
+    """Project on the span of k random directions with entries -1, 0, 0, 0, 0, 1 (Achlioptas 2003), and back."""
+    bases = interventions.random_bases
+    return interventions.maps.projection(bases.orthonormal_basis(bases.sparse_columns(table.dim, int(k), seed)))
 
 
-@perturbation("", expected=lambda t, _: math.sqrt(2) * t.norm, random=True)
+# ---- keeping all dimensions ------------------------------------------------------------------------------------------
+
+
+@perturbation(
+    "rotation", "", Mark("#82878f", "pentagon"), expected=lambda table, _: math.sqrt(2) * table.norm, random=True
+)
 def rotate(table: TableSummary, strength: float, seed: int) -> LinearMap:
-    """Turns all rows by one random rotation: distances and angles stay, the coordinates do not."""
-    return LinearMap(_orthonormal(_gaussian(table.dim, table.dim, seed)))
+    """Turn all rows by one random rotation: distances and angles stay, the coordinates do not."""
+    bases, dim = interventions.random_bases, table.dim
+    return interventions.maps.LinearMap(bases.orthonormal_basis(bases.gaussian_columns(dim, dim, seed)))
 
 
-@perturbation("factor", expected=lambda t, c: t.norm * abs(c - 1))
+@perturbation("scaling", "factor", Mark("#8d79d6", "star"), expected=lambda table, factor: table.norm * abs(factor - 1))
 def scale(table: TableSummary, factor: float, seed: int) -> LinearMap:
-    """Multiplies every row by one number."""
-    return LinearMap(torch.eye(table.dim, dtype=torch.float64) * factor)
+    """Multiply every row by one number."""
+    return interventions.maps.LinearMap(interventions.maps.identity(table.dim) * factor)
 
 
-@perturbation("standard deviations", expected=lambda t, a: a * t.std * math.sqrt(t.moments.count * t.dim), random=True)
+def _noise_error(table: TableSummary, strength: float) -> float:
+    return strength * table.std * math.sqrt(table.moments.count * table.dim)
+
+
+@perturbation(
+    "noise", "standard deviations", Mark("#009e73", "triangle-up"),
+    expected=_noise_error, random=True, stronger="harsher",
+)  # fmt: skip
 def noise(table: TableSummary, strength: float, seed: int) -> GaussianNoise:
-    """Adds Gaussian noise in units of the standard deviation of the table's entries; no linear map, T x d work a look-up."""
-    return GaussianNoise(strength * table.std, seed)
+    """Add Gaussian noise in units of the standard deviation of the table's entries: a vector of its own for every token."""
+    return interventions.maps.GaussianNoise(strength * table.std, seed)
 
 
-@perturbation("standard deviations", expected=lambda t, a: a * t.std * math.sqrt(t.moments.count * t.dim), random=True)
+@perturbation(
+    "one shift for all tokens", "standard deviations", Mark("#c45a9c", "cross"),
+    expected=_noise_error, random=True, stronger="harsher",
+)  # fmt: skip
 def shift(table: TableSummary, strength: float, seed: int) -> LinearMap:
-    """Adds the same random vector to every row, as long as noise of that strength: an error that no average takes away."""
-    direction = _gaussian(table.dim, 1, seed)[:, 0]
+    """Add the same random vector to every row, as long as noise of that strength: an error that no average removes."""
+    direction = interventions.random_bases.gaussian_columns(table.dim, 1, seed)[:, 0]
     length = strength * table.std * math.sqrt(table.dim)
-    return LinearMap(torch.eye(table.dim, dtype=torch.float64), None, direction / direction.norm() * length)
+    return interventions.maps.LinearMap(
+        interventions.maps.identity(table.dim), None, direction / direction.norm() * length
+    )
 
 
-@perturbation("bits", expected=None)
+@perturbation("rounding", "bits", Mark("#a8703a", "hexagon"), expected=None, stronger="gentler")
 def quantise(table: TableSummary, bits: float, seed: int) -> RowQuantisation:
-    """Rounds every row to b bits of its largest entry; no linear map, and the error has no closed form."""
-    return RowQuantisation(int(bits))
-
-
-def _gaussian(rows: int, columns: int, seed: int) -> Float[Tensor, "d k"]:
-    return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def _orthonormal(columns: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-    """An orthonormal basis of the columns; of Gaussian ones it is uniformly random (Mezzadri 2007)."""
-    q, r = torch.linalg.qr(columns)
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)  # Householder reflections alone prefer one sign
+    """Round every row to b bits of its largest entry; the error has no closed form."""
+    return interventions.maps.RowQuantisation(int(bits))

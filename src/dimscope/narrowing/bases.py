@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dimscope.errors import InvalidArgument
 from dimscope.interventions.maps import LinearMap
-from dimscope.interventions.perturbations import TableSummary, make_map
+from dimscope.interventions.perturbations import make_map
+from dimscope.interventions.table_summary import TableSummary
 from dimscope.narrowing.calibration import Calibration
 
 RAW_KEPT = 4  # leading directions of the raw stream that are kept whatever the norms make of them: massive tokens

@@ -10,16 +10,9 @@ from typing import Literal
 
 import plotly.graph_objects as go
 
+from dimscope.interventions.perturbations import PERTURBATIONS, Mark
+
 ThemeName = Literal["light", "dark"]
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """How one kind of thing is drawn: colour, marker symbol and line dash."""
-
-    colour: str
-    symbol: str = "circle"
-    dash: str = "solid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,30 +62,14 @@ SERIES_MARKS: tuple[Mark, ...] = (
     Mark("#a8703a", "x", "dash"),
 )
 
-# Ways to change a table. What keeps dimensions has full lines; variants of a kind share its colour.
-KIND_MARKS: dict[str, Mark] = {
-    "truncate": Mark("#3f86cf", "circle"),
-    "truncate-centred": Mark("#3f86cf", "circle-open", "dash"),
-    "coordinates": Mark("#3f86cf", "x", "dot"),
-    "remove-leading": Mark("#3f86cf", "triangle-down", "longdash"),
-    "project": Mark("#d55e00", "square"),
-    "project-sparse": Mark("#d55e00", "square-open", "dash"),
-    "project-rescaled": Mark("#b07f00", "diamond"),
-    "noise": Mark("#009e73", "triangle-up"),
-    "shift": Mark("#c45a9c", "cross"),
-    "scale": Mark("#8d79d6", "star"),
-    "quantise": Mark("#a8703a", "hexagon"),
-    "rotate": Mark("#82878f", "pentagon"),
-}
-
 # Ways to choose the directions that are kept. What an embedding table gives has the marks of the changes of tables.
 BASIS_MARKS: dict[str, Mark] = {
     "learned": Mark("#c45a9c", "circle"),
     "normalised": Mark("#009e73", "diamond"),
     "raw": Mark("#a8703a", "triangle-up", "dash"),
-    "embedding": KIND_MARKS["truncate"],
-    "coordinates": KIND_MARKS["coordinates"],
-    "random": KIND_MARKS["project"],
+    "embedding": PERTURBATIONS["truncate"].mark,
+    "coordinates": PERTURBATIONS["coordinates"].mark,
+    "random": PERTURBATIONS["project"].mark,
 }
 
 ROLE_COLOURS: dict[str, str] = {
@@ -205,11 +182,6 @@ def log_ticks(low: float, high: float) -> list[float]:
 def series_mark(index: int) -> Mark:
     """Return how the index-th of several texts, models or preprocessings is drawn; after six they begin again."""
     return SERIES_MARKS[index % len(SERIES_MARKS)]
-
-
-def kind_mark(kind: str) -> Mark:
-    """Return how a kind of change is drawn; one that is not listed, or a chain of several, gets one by its name."""
-    return KIND_MARKS.get(kind) or series_mark(sum(kind.encode()))
 
 
 def basis_mark(basis: str) -> Mark:

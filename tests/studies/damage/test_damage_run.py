@@ -23,7 +23,8 @@ import dimscope
 from dimscope.checkpoints.model import Placement
 from dimscope.errors import InvalidArgument, NonFiniteRows, TokenizerMissing, UnsupportedCheckpoint
 from dimscope.evaluation.generation import Decoding
-from dimscope.interventions.perturbations import PERTURBATIONS, TableSummary, make_map, step_seed
+from dimscope.interventions.perturbations import PERTURBATIONS, make_map
+from dimscope.interventions.table_summary import TableSummary, step_seed
 from dimscope.storage import ResultFolder, versions
 from dimscope.studies import estimate
 from dimscope.studies.damage.plan import DamageSettings, parse_change

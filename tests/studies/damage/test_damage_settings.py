@@ -9,7 +9,8 @@ import torch
 from dimscope.cli.damage import _changes, _kinds
 from dimscope.errors import InvalidArgument
 from dimscope.interventions.maps import LinearMap
-from dimscope.interventions.perturbations import PERTURBATIONS, TableSummary, make_map, perturbation
+from dimscope.interventions.perturbations import PERTURBATIONS, make_map, perturbation
+from dimscope.interventions.table_summary import TableSummary
 from dimscope.studies.damage.plan import (
     DEFAULT,
     Asked,
@@ -340,4 +341,4 @@ def test_the_strength_of_a_kind_is_finite_in_every_default():
     for chain in (*DEFAULT, *notebook_settings().changes):
         for step in chain:
             assert math.isfinite(step.amount)
-            assert step.percent == (PERTURBATIONS[step.kind].strength == "dimensions")
+            assert step.percent == (PERTURBATIONS[step.kind].unit == "dimensions")

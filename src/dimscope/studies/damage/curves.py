@@ -4,18 +4,13 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from dimscope.interventions.perturbations import PERTURBATIONS, Mark
 from dimscope.page.section import Tables, finite
+from dimscope.page.theme import series_mark
 from dimscope.studies.damage.claims import sides_of, texts_of
 from dimscope.studies.damage.plan import UNDAMAGED
 from dimscope.studies.damage.tables import LOSS, RELATIVE
 from dimscope.studies.reading import GENERATED
-
-NAMES = {
-    "truncate": "truncation by SVD", "truncate-centred": "centred truncation", "project": "random projection",
-    "project-rescaled": "rescaled random projection", "project-sparse": "sparse random projection",
-    "coordinates": "keeping the strongest coordinates", "noise": "noise", "shift": "one shift for all tokens",
-    "scale": "scaling", "quantise": "rounding",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +76,13 @@ def shown_damages(tables: Tables) -> list[Damage]:
 
 
 def kind_name(kind: str) -> str:
-    """Return a kind of change as said in a sentence: "truncation by SVD"."""
-    return NAMES.get(kind, kind)
+    """Return the title of a kind of change, as in a sentence: "truncation by SVD"; of a chain its own name."""
+    return PERTURBATIONS[kind].title if kind in PERTURBATIONS else kind
+
+
+def kind_mark(kind: str) -> Mark:
+    """Return how a kind of change is drawn; a chain of several gets a mark by its name."""
+    return PERTURBATIONS[kind].mark if kind in PERTURBATIONS else series_mark(sum(kind.encode()))
 
 
 def text_name(on: str) -> str:

@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 import polars as pl
 
 from dimscope.page.section import finite
-from dimscope.page.theme import GAUSSIAN_NULL, MEASURED, Mark, figure, kind_mark, log_ticks, tint
-from dimscope.studies.damage.curves import Damage
+from dimscope.page.theme import GAUSSIAN_NULL, MEASURED, Mark, figure, log_ticks, tint
+from dimscope.studies.damage.curves import Damage, kind_mark
 from dimscope.studies.damage.tables import LOSS, RELATIVE, TOP_1
 
 UPPER, LOWER = (0.42, 1.0), (0.0, 0.32)

@@ -28,7 +28,7 @@ class Asked:
 
     def settled(self, dim: int) -> Step:
         """The step in `dim` dimensions. Raises InvalidArgument for what the perturbation cannot have there."""
-        unit = find_perturbation(self.kind).strength
+        unit = find_perturbation(self.kind).unit
         if self.percent and unit != "dimensions":
             raise InvalidArgument(f"--{self.kind} takes {unit or 'no strength'}, so {self.amount:g}% has no meaning")
         finite = math.isfinite(self.amount)
@@ -66,14 +66,12 @@ class Point:
     def strength(self) -> float | None:
         """Of a single step that has one."""
         name, strength = self.steps[0] if len(self.steps) == 1 else ("", 0.0)
-        return strength if name and find_perturbation(name).strength else None
+        return strength if name and find_perturbation(name).unit else None
 
     @property
     def label(self) -> str:
         """As it is shown: "truncate 600", "truncate 600 + noise 0.1"."""
-        told = (
-            f"{name} {strength:.10g}" if find_perturbation(name).strength else name for name, strength in self.steps
-        )
+        told = (f"{name} {strength:.10g}" if find_perturbation(name).unit else name for name, strength in self.steps)
         return " + ".join(told) or UNDAMAGED
 
     @property
@@ -83,8 +81,8 @@ class Point:
 
     def kept(self) -> float | None:
         """The number of dimensions that are kept, where the change is of that sort."""
-        counts = [s for name, s in self.steps if find_perturbation(name).strength == "dimensions"]
-        return counts[0] if len(counts) == len(self.steps) == 1 and self.kind != "remove-leading" else None
+        name, strength = self.steps[0] if len(self.steps) == 1 else ("", 0.0)
+        return strength if name and find_perturbation(name).keeps else None
 
 
 def plan_points(settings: DamageSettings, dims: Mapping[str, int]) -> list[Point]:
@@ -121,7 +119,7 @@ def parse_change(text: str) -> tuple[Asked, ...]:
 
 def parse_strength(kind: str, text: str | None) -> Asked:
     """A strength such as "600" or "75%"; "on", or nothing, for a perturbation without one. Raises InvalidArgument."""
-    unit = find_perturbation(kind).strength
+    unit = find_perturbation(kind).unit
     if not unit:
         if text not in (None, "on"):
             raise InvalidArgument(f"{kind} has no strength: --{kind} on, not {text}")

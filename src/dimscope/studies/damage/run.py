@@ -29,8 +29,9 @@ from dimscope.evaluation.generation import Decoding, generate
 from dimscope.evaluation.prompts import Template, check_context, has_template, prepare_prompt
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.maps import LinearMap, RowMap
-from dimscope.interventions.perturbations import TableSummary, make_chain, make_map, summarise
+from dimscope.interventions.perturbations import make_map
 from dimscope.interventions.row_errors import RowErrors, row_errors, token_errors
+from dimscope.interventions.table_summary import TableSummary, make_chain, summarise_table
 from dimscope.storage import Store
 from dimscope.studies.damage import tables as measures
 from dimscope.studies.damage.claims import breaking_frame, claims_frame
@@ -146,7 +147,7 @@ class DamageWork:
     @cached_property
     def summaries(self) -> dict[str, TableSummary]:
         different = {id(table): table for table in self.tables.values()}
-        made = {key: summarise(table) for key, table in different.items()}
+        made = {key: summarise_table(table) for key, table in different.items()}
         return {name: made[id(table)] for name, table in self.tables.items()}
 
     @cached_property

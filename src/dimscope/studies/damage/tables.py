@@ -12,8 +12,9 @@ from dimscope.evaluation.metrics import BITS, KL, LOSS, PERPLEXITY, RISE, TOP_1
 from dimscope.evaluation.prompts import Prompt
 from dimscope.interventions.maps import LinearMap, RowMap, exact_error
 from dimscope.interventions.operators import operator_statistics
-from dimscope.interventions.perturbations import TableSummary, find_perturbation
+from dimscope.interventions.perturbations import find_perturbation
 from dimscope.interventions.row_errors import Ratio, RowErrors
+from dimscope.interventions.table_summary import TableSummary
 from dimscope.studies.damage.plan import UNDAMAGED, Point
 
 PLACE: dict[str, Any] = {
@@ -44,7 +45,7 @@ class Place:
     def columns(self) -> dict[str, Any]:
         """`kept` is the share of the dimensions that are kept, null for changes that keep or drop none."""
         point = self.point
-        unit = find_perturbation(point.steps[0][0]).strength if point.strength is not None else None
+        unit = find_perturbation(point.steps[0][0]).unit if point.strength is not None else None
         kept = point.kept()
         return {
             "model": self.model, "change": point.label, "kind": point.kind, "strength": point.strength, "unit": unit,

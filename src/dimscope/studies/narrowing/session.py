@@ -22,7 +22,7 @@ from dimscope.errors import InvalidArgument
 from dimscope.evaluation.evaluate import Baseline, Evaluation, baseline, evaluate
 from dimscope.evaluation.generated_text import sample_windows
 from dimscope.interventions.maps import RowQuantisation
-from dimscope.interventions.perturbations import TableSummary, summarise
+from dimscope.interventions.table_summary import TableSummary, summarise_table
 from dimscope.narrowing.bases import FROM_TABLE, LEARNED, make_basis
 from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains
 from dimscope.narrowing.conversion import keeps_tie
@@ -267,4 +267,4 @@ class Bench:
 
 def table_summary(checkpoint: Checkpoint) -> TableSummary:
     """The moments of the input table. Raises CorruptCheckpoint for one with NaN or Inf."""
-    return summarise(open_table(checkpoint, advice="a model with such a table is not narrowed"))
+    return summarise_table(open_table(checkpoint, advice="a model with such a table is not narrowed"))
