@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dimscope.errors import InvalidArgument
+from dimscope.geometry.metrics import GRIDE, LEVINA_BICKEL, TWO_NN, TWO_NN_LEAST_SQUARES
 from dimscope.geometry.pairs import LEADING, Pairs, pairs_within
 
 FEWEST = 8  # distinct rows that an estimate is made from
@@ -141,8 +142,8 @@ def _two_nn(logs: Float[np.ndarray, "n k"]) -> list[Found]:
     heights = -np.log1p(-np.arange(1, len(low) + 1) / n)
     slope = float(low @ heights / (low @ low))
     return [
-        ("TwoNN, maximum likelihood", None, likely, likely / math.sqrt(n)),
-        ("TwoNN, least squares", None, slope, None),
+        (TWO_NN, None, likely, likely / math.sqrt(n)),
+        (TWO_NN_LEAST_SQUARES, None, slope, None),
     ]
 
 
@@ -164,7 +165,7 @@ def _gride(logs: Float[np.ndarray, "n k"], n1: int) -> Found:
 
     d = brentq(score, n / total / n1 / 2, 2 * n / total)
     information = n + (n1 - 1) * (1 / (exprel(d * log_mu) * exprel(-d * log_mu))).sum()
-    return "GRIDE", n1, d, d / math.sqrt(information)
+    return GRIDE, n1, d, d / math.sqrt(information)
 
 
 def _levina_bickel(logs: Float[np.ndarray, "n k"], k: int) -> Found:
@@ -174,4 +175,4 @@ def _levina_bickel(logs: Float[np.ndarray, "n k"], k: int) -> Found:
     exponentials of rate d.
     """
     value = 1 / float((logs[:, k - 1 : k] - logs[:, : k - 1]).mean())
-    return "Levina-Bickel MLE", k, value, value / math.sqrt(len(logs) * (k - 1))
+    return LEVINA_BICKEL, k, value, value / math.sqrt(len(logs) * (k - 1))

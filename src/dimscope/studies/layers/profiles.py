@@ -6,7 +6,7 @@ import polars as pl
 
 from dimscope.activations.sites import FINAL_NORM as NORM
 from dimscope.geometry import dimension
-from dimscope.geometry.dimension import COUNT
+from dimscope.geometry.metrics import VARIANCE_COUNT
 from dimscope.page.section import finite
 from dimscope.page.theme import CONDITION_MARKS
 from dimscope.page.wording import listed
@@ -23,8 +23,8 @@ def preferred_count(rows: pl.DataFrame) -> str | None:
 
 def meaning(metric: str) -> str:
     """Name what a metric counts, for an axis: "components for 95% of the variance"."""
-    if metric.startswith(COUNT):
-        return f"components for {metric.removeprefix(COUNT)} of the variance"
+    if metric.startswith(VARIANCE_COUNT):
+        return f"components for {metric.removeprefix(VARIANCE_COUNT).lstrip()} of the variance"
     return metric
 
 

@@ -3,7 +3,8 @@
 import polars as pl
 
 from dimscope.activations.sites import FINAL_NORM
-from dimscope.geometry.dimension import COUNT, preferred_count
+from dimscope.geometry.dimension import preferred_count
+from dimscope.geometry.metrics import VARIANCE_COUNT
 from dimscope.page.section import Facts, Tables
 from dimscope.studies.layers.sections import layers_strip
 from dimscope.studies.study import Summary
@@ -25,7 +26,7 @@ def summary_frame(layers: pl.DataFrame) -> pl.DataFrame:
     rows = layers.filter((pl.col("preprocess") == "raw") & pl.col("centred") & pl.col("scale").is_null())
     told = preferred_count(rows["metric"].unique())
     assert told is not None  # the command line asks for one threshold at least
-    share = told.removeprefix(COUNT)
+    share = told.removeprefix(VARIANCE_COUNT).lstrip()
     place = ["model", "text", "layer", "site"]
     real = rows.filter(pl.col("condition") == "real")
 
