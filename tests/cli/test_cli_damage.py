@@ -364,7 +364,7 @@ def test_on_a_terminal_the_answers_of_every_change_are_left_to_read(checkpoint, 
     assert process.wait() == 0
     said = left_on_screen(seen.decode())
     # three answers of six tokens, both prompts at once
-    assert "2 changes and the model as it is, 48 tokens each, 18 steps of writing on cpu (float32)" in said
+    assert "2 changes and the unchanged model, 48 tokens each, 18 steps of generation on cpu (float32)" in said
     for title in ("undamaged · 1 of 3", "truncate 16 · 2 of 3 · about", "truncate 8 · 3 of 3 · about"):
         assert said.count(title) == 1
     tables = read_tables(tmp_path / "out")

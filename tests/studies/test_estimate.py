@@ -46,27 +46,27 @@ def test_the_memory_of_weights_sums_and_samples_by_hand(large):
     assert 4 * (V * D + n_block(checkpoint)) == pytest.approx(0.2e9, abs=0.05e9)
     assert 3 * (16 * D * D + 4 * 2048 * D) == 9_437_184
     said = estimate_passes(checkpoint, CPU, 5, None, 2048)
-    assert said == "5 passes over whole texts on cpu (float32); weights 0.2 GB, sums and samples 9 MB at most"
+    assert said == "5 passes over whole texts on cpu (float32); weights 157 MB, sums and samples 9.4 MB at most"
 
 
 def test_half_the_bytes_and_twice_the_tables(large):
     """The weights at 2 bytes: 78 MB in the table and 0.3 to 1 MB in the block."""
     n_bytes = 2 * (V * D + n_block(large(tied=True)))
     narrow = estimate_passes(large(tied=True), Placement("bfloat16", "cpu"), 1, None, 64)
-    weights = f"weights {n_bytes / 1e6:.0f} MB"
-    assert narrow == f"1 pass over whole texts on cpu (bfloat16); {weights}, sums and samples 3 MB at most"
-    assert "weights 0.3 GB" in estimate_passes(large(tied=False), CPU, 1, None, 64)
+    weights = f"weights {n_bytes / 1e6:.1f} MB"
+    assert narrow == f"1 pass over whole texts on cpu (bfloat16); {weights}, sums and samples 3.3 MB at most"
+    assert "weights 31" in estimate_passes(large(tied=False), CPU, 1, None, 64)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_time_is_two_operations_for_each_weight_that_is_multiplied_and_token(large, monkeypatch, tied):
     """A look-up multiplies nothing: an input table counts only where it is the output table too."""
-    monkeypatch.setattr(module, "_speed", lambda placement: 1e9)
+    monkeypatch.setattr(module, "_operations_per_second", lambda placement: 1e9)
     checkpoint = large(tied=tied)
     seconds = 2 * (V * D + n_block(checkpoint)) * 1_034 / 1e9
     assert 75 < seconds < 90
     said = estimate_passes(checkpoint, CPU, 2, 1_034, 64)
-    assert said.startswith(f"2 passes, 1,034 tokens on cpu (float32): {seconds:.0f} s or more; weights 0.")
+    assert said.startswith(f"2 passes, 1,034 tokens on cpu (float32): {seconds:.0f} s or more; weights ")
 
 
 @pytest.mark.parametrize(
@@ -74,24 +74,24 @@ def test_the_time_is_two_operations_for_each_weight_that_is_multiplied_and_token
     [(1e12, "1 s"), (1e9, "80 s"), (8e8, "2 min"), (2e7, "67 min"), (1e7, "2.2 h"), (1e5, "222.7 h")],
 )
 def test_durations_are_in_seconds_minutes_or_hours(large, monkeypatch, speed, words):
-    monkeypatch.setattr(module, "_speed", lambda placement: speed)
+    monkeypatch.setattr(module, "_operations_per_second", lambda placement: speed)
     checkpoint = large(tied=True)
     tokens = round(40.1e9 / (V * D + n_block(checkpoint)))  # 80.2e9 operations
     assert f": {words} or more; " in estimate_passes(checkpoint, CPU, 1, tokens, 64)
 
 
 def test_the_speed_is_that_of_this_machine(checkpoint):
-    speed = module._speed(CPU)
+    speed = module._operations_per_second(CPU)
     assert 1e8 < speed < 1e14  # a product of 1,024 x 1,024 in 20 s, or faster than any device there is
     tiny = dimscope.open(checkpoint("llama"))
     said = estimate_passes(tiny, CPU, 3, 1_000, 64)
-    assert said == "3 passes, 1,000 tokens on cpu (float32): 1 s or more; weights 1 MB, sums and samples 1 MB at most"
+    assert said == "3 passes, 1,000 tokens on cpu (float32): 1 s or more; weights 205 kB, sums and samples 98.3 kB at most"
 
 
 def test_a_stream_of_many_windows_takes_no_more_than_was_said(large):
     """First tokens are summed by themselves; above d windows they are a matrix of their own."""
     said = estimate_passes(large(tied=True), CPU, 1, None, 64)
-    promised = int(said.rpartition("samples ")[2].split()[0])
+    promised = float(said.rpartition("samples ")[2].split()[0])
     taken, sample = 0, Reservoir(64, 0)
     for layer in range(3):
         sums = SiteSums(f"block {layer}", D)
@@ -104,4 +104,4 @@ def test_a_stream_of_many_windows_takes_no_more_than_was_said(large):
         sample.take(layer, hidden, places)
     sample.prune(whole=True)
     taken += sum(t.numel() * t.element_size() for rows in sample.rows.values() for t in rows)
-    assert taken / 1e6 < promised + 0.5
+    assert taken / 1e6 < promised + 0.05

@@ -17,6 +17,7 @@ from dimscope.checkpoints.loaded import LoadedModel
 from dimscope.checkpoints.sources import HubRepository
 from dimscope.checkpoints.tensors import StateDictReader
 from dimscope.errors import CorruptCheckpoint, InvalidArgument, MissingExtra, UnsupportedCheckpoint
+from dimscope.units import readable_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -219,7 +220,7 @@ def _require_memory(checkpoint: Checkpoint, placement: Placement) -> None:
     needed = DTYPES[placement.dtype].itemsize * _n_weights(checkpoint)
     if placement.device == "cpu" and needed > free:
         raise InvalidArgument(
-            f"{checkpoint.name}: its weights take {needed / 1e9:.1f} GB in {placement.dtype}, and {free / 1e9:.1f} GB of "
+            f"{checkpoint.name}: its weights take {readable_bytes(needed)} in {placement.dtype}, and {readable_bytes(free)} of "
             "memory are free; take `dtype` bfloat16, or `device` map to spread the model"
         )
 

@@ -64,9 +64,9 @@ def print_tables(output: Output, limit: int) -> None:
 
 def writing_table(writing: Writing) -> Table:
     """Answers to prompts as they are written, beside those of the undamaged model."""
-    from dimscope.studies.estimate import duration
+    from dimscope.units import readable_duration
 
-    left = f" · about {duration(writing.seconds_left)} left" if writing.seconds_left is not None else ""
+    left = f" · about {readable_duration(writing.seconds_left)} left" if writing.seconds_left is not None else ""
     title = f"{escape(writing.change)} · {writing.number} of {writing.total}{left}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = [writing.prompts, *([writing.undamaged] if writing.undamaged is not None else []), writing.texts]

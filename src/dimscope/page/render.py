@@ -17,6 +17,7 @@ from dimscope.page.payload import figure_spec, zipped_json
 from dimscope.page.section import Facts, Plot, Section
 from dimscope.page.wording import magnitude
 from dimscope.storage import write_whole
+from dimscope.units import readable_bytes
 
 EMBED_LIMIT = 1_000_000
 """Tables up to this many bytes travel inside the page; larger ones are linked where they lie."""
@@ -109,11 +110,12 @@ def _payload(page: Page) -> dict[str, Any]:
 def table_download(path: Path) -> Download:
     """Return the download of a Parquet file."""
     size = path.stat().st_size
-    readable = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{max(1, round(size / 1e3))} kB"
     if size > EMBED_LIMIT:
-        return Download(path.stem, readable, f"tables/{path.name}", embedded=False)
+        return Download(path.stem, readable_bytes(size), f"tables/{path.name}", embedded=False)
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return Download(path.stem, readable, f"data:application/vnd.apache.parquet;base64,{data}", embedded=True)
+    return Download(
+        path.stem, readable_bytes(size), f"data:application/vnd.apache.parquet;base64,{data}", embedded=True
+    )
 
 
 def _environment() -> jinja2.Environment:

@@ -1145,16 +1145,16 @@ def test_the_announcement_counts_changes_tokens_and_steps(study, lively, tmp_pat
     study(lively("untied"), tmp_path / "two", "truncate:8", announce=said.append)
     # three answers of five tokens at most: undamaged, truncated, and one of the three draws of noise
     assert said == [
-        "4 changes and the model as it is, 96 tokens each, 15 steps of writing on cpu (float32): 1 s or more; "
+        "4 changes and the unchanged model, 96 tokens each, 15 steps of generation on cpu (float32): 1 s or more; "
         "1 MB at most",
-        "1 change and the model as it is, 48 tokens each on cpu (float32): 1 s or more; 1 MB at most",
+        "1 change and the unchanged model, 48 tokens each on cpu (float32): 1 s or more; 1 MB at most",
     ]
 
 
 def test_the_time_is_that_of_products_and_of_reading_the_weights(checkpoint, monkeypatch):
     """Two operations for each weight and token of a pass; every weight read for each token that is written."""
-    monkeypatch.setattr(estimate, "_speed", lambda placement: 1e6)
-    monkeypatch.setattr(estimate, "_bandwidth", lambda placement: 1e6)
+    monkeypatch.setattr(estimate, "_operations_per_second", lambda placement: 1e6)
+    monkeypatch.setattr(estimate, "_bytes_per_second", lambda placement: 1e6)
     opened = dimscope.open(str(checkpoint("llama")))
     weights = sum(info.n_elements for info in opened.tensors.values()) - 512 * D  # a look-up multiplies nothing
     said = {}
@@ -1163,8 +1163,8 @@ def test_the_time_is_that_of_products_and_of_reading_the_weights(checkpoint, mon
         said[written] = line
         seconds = points * 2 * weights * tokens / 1e6 + written * weights * 4 / 1e6
         assert f": {seconds / 60:.0f} min or more; " in line
-    assert said[0].startswith("10 changes and the model as it is, 1,000 tokens each on cpu")
-    assert ", 500 steps of writing on cpu" in said[500]
+    assert said[0].startswith("10 changes and the unchanged model, 1,000 tokens each on cpu")
+    assert ", 500 steps of generation on cpu" in said[500]
     n_bytes = 4 * (weights + 512 * D) + 4 * 1_000_000 * (D + 512)
     assert f"; {n_bytes / 1e9:.1f} GB at most" in estimate.estimate_damage(
         opened, Placement("float32", "cpu"), 1, 1_000_000, 0

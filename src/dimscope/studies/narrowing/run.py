@@ -33,6 +33,7 @@ from dimscope.studies.narrowing.session import LENGTH, Bench, table_summary
 from dimscope.studies.narrowing.settings import NarrowSettings
 from dimscope.studies.reading import named_texts, window_length
 from dimscope.texts.windows import Window, middle_windows
+from dimscope.units import readable_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,7 +131,7 @@ def narrow(
             )
             cut, trained = plan_cut(checkpoint, directions, export=settings.export_as, tied=tied), {}
         with whole_folder(out) as folder:
-            say(f"writing {sum(t.n_bytes for t in cut.plan()) / 1e9:.2f} GB")
+            say(f"writing {readable_bytes(sum(t.n_bytes for t in cut.plan()))}")
             with writing(out):
                 account = write_cut(cut, folder, trained)
             del trained  # a model in float32

@@ -9,6 +9,7 @@ from dimscope.page.section import Facts, Grid, Plot, Section, Tables, table
 from dimscope.page.wording import count, number, share
 from dimscope.studies.narrowing import figures
 from dimscope.studies.narrowing.advice import DENSE, HEALED, ROUND, candidate_name
+from dimscope.units import readable_bytes
 
 
 def plan_section(tables: Tables, facts: Facts) -> Section | None:
@@ -49,7 +50,7 @@ def _candidates(plan: pl.DataFrame) -> Grid:
     rows = tuple(
         (
             candidate_name(row), f"{row['parameters']:,}", f"{row['parameters'] / dense['parameters'] - 1:+.0%}",
-            _size(row["bytes"]), _times(row["prefill_ratio"]), _times(row["decode_ratio"]),
+            readable_bytes(row["bytes"]), _times(row["prefill_ratio"]), _times(row["decode_ratio"]),
             f"{row['loss']:.3f}", f"{row['kl']:.4f}", share(row["top_1"]),
             "–" if row["method"] in (DENSE, ROUND) or row["kl_dropping"] is None else f"{row['kl_dropping']:.4f}",
         )
@@ -69,11 +70,6 @@ def _candidates(plan: pl.DataFrame) -> Grid:
     )
     caption = "All candidates: speeds are times the dense model's, the last column is the KL of dropping layers to the same size"
     return Grid(caption, header, rows, frozenset(range(1, len(header))))
-
-
-def _size(n_bytes: int) -> str:
-    unit, name = (1e9, "GB") if n_bytes >= 1e9 else (1e6, "MB") if n_bytes >= 1e6 else (1e3, "kB")
-    return f"{n_bytes / unit:,.3g} {name}"
 
 
 def _times(ratio: float | None) -> str:

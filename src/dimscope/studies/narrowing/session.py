@@ -31,11 +31,11 @@ from dimscope.narrowing.layer_dropping import least_blocks, without_blocks
 from dimscope.narrowing.learning import RATE, learn_basis
 from dimscope.narrowing.projection import Cut, fitted_model, narrow_model, plan_cut
 from dimscope.narrowing.training import TOKENS, Point, Schedule, mean_distance
-from dimscope.studies.estimate import duration
 from dimscope.studies.narrowing.settings import NarrowSettings
 from dimscope.studies.provenance import fingerprint
 from dimscope.studies.reading import texts_or_written, window_length, windows_at_once
 from dimscope.texts.windows import Window, middle_windows
+from dimscope.units import readable_duration
 from dimscope.vectors.embedding import open_table
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class Bench:
             first.append((point.step, now))
             done = point.step - first[0][0]
             left = (now - first[0][1]) / done * (schedule.steps - point.step) if done else None
-            rest = "" if left is None else f", at most {duration(left)} left"
+            rest = "" if left is None else f", at most {readable_duration(left)} left"
             self.say(f"step {point.step}: held-out KL {point.held_out:.4f}{rest}")
 
         return tell
