@@ -2,16 +2,16 @@
 
 DimscopeError
 ├── CheckpointError             the checkpoint itself
-│   ├── CheckpointNotFound      no such folder, hub id or revision; no access to it
-│   ├── NetworkError            the hub cannot be reached, or broke off
-│   ├── CorruptCheckpoint       truncated or damaged files, an index that lies, a shape that contradicts the config
+│   ├── CheckpointNotFound      no such folder, hub id or revision; no access to it (also a FileNotFoundError)
+│   ├── NetworkError            the hub cannot be reached, or broke off (also a ConnectionError)
+│   ├── CorruptCheckpoint       truncated or damaged files, a wrong index, a shape that contradicts the config (also a ValueError)
 │   ├── UnsupportedCheckpoint   quantised weights, an architecture that transformers does not know
 │   └── UnsafeCheckpoint        pickle weights or remote code, without the flag that accepts the risk
-├── TokenizerMissing            the question needs text, and the checkpoint has no tokenizer
-├── NonFiniteRows               NaN or Inf in the table
-├── NonFiniteActivations        NaN or Inf in the hidden states or logits
-├── MissingExtra                a package that only an extra brings
-└── InvalidArgument             an argument that does not fit this model
+├── TokenizerMissing            text is needed, and there is no tokenizer
+├── NonFiniteRows               NaN or Inf in the table (also a ValueError)
+├── NonFiniteActivations        NaN or Inf in the hidden states or logits (also a FloatingPointError)
+├── MissingExtra                a package that only an extra installs (also an ImportError)
+└── InvalidArgument             an argument that does not fit (also a ValueError)
 """
 
 
@@ -23,15 +23,15 @@ class CheckpointError(DimscopeError):
     """Something is wrong with the checkpoint."""
 
 
-class CheckpointNotFound(CheckpointError):
+class CheckpointNotFound(CheckpointError, FileNotFoundError):
     """There is no such folder, hub id or revision, or no access to it."""
 
 
-class NetworkError(CheckpointError):
+class NetworkError(CheckpointError, ConnectionError):
     """The hub cannot be reached, or a download broke off."""
 
 
-class CorruptCheckpoint(CheckpointError):
+class CorruptCheckpoint(CheckpointError, ValueError):
     """The files contradict themselves, each other or the config."""
 
 
@@ -47,20 +47,21 @@ class TokenizerMissing(DimscopeError):
     """The checkpoint has no tokenizer, and the question needs one."""
 
 
-class NonFiniteRows(DimscopeError):
+class NonFiniteRows(DimscopeError, ValueError):
     """The table has rows with NaN or Inf."""
 
 
-class NonFiniteActivations(DimscopeError):
+class NonFiniteActivations(DimscopeError, FloatingPointError):
     """The model computed NaN or Inf."""
 
 
-class MissingExtra(DimscopeError):
+class MissingExtra(DimscopeError, ImportError):
     """A package is needed that only an extra of dimscope installs."""
 
     def __init__(self, package: str, extra: str) -> None:
+        """Name the package and the extra that installs it."""
         super().__init__(f"this needs the package {package}: pip install 'dimscope[{extra}]'")
 
 
-class InvalidArgument(DimscopeError):
-    """An argument does not fit this model."""
+class InvalidArgument(DimscopeError, ValueError):
+    """An argument does not fit: its value, or the model it is for."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import polars as pl
 
-from dimscope.errors import InvalidArgument
+from dimscope.errors import DimscopeError, InvalidArgument
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,6 +120,8 @@ def writing(path: Path) -> Generator[None]:
     """Turns what the system says (disk full, no permission, a file in the way) into one line."""
     try:
         yield
+    except DimscopeError:  # some are an OSError too
+        raise
     except OSError as e:
         raise InvalidArgument(f"{path} cannot be written: {e.strerror or e}") from e
 

@@ -85,7 +85,9 @@ def test_the_speed_is_that_of_this_machine(checkpoint):
     assert 1e8 < speed < 1e14  # a product of 1,024 x 1,024 in 20 s, or faster than any device there is
     tiny = dimscope.open(checkpoint("llama"))
     said = estimate_passes(tiny, CPU, 3, 1_000, 64)
-    assert said == "3 passes, 1,000 tokens on cpu (float32): 1 s or more; weights 205 kB, sums and samples 98.3 kB at most"
+    assert (
+        said == "3 passes, 1,000 tokens on cpu (float32): 1 s or more; weights 205 kB, sums and samples 98.3 kB at most"
+    )
 
 
 def test_a_stream_of_many_windows_takes_no_more_than_was_said(large):

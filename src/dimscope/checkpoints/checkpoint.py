@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from dimscope.checkpoints import BUILTIN, gguf
 from dimscope.checkpoints.skeleton import Skeleton, build_skeleton
 from dimscope.checkpoints.sources import HubRepository, LocalFolder, Source, find_on_hub
-from dimscope.checkpoints.tensors import TensorInfo, TensorReader, open_weights
+from dimscope.checkpoints.tensors import TensorInfo, TensorReader
+from dimscope.checkpoints.weights import open_weights
 from dimscope.errors import CheckpointNotFound, CorruptCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
 
 if TYPE_CHECKING:

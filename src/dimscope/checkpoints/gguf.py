@@ -34,12 +34,19 @@ class GgufReader:
 
 
 def open_gguf(source: Source, file: str) -> GgufReader:
+    """Open one GGUF file.
+
+    Raises:
+        MissingExtra: The package gguf is not installed.
+        CorruptCheckpoint: The file is damaged, or not GGUF.
+    """
     try:
         from gguf import GGUFReader
     except ImportError as e:
         raise MissingExtra("gguf", "gguf") from e
+    path = source.fetch(file)
     try:
-        packed = {t.name: t for t in GGUFReader(source.fetch(file)).tensors}
+        packed = {t.name: t for t in GGUFReader(path).tensors}
     except (ValueError, IndexError, KeyError, OSError) as e:
         raise CorruptCheckpoint(f"{source.name}: {file} is not a GGUF file, or is damaged ({e})") from e
     infos = {

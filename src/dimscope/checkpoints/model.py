@@ -110,11 +110,12 @@ def load_model(
         return source.model
     placement = placement or place(checkpoint)
     _require_memory(checkpoint, placement)
+    location = source.name if isinstance(source, HubRepository) else str(source.fetch("config.json").parent)
     # accelerate may keep weights on disk; safetensors files it reads where they are, others it writes there
     offload = tempfile.mkdtemp(prefix="dimscope-") if placement.device == "map" else None
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.name if isinstance(source, HubRepository) else str(source.fetch("config.json").parent),
+            location,
             revision=source.revision if isinstance(source, HubRepository) else None,
             dtype=DTYPES[placement.dtype],
             device_map="auto" if placement.device == "map" else None,

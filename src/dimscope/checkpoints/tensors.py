@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: which there are, and their rows, read lazily from safetensors or pickle files."""
+"""The tensors of a checkpoint: which there are, and their rows, read lazily from safetensors files or from memory."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dimscope.checkpoints.sources import Source
-from dimscope.errors import CheckpointNotFound, CorruptCheckpoint, UnsafeCheckpoint
+from dimscope.errors import CorruptCheckpoint
 
 DTYPES = {
     "F64": torch.float64,
@@ -153,8 +153,9 @@ def open_safetensors(source: Source, files: list[str]) -> SafetensorsReader:
 
 def open_sharded(source: Source, index_file: str) -> SafetensorsReader:
     """The shards that an index names; what it promises must be where it says."""
+    path = source.fetch(index_file)
     try:
-        weight_map: dict[str, str] = json.loads(source.fetch(index_file).read_text(encoding="utf-8"))["weight_map"]
+        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CorruptCheckpoint(f"{source.name}: {index_file} is damaged ({e})") from e
@@ -167,61 +168,3 @@ def open_sharded(source: Source, index_file: str) -> SafetensorsReader:
         if name not in reader.tensors or reader.tensors[name].file != shard:
             raise CorruptCheckpoint(f"{source.name}: {index_file} says that {name} is in {shard}, but it is not")
     return reader
-
-
-def open_pickle(source: Source, files: list[str]) -> StateDictReader:
-    """Weights in torch's pickle format, memory-mapped where the file allows it, loaded with `weights_only`."""
-    import pickle
-    import zipfile
-
-    state: dict[str, Tensor] = {}
-    origin: dict[str, str] = {}
-    for file in files:
-        try:
-            path = source.fetch(file)
-            zipped = zipfile.is_zipfile(path)  # what torch 1.6 and later write; the older format cannot be mapped
-            part = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as e:
-            raise CorruptCheckpoint(f"{source.name}: {file} cannot be read ({str(e).splitlines()[0]})") from e
-        if not isinstance(part, dict):
-            raise CorruptCheckpoint(f"{source.name}: {file} holds a {type(part).__name__}, not a state dict")
-        part = {name: tensor for name, tensor in part.items() if isinstance(tensor, Tensor)}
-        state |= part
-        origin |= dict.fromkeys(part, file)
-    return read_state_dict(state, origin)
-
-
-def open_weights(source: Source, *, allow_pickle: bool) -> TensorReader:
-    """The reader for the format that the files are in: GGUF, safetensors, or pickle where that is allowed."""
-    files = source.files
-    gguf = sorted(f for f in files if f.endswith(".gguf"))
-    if "model.safetensors.index.json" in files:
-        return open_sharded(source, "model.safetensors.index.json")
-    if "model.safetensors" in files:
-        return open_safetensors(source, ["model.safetensors"])
-    if loose := sorted(f for f in files if f.endswith(".safetensors") and not f.startswith("adapter")):
-        return _open_loose(source, loose)
-    if len(gguf) == 1:
-        from dimscope.checkpoints.gguf import open_gguf
-
-        return open_gguf(source, gguf[0])
-    if gguf:
-        raise CheckpointNotFound(f"{source.name}: {len(gguf)} GGUF files here; name one of them ({gguf[0]})")
-    pickles = sorted(f for f in files if f.startswith("pytorch_model") and f.endswith(".bin"))
-    if pickles and allow_pickle:
-        return open_pickle(source, pickles)
-    if pickles:
-        raise UnsafeCheckpoint(
-            f"{source.name}: only pickle weights ({pickles[0]}), which can run code when loaded; "
-            "convert them to safetensors, or pass `allow_pickle` if you trust them"
-        )
-    raise CheckpointNotFound(f"{source.name}: no weights found (no *.safetensors, no *.gguf)")
-
-
-def _open_loose(source: Source, files: list[str]) -> SafetensorsReader:
-    """safetensors files without an index: one file under another name, or shards whose index is missing."""
-    if len(files) > 1:
-        raise CorruptCheckpoint(
-            f"{source.name}: {len(files)} safetensors files but no model.safetensors.index.json; download the model again"
-        )
-    return open_safetensors(source, files)

@@ -53,7 +53,8 @@ def main(tokens: list[str] | None = None) -> int:
         app.config = _preset(arguments)
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as e:
-        return _fail(str(e))
+        own = e.__cause__  # a ValueError of ours that was raised while a value was read
+        return _fail(with_options(str(own)) if isinstance(own, DimscopeError) else str(e))
     except DimscopeError as e:
         return _fail(with_options(str(e)))
     except KeyboardInterrupt:

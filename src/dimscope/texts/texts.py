@@ -336,6 +336,8 @@ def _url(source: str, scheme: str) -> Text:
     name = urlunsplit((scheme, parts.netloc, parts.path, "", ""))
     try:
         body, charset = _download(name, source)
+    except NetworkError:  # is an OSError too
+        raise
     except (OSError, HTTPException, ValueError) as e:
         raise NetworkError(f"{name}: cannot be read ({_reason(e)}); check the address and the connection") from e
     return _from_bytes(name, _to_utf8(name, body, charset))
