@@ -1,20 +1,21 @@
-"""The command of the study of damage: every kind of change is an option, and texts are shown as they are written."""
+"""The command of the study of damage: every kind of change is an option, and texts are shown while they are generated."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import field, make_dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from dimscope.checkpoints import BUILTIN
 from dimscope.cli.options import COMMON, Common
 from dimscope.cli.studies import run_command, study_help
-from dimscope.cli.terminal import Output, writing_table
+from dimscope.cli.terminal import writing_table
 from dimscope.errors import InvalidArgument
+from dimscope.interventions.perturbations import PERTURBATIONS, Perturbation
 from dimscope.studies.damage.settings import DamageSettings
 
 if TYPE_CHECKING:
@@ -23,65 +24,69 @@ if TYPE_CHECKING:
 
 RESCALED = "project-rescaled"
 DEFAULT = DamageSettings()
+GROUP = Group("Kinds of change (strengths with commas between them)", sort_key=1)
+RESCALED_OPTION = Parameter(
+    negative=(), group=GROUP, show_default=False, help="Add to every --project the same projection multiplied by d/k."
+)
 
 
 def damage_command(study: Study) -> Callable[..., None]:
     """Return the command of the study of damage."""
+    options = _kind_options()
+    none = options()
 
     def damage(
         model: str = BUILTIN,
         /,
         *,
-        kinds: Annotated[bool, Parameter(negative=())] = False,
-        rescaled: Annotated[bool, Parameter(negative=())] = False,
+        kinds: Annotated[Any, Parameter(name="*")] = none,
+        rescaled: Annotated[bool, RESCALED_OPTION] = False,
         settings: Annotated[DamageSettings, Parameter(name="*")] = DEFAULT,
         common: Common = COMMON,
-        **changes: Annotated[tuple[str, ...], Parameter(negative=())],
     ) -> None:
-        if kinds:
-            common.show(_kinds())
-            return
-        added = changes_of(changes, rescaled=rescaled)
+        requested = {name: getattr(kinds, _field(name)) for name in PERTURBATIONS}
+        added = changes_of({name: strengths for name, strengths in requested.items() if strengths}, rescaled=rescaled)
         own = replace(settings, changes=(*added, *settings.changes)) if added else settings
         with _shown(bool(own.prompts) and not common.json) as watch:
             run_command(study, model, own, common, watch)
 
-    damage.__doc__ = f"""{study_help(study)}
-
-    Parameters
-    ----------
-    kinds
-        List the kinds of change and the unit of their strength, and stop.
-    rescaled
-        Rescale every --project by d/k too.
-    changes
-        A kind of change and its strengths, with commas between them: --truncate 800,600 or --truncate 75%.
-    """
+    damage.__annotations__["kinds"] = Annotated[options, Parameter(name="*")]  # ty: ignore[invalid-type-form]
+    damage.__doc__ = study_help(study)
     return damage
 
 
-def _kinds() -> Output:
-    import polars as pl
+def _field(kind: str) -> str:
+    return kind.replace("-", "_")
 
-    from dimscope.interventions.perturbations import PERTURBATIONS
 
-    rows = [
-        {"option": f"--{p.name}", "strength": p.unit or "on", "random": p.random, "about": p.about}
-        for p in PERTURBATIONS.values()
-    ]
-    return Output({}, {"kinds": pl.DataFrame(rows)})
+def _kind_options() -> type:
+    """Return a dataclass with one option per kind of change."""
+    columns = []
+    for kind in PERTURBATIONS.values():
+        option = Parameter(name=f"--{kind.name}", negative=(), group=GROUP, show_default=False, help=_help(kind))
+        columns.append((_field(kind.name), Annotated[tuple[str, ...], option], field(default=())))
+    options: Any = Parameter(name="*")(make_dataclass("KindOptions", columns, frozen=True))
+    options.__module__ = __name__  # cyclopts takes classes of the standard library, make_dataclass's own, as one value
+    return options
+
+
+def _help(kind: Perturbation) -> str:
+    """Return the title of a kind, the unit of its strengths and an example."""
+    examples = {
+        "dimensions": "dimensions: 800,600 or 75%,50%", "standard deviations": "standard deviations: 0.1,1",
+        "factor": "factors: 0.5,2", "bits": "bits: 8,4", "": "on",
+    }  # fmt: skip
+    return f"{kind.title[0].upper()}{kind.title[1:]}; {examples[kind.unit]}."
 
 
 def changes_of(options: Mapping[str, Sequence[str]], *, rescaled: bool) -> tuple[str, ...]:
-    """Return changes as KIND:STRENGTH. Raises InvalidArgument for an option that is no kind of change."""
-    from dimscope.interventions.perturbations import PERTURBATIONS
+    """Return changes as KIND:STRENGTH, kind by kind.
 
-    if unknown := [kind for kind in options if kind not in PERTURBATIONS]:
-        raise InvalidArgument(
-            f"there is no option or kind of change --{unknown[0]}; kinds are {', '.join(PERTURBATIONS)} (dimscope damage --kinds)"
-        )
+    Raises:
+        InvalidArgument: `rescaled` without a projection.
+    """
     if rescaled and "project" not in options:
-        raise InvalidArgument("--rescaled goes with --project: it rescales what that projects")
+        raise InvalidArgument("`rescaled` needs `project`: it rescales those projections")
     if rescaled:
         options = {**options, RESCALED: [*options["project"], *options.get(RESCALED, ())]}
     return tuple(
@@ -90,9 +95,9 @@ def changes_of(options: Mapping[str, Sequence[str]], *, rescaled: bool) -> tuple
 
 
 @contextmanager
-def _shown(wanted: bool) -> Generator[Callable[[Writing], object] | None]:
-    """Shows texts as they are written, beside those of the undamaged model, where there is a terminal."""
-    if not (wanted and sys.stdout.isatty()):
+def _shown(enabled: bool) -> Generator[Callable[[Writing], object] | None]:
+    """Show texts while they are generated, beside those of the undamaged model, where there is a terminal."""
+    if not (enabled and sys.stdout.isatty()):
         yield None
         return
     from rich.live import Live

@@ -1,282 +1,181 @@
-"""What the measured damage says: where each kind breaks the model, and which beliefs about it hold on this model.
+"""Six beliefs about damage, tested on a model.
 
-The six beliefs are those of the notebook from which the study grew. They were formed on one model by reading a few texts;
-here each is tested on the model in hand, and held to numbers.
+They are those of the notebook from which the study grew. There they were formed on one model by reading a few texts.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 import polars as pl
 
-from dimscope.studies.damage.plan import UNDAMAGED
-from dimscope.studies.damage.tables import LOSS, RELATIVE, TOP_1
+from dimscope.studies.damage.losses import HARMLESS, Draws, Losses, losses_on, sides_of, texts_of
 
-THRESHOLDS = (0.1, 0.5)  # rises of the loss, as shares of the loss of the model as it is
-HARMLESS = THRESHOLDS[0]
 TWO_THIRDS, HUNDRED = 2 / 3, 100 / 896  # of the dimensions; the notebook's hundred are of 896
-NEAR = {TWO_THIRDS: 0.05, HUNDRED: 0.03}  # how far from it a tested share may be
-ERRORS = 2  # standard errors by which a difference over seeds must exceed nothing
+TOLERANCE = {TWO_THIRDS: 0.05, HUNDRED: 0.03}  # how far from it a tested share may be
+N_STDERR = 2  # standard errors by which a difference over seeds must exceed zero
 HOLDS, FAILS, PARTLY, UNTESTED = "holds", "does not hold", "holds in part", "not tested"
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
-    """The losses of one change over its seeds, in their order."""
+class Outcome:
+    """What a test of a belief gives: a verdict, and the numbers it rests on."""
 
-    kind: str
-    strength: float
-    kept: float | None
-    values: tuple[float, ...]
-    seeds: tuple[int | None, ...]
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.values))
-
-    def told(self) -> str:
-        spread = f" ± {np.std(self.values, ddof=1):.2f}" if len(self.values) > 1 else ""
-        return f"{self.mean:.2f}{spread}"
-
-
-class Losses:
-    """The losses on one text with one side changed, by kind; changes with losses that are no numbers are left out."""
-
-    def __init__(self, damage: pl.DataFrame, on: str, side: str) -> None:
-        self.rows = damage.filter((pl.col("side") == side) | (pl.col("kind") == UNDAMAGED))
-        self.on = on
-
-    @cached_property
-    def base(self) -> float:
-        return self._values(LOSS).filter(pl.col("kind") == UNDAMAGED)["value"][0]
-
-    def _values(self, metric: str) -> pl.DataFrame:
-        return self.rows.filter((pl.col("metric") == metric) & (pl.col("on") == self.on) & pl.col("value").is_finite())
-
-    def of(self, kind: str, *, overflown: bool = False) -> list[Draws]:
-        """The changes of a kind with a strength, weakest number first; with those whose loss is no number, as infinite."""
-        losses = self.rows.filter((pl.col("metric") == LOSS) & (pl.col("on") == self.on))
-        rows = losses.with_columns(pl.col("value").fill_null(math.inf)) if overflown else self._values(LOSS)
-        rows = rows.filter((pl.col("kind") == kind) & pl.col("strength").is_not_null())
-        groups = rows.sort("strength", "seed").group_by("strength", "kept", maintain_order=True).agg("value", "seed")
-        return [Draws(kind, *place, tuple(values), tuple(seeds)) for *place, values, seeds in groups.iter_rows()]
-
-    def kinds(self) -> list[str]:
-        """All kinds with strengths, in the order in which they were asked."""
-        strong = self.rows.filter(pl.col("strength").is_not_null())
-        return strong["kind"].unique(maintain_order=True).to_list()
-
-    def rise(self, draws: Draws) -> float:
-        """The share by which the loss is higher than that of the model as it is."""
-        return draws.mean / self.base - 1 if self.base else math.nan
-
-    def agreement(self, draws: Draws) -> float | None:
-        """How often the first choice is that of the model as it is."""
-        rows = self._values(TOP_1).filter((pl.col("kind") == draws.kind) & (pl.col("strength") == draws.strength))
-        return float(rows["value"].to_numpy().mean()) if rows.height else None
-
-    def error(self, kind: str, strength: float) -> float | None:
-        """The relative error of a change of the table."""
-        rows = self.rows.filter(
-            (pl.col("metric") == RELATIVE) & (pl.col("kind") == kind) & (pl.col("strength") == strength)
-        )
-        return float(rows["value"].to_numpy().mean()) if rows.height else None
-
-
-def texts_of(damage: pl.DataFrame) -> list[str]:
-    """The texts that were judged, in their order."""
-    return damage.filter(pl.col("metric") == LOSS)["on"].unique(maintain_order=True).to_list()
-
-
-def sides_of(damage: pl.DataFrame) -> list[str]:
-    """The sides that were changed, in their order."""
-    return damage.filter(pl.col("kind") != UNDAMAGED)["side"].unique(maintain_order=True).to_list()
-
-
-# ---- where it breaks -----------------------------------------------------------------------------------------------
-
-
-def breaking_frame(damage: pl.DataFrame) -> pl.DataFrame:
-    """For each text, side, kind and threshold: the gentlest strength at which the loss has risen by that share.
-
-    Strengths are gone through from the gentlest on: numbers of dimensions from many to few, standard deviations from few
-    to many. `strength` is null where no tested one reaches the threshold; `safe` is the last before it, null where there is none.
-    """
-    rows = []
-    for on in texts_of(damage):
-        for side in sides_of(damage):
-            found = Losses(damage, on, side)
-            for kind in found.kinds():
-                draws = found.of(kind, overflown=True)
-                if draws and draws[0].kept is not None:
-                    draws.reverse()
-                elif not _grows(damage, kind):
-                    continue
-                rows += [_breaking(found, side, kind, draws, threshold) for threshold in THRESHOLDS]
-    schema = {
-        "on": pl.String, "side": pl.String, "kind": pl.String, "threshold": pl.Float64, "strength": pl.Float64,
-        "kept": pl.Float64, "rise": pl.Float64, "safe": pl.Float64, "safe_kept": pl.Float64, "n_seeds": pl.Int64,
-    }  # fmt: skip
-    return pl.DataFrame(rows, schema=schema)
-
-
-def _grows(damage: pl.DataFrame, kind: str) -> bool:
-    """Whether more of it is more damage."""
-    return damage.filter(pl.col("kind") == kind)["unit"][0] == "standard deviations"
-
-
-def _breaking(found: Losses, side: str, kind: str, draws: Sequence[Draws], threshold: float) -> dict[str, Any]:
-    n = next((n for n, d in enumerate(draws) if found.rise(d) >= threshold), None)
-    broken = None if n is None else draws[n]
-    safe = draws[-1] if n is None and draws else draws[n - 1] if n else None
-    return {
-        "on": found.on, "side": side, "kind": kind, "threshold": threshold,
-        "strength": broken.strength if broken else None, "kept": broken.kept if broken else None,
-        "rise": found.rise(broken) if broken and math.isfinite(broken.mean) else None, "safe": safe.strength if safe else None,
-        "safe_kept": safe.kept if safe else None, "n_seeds": max((len(d.values) for d in draws), default=0),
-    }  # fmt: skip
-
-
-# ---- beliefs -------------------------------------------------------------------------------------------------------
-
-Tested = tuple[str, str]  # verdict, evidence
+    verdict: str
+    evidence: str
 
 
 def claims_frame(damage: pl.DataFrame) -> pl.DataFrame:
-    """Each belief on each text, with the input side changed: a verdict and what it rests on.
+    """Return the outcome of each belief on each text, with the input side changed.
 
-    "Holds" says that it held in every comparison that was made, "does not hold" that it held in none. Where a change is
-    random, a difference counts from two standard errors over its seeds on.
+    "Holds" means in every comparison, "does not hold" in none. Where a change is random, a difference counts from two
+    standard errors over its seeds on.
     """
     rows = []
-    for on in texts_of(damage) if "input" in sides_of(damage) else []:
-        found = Losses(damage, on, "input")
+    for text in texts_of(damage) if "input" in sides_of(damage) else []:
+        losses = losses_on(damage, text, "input")
         for claim, test in CLAIMS.items():
-            verdict, evidence = test(found)
-            rows.append({"on": on, "claim": claim, "verdict": verdict, "evidence": evidence})
-    return pl.DataFrame(rows, schema=dict.fromkeys(("on", "claim", "verdict", "evidence"), pl.String))
+            outcome = test(losses)
+            rows.append({"text": text, "claim": claim, "verdict": outcome.verdict, "evidence": outcome.evidence})
+    return pl.DataFrame(rows, schema=dict.fromkeys(("text", "claim", "verdict", "evidence"), pl.String))
 
 
-def _verdict(held: Sequence[bool]) -> str:
-    if not held:
+def _verdict(comparisons: Sequence[bool]) -> str:
+    if not comparisons:
         return UNTESTED
-    return HOLDS if all(held) else PARTLY if any(held) else FAILS
+    return HOLDS if all(comparisons) else PARTLY if any(comparisons) else FAILS
 
 
-def _lower(better: Draws, worse: Draws) -> bool:
-    """Whether a change costs less than another one, beyond the spread of their seeds."""
-    gap = worse.mean - better.mean
+def costs_less(better: Draws, worse: Draws) -> bool:
+    """Whether a change has a lower loss than another one, beyond the spread over their seeds."""
     by_seed = dict(zip(better.seeds, better.values, strict=True))
     pairs = [
         value - by_seed[s] for s, value in zip(worse.seeds, worse.values, strict=True) if s is not None and s in by_seed
     ]
     if pairs:  # the same seeds: differences seed by seed
-        error = float(np.std(pairs, ddof=1)) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
-        return bool(np.mean(pairs) > ERRORS * error)
+        stderr = float(np.std(pairs, ddof=1)) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
+        return bool(np.mean(pairs) > N_STDERR * stderr)
     variances = [np.var(d.values, ddof=1) / len(d.values) for d in (better, worse) if len(d.values) > 1]
-    return bool(gap > ERRORS * math.sqrt(sum(variances)))
+    return bool(worse.mean - better.mean > N_STDERR * math.sqrt(sum(variances)))
 
 
-def _pairs(found: Losses, one: str, other: str) -> list[tuple[Draws, Draws]]:
-    """Changes of two kinds at equal strength; where all dimensions are kept both change nothing."""
-    others = {d.strength: d for d in found.of(other)}
-    return [(d, others[d.strength]) for d in found.of(one) if d.strength in others and (d.kept or 0) < 1]
+Pair = tuple[Draws, Draws]  # the change that a belief calls the better one, then the other
 
 
-def _compared(pairs: Sequence[tuple[Draws, Draws]], unit: str) -> Tested:
-    """Whether the first of each pair costs less than the second."""
-    held = [_lower(better, worse) for better, worse in pairs]
+def _pairs(losses: Losses, better: str, worse: str) -> list[Pair]:
+    """Return changes of two kinds at equal strength, without those that keep all dimensions: both change nothing."""
+    others = {d.strength: d for d in losses.draws(worse)}
+    return [(d, others[d.strength]) for d in losses.draws(better) if d.strength in others and (d.kept_share or 0) < 1]
+
+
+def _compare_pairs(pairs: Sequence[Pair], unit: str) -> Outcome:
     if not pairs:
-        return UNTESTED, "the two were not measured at equal strength"
-    a, b = pairs[len(pairs) // 2]
-    middle = f"at {a.strength:g} {unit} {a.told()} against {b.told()} nats"
-    return _verdict(held), f"lower loss at {sum(held)} of {len(held)} strengths; {middle}"
+        return Outcome(UNTESTED, "the two kinds were not measured at equal strength")
+    lower = [costs_less(*pair) for pair in pairs]
+    better, worse = pairs[len(pairs) // 2]
+    middle = f"at {better.strength:g} {unit}: {better} compared with {worse} nats per token"
+    return Outcome(_verdict(lower), f"lower loss at {sum(lower)} of {len(lower)} strengths; {middle}")
 
 
-def _random_beats_svd(found: Losses) -> Tested:
-    return _compared(_pairs(found, "project", "truncate"), "dimensions")
+def _random_beats_svd(losses: Losses) -> Outcome:
+    return _compare_pairs(_pairs(losses, "project", "truncate"), "dimensions")
 
 
-def _rescaling_helps(found: Losses) -> Tested:
-    return _compared(_pairs(found, "project-rescaled", "project"), "dimensions")
+def _rescaling_helps(losses: Losses) -> Outcome:
+    return _compare_pairs(_pairs(losses, "project-rescaled", "project"), "dimensions")
 
 
-def _noise_is_harmless(found: Losses) -> Tested:
-    tried = [d for d in found.of("noise") if 0 < d.strength <= 1]
-    if not tried or tried[-1].strength < 1:
-        return UNTESTED, "noise of one standard deviation was not measured"
-    told = "; ".join(f"{d.strength:g} sd: {found.rise(d):+.1%}" for d in tried)
-    return _verdict([found.rise(d) < HARMLESS for d in tried]), f"rise of the loss by noise of {told}"
+def _noise_is_harmless(losses: Losses) -> Outcome:
+    noises = [d for d in losses.draws("noise") if 0 < d.strength <= 1]
+    if not noises or noises[-1].strength < 1:
+        return Outcome(UNTESTED, "noise of one standard deviation was not measured")
+    rises = "; ".join(f"{d.strength:g} sd: {losses.rise(d):+.1%}" for d in noises)
+    return Outcome(_verdict([losses.rise(d) < HARMLESS for d in noises]), f"change of the loss by noise of {rises}")
 
 
-def _bias_hurts(found: Losses) -> Tested:
-    shifted = [pair for pair in _pairs(found, "noise", "shift") if pair[0].strength > 0]
-    truncated = _at_equal_error(found)
-    held = [_lower(*pair) for pair in shifted], [free < cut for _, free, cut in truncated]
-    if not shifted and not truncated:
-        return UNTESTED, "noise was measured beside neither a shift nor a truncation of equal error"
-    told = []
-    if shifted:
-        told.append(
-            f"against one shift for all tokens of the same size, noise costs less at {sum(held[0])} of {len(held[0])} strengths"
+def _bias_hurts(losses: Losses) -> Outcome:
+    shifts = [pair for pair in _pairs(losses, "noise", "shift") if pair[0].strength > 0]
+    truncations = noise_at_equal_error(losses)
+    if not shifts and not truncations:
+        return Outcome(UNTESTED, "noise was compared with neither a shift nor a truncation of equal error")
+    below_shift, below_truncation = (
+        [costs_less(*pair) for pair in shifts],
+        [t.noise < t.truncation for t in truncations],
+    )
+    evidence = []
+    if shifts:
+        evidence.append(
+            f"noise costs less than one shift of the same size for all tokens at {sum(below_shift)} of "
+            f"{len(below_shift)} strengths"
         )
-    if truncated:
-        error, free, cut = truncated[len(truncated) // 2]
-        told.append(
-            f"against a truncation of the same relative error, at {sum(held[1])} of {len(held[1])} "
-            f"(at {error:.2f}: {free:.2f} against {cut:.2f} nats)"
+    if truncations:
+        middle = truncations[len(truncations) // 2]
+        evidence.append(
+            f"noise costs less than truncation of the same relative error at {sum(below_truncation)} of "
+            f"{len(below_truncation)} errors (at {middle.error:.2f}: {middle.noise:.2f} compared with "
+            f"{middle.truncation:.2f} nats per token)"
         )
-    return _verdict([*held[0], *held[1]]), "; ".join(told)
+    return Outcome(_verdict([*below_shift, *below_truncation]), "; ".join(evidence))
 
 
-def _at_equal_error(found: Losses) -> list[tuple[float, float, float]]:
-    """Relative error, loss by noise of that error (linear between the tested ones), loss by truncation."""
-    noise = [(found.error("noise", d.strength), d.mean) for d in found.of("noise")]
-    known = sorted((error, loss) for error, loss in [(0.0, found.base), *noise] if error is not None)
-    cut = [(found.error("truncate", d.strength), d.mean) for d in found.of("truncate") if (d.kept or 0) < 1]
-    errors, losses = [e for e, _ in known], [loss for _, loss in known]
-    return [(e, float(np.interp(e, errors, losses)), loss) for e, loss in cut if e is not None and 0 < e <= errors[-1]]
+@dataclass(frozen=True, slots=True)
+class EqualError:
+    """The losses of noise and of a truncation at one relative error of the table."""
+
+    error: float
+    noise: float
+    truncation: float
 
 
-def _near(found: Losses, share: float) -> list[Draws]:
-    """Of each kind the change that keeps nearest to a share of the dimensions."""
+def noise_at_equal_error(losses: Losses) -> list[EqualError]:
+    """Return every truncation beside noise of its error; noise is interpolated linearly between the tested strengths."""
+    noises = [(losses.error(d), d.mean) for d in losses.draws("noise")]
+    curve = sorted((error, loss) for error, loss in [(0.0, losses.base), *noises] if error is not None)
+    errors, values = [error for error, _ in curve], [loss for _, loss in curve]
+    truncations = [(losses.error(d), d.mean) for d in losses.draws("truncate") if (d.kept_share or 0) < 1]
+    return [
+        EqualError(error, float(np.interp(error, errors, values)), loss)
+        for error, loss in truncations
+        if error is not None and 0 < error <= errors[-1]
+    ]
+
+
+def _nearest(losses: Losses, share: float) -> list[Draws]:
+    """Return of each kind the change that keeps nearest to a share of the dimensions."""
     nearest = []
-    for kind in found.kinds():
-        gaps = [(abs(d.kept - share), d) for d in found.of(kind) if d.kept is not None]
+    for kind in losses.kinds():
+        gaps = [(abs(d.kept_share - share), d) for d in losses.draws(kind) if d.kept_share is not None]
         gap, draws = min(gaps, key=lambda pair: pair[0], default=(math.inf, None))
-        if draws is not None and gap <= NEAR[share]:
+        if draws is not None and gap <= TOLERANCE[share]:
             nearest.append(draws)
     return nearest
 
 
-def _answers_as_well(found: Losses, share: float, judged: Callable[[list[Draws]], list[Draws]]) -> Tested:
-    near = _near(found, share)
+def _as_good_as_all(losses: Losses, share: float, decisive: str | None = None) -> Outcome:
+    """Test whether some change that keeps a share of the dimensions is harmless; only the decisive kind where it is there."""
+    near = _nearest(losses, share)
     if not near:
-        return UNTESTED, f"no change that keeps about {share:.0%} of the dimensions was measured"
-    told = [
-        f"{d.kind} {d.strength:g}: {found.rise(d):+.1%}, {found.agreement(d) or 0:.0%} same first choice" for d in near
+        return Outcome(UNTESTED, f"no change that keeps about {share:.0%} of the dimensions was measured")
+    rises = [
+        f"{d.kind} {d.strength:g}: {losses.rise(d):+.1%}, {losses.agreement(d) or 0:.0%} same first choice"
+        for d in near
     ]
-    chosen = judged(near)
-    return _verdict([any(found.rise(d) < HARMLESS for d in chosen)]), f"rise of the loss by {'; '.join(told)}"
+    chosen = [d for d in near if d.kind == decisive] or near
+    harmless = any(losses.rise(d) < HARMLESS for d in chosen)
+    return Outcome(_verdict([harmless]), f"change of the loss by {'; '.join(rises)}")
 
 
-def _two_thirds(found: Losses) -> Tested:
+def _two_thirds(losses: Losses) -> Outcome:
     # The notebook's two thirds were those of a rescaled random projection.
-    def judged(near: list[Draws]) -> list[Draws]:
-        return [d for d in near if d.kind == "project-rescaled"] or near
-
-    return _answers_as_well(found, TWO_THIRDS, judged)
+    return _as_good_as_all(losses, TWO_THIRDS, decisive="project-rescaled")
 
 
-def _hundred(found: Losses) -> Tested:
-    return _answers_as_well(found, HUNDRED, lambda near: near)
+def _hundred(losses: Losses) -> Outcome:
+    return _as_good_as_all(losses, HUNDRED)
 
 
-CLAIMS: dict[str, Callable[[Losses], Tested]] = {
+CLAIMS: dict[str, Callable[[Losses], Outcome]] = {
     "A random projection does less damage than truncation by SVD": _random_beats_svd,
     "Rescaling a random projection by d/k helps": _rescaling_helps,
     "Noise is harmless up to the standard deviation of the table": _noise_is_harmless,

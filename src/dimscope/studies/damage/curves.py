@@ -1,4 +1,4 @@
-"""Rows of the table `damage` as curves: one value per change of a kind, averaged over its seeds."""
+"""Curves of the table `damage`: one value per change of a kind, averaged over its seeds."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import polars as pl
 from dimscope.interventions.perturbations import PERTURBATIONS, Mark
 from dimscope.page.section import Tables, finite
 from dimscope.page.theme import series_mark
-from dimscope.studies.damage.claims import sides_of, texts_of
+from dimscope.studies.damage.losses import all_losses
 from dimscope.studies.damage.plan import UNDAMAGED
 from dimscope.studies.damage.tables import LOSS, RELATIVE
 from dimscope.studies.reading import GENERATED
@@ -15,26 +15,32 @@ from dimscope.studies.reading import GENERATED
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """The damage on one text with one side changed: the rows of the table, and the loss of the model as it is."""
+    """The damage on one text with one side changed.
+
+    Attributes:
+        rows: The rows of the table `damage` about them.
+        text: Name of the text.
+        side: The side that is changed.
+    """
 
     rows: pl.DataFrame
-    on: str
+    text: str
     side: str
 
     @property
     def base(self) -> float | None:
-        """Return the loss of the undamaged model, or None where it is no number."""
-        found = finite(self.rows.filter((pl.col("kind") == UNDAMAGED) & (pl.col("metric") == LOSS)))
-        return found["value"][0] if found.height else None
+        """Return the loss of the undamaged model, or None where it is not finite."""
+        rows = finite(self.rows.filter((pl.col("kind") == UNDAMAGED) & (pl.col("metric") == LOSS)))
+        return rows["value"][0] if rows.height else None
 
     def curve(self, metric: str, kind: str) -> pl.DataFrame:
-        """Return the changes of a kind from the smallest strength on: strength, kept, value, spread, n_seeds and the error.
+        """Return the changes of a kind, from the smallest strength on.
 
-        `value` is the mean over the seeds and `spread` their sample standard deviation, null for one seed; `error` is the
-        mean relative error of the table.
+        Columns: strength, kept_share, `value` (the mean over the seeds), `spread` (their sample standard deviation, null
+        for one seed), n_seeds, and `error`, the mean relative error of the table.
         """
         of_kind = finite(self.rows.filter((pl.col("kind") == kind) & pl.col("strength").is_not_null()))
-        values = of_kind.filter(pl.col("metric") == metric).group_by("strength", "kept")
+        values = of_kind.filter(pl.col("metric") == metric).group_by("strength", "kept_share")
         means = values.agg(
             pl.col("value").mean(), pl.col("value").std(ddof=1).alias("spread"), pl.len().alias("n_seeds")
         )
@@ -44,35 +50,25 @@ class Damage:
         return means.join(errors, on="strength", how="left").sort("strength")
 
     def kinds(self, unit: str | None = None) -> list[str]:
-        """Return the kinds with a strength in the order in which they were asked: of one unit, or all."""
+        """Return the kinds with a strength in the order in which they were requested: of one unit, or all."""
         strong = self.rows.filter(pl.col("strength").is_not_null())
         strong = strong if unit is None else strong.filter(pl.col("unit") == unit)
         return strong["kind"].unique(maintain_order=True).to_list()
 
     def kept_kinds(self) -> list[str]:
         """Return the kinds that keep a number of dimensions."""
-        return self.rows.filter(pl.col("kept").is_not_null())["kind"].unique(maintain_order=True).to_list()
+        return self.rows.filter(pl.col("kept_share").is_not_null())["kind"].unique(maintain_order=True).to_list()
 
 
 def damages(damage: pl.DataFrame) -> list[Damage]:
-    """Return the damage on every text with every side; the first text and side are those that the page speaks of."""
-    errors = pl.col("on").str.ends_with(" table")
-    return [
-        Damage(
-            damage.filter(((pl.col("side") == side) & ((pl.col("on") == on) | errors))
-                          | ((pl.col("kind") == UNDAMAGED) & (pl.col("on") == on))),
-            on, side,
-        )
-        for on in texts_of(damage)
-        for side in sides_of(damage)
-    ]  # fmt: skip
+    """Return the damage on every text with every side; the page speaks of the first text and side."""
+    return [Damage(losses.rows, losses.text, losses.side) for losses in all_losses(damage)]
 
 
 def shown_damages(tables: Tables) -> list[Damage]:
     """Return the damage of a run where the loss of the undamaged model is known; nothing without the table."""
     frame = tables.get("damage")
-    found = [] if frame is None or frame.is_empty() else damages(frame)
-    return [damage for damage in found if damage.base is not None]
+    return [] if frame is None else [damage for damage in damages(frame) if damage.base is not None]
 
 
 def kind_name(kind: str) -> str:
@@ -85,6 +81,6 @@ def kind_mark(kind: str) -> Mark:
     return PERTURBATIONS[kind].mark if kind in PERTURBATIONS else series_mark(sum(kind.encode()))
 
 
-def text_name(on: str) -> str:
-    """Return a text as said in a sentence: its name, or "text that the model wrote itself"."""
-    return "text that the model wrote itself" if on == GENERATED else on
+def text_name(text: str) -> str:
+    """Return a text as in a sentence: its name, or "text that the model generated"."""
+    return "text that the model generated" if text == GENERATED else text

@@ -1,4 +1,4 @@
-"""Figures about damage: the loss against what was kept, against the error, and the errors against what theory expects."""
+"""Figures about damage: loss by dimensions kept, by strength and by error; errors by their closed form; the operator."""
 
 import math
 from typing import Any
@@ -7,13 +7,14 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
+from dimscope.page.charts import band, line
 from dimscope.page.section import finite
-from dimscope.page.theme import GAUSSIAN_NULL, MEASURED, Mark, figure, log_ticks, tint
+from dimscope.page.theme import GAUSSIAN_NULL, MEASURED, figure, log_ticks, tint
 from dimscope.studies.damage.curves import Damage, kind_mark
+from dimscope.studies.damage.plan import UNDAMAGED
 from dimscope.studies.damage.tables import LOSS, RELATIVE, TOP_1
 
 UPPER, LOWER = (0.42, 1.0), (0.0, 0.32)
-AS_IT_IS = "undamaged"
 UNIT_AXES = {
     "standard deviations": "strength (sd of the table's entries)",
     "factor": "factor of all rows",
@@ -22,85 +23,68 @@ UNIT_AXES = {
 
 
 def _line(points: pl.DataFrame, x: str, kind: str, hover: str, **options: Any) -> go.Scatter:
-    mark = kind_mark(kind)
-    return go.Scatter(
-        x=points[x].to_numpy(), y=points["value"].to_numpy(), name=kind, mode="lines+markers",
-        line={"color": mark.colour, "dash": mark.dash, "width": 2.5},
-        marker={"color": mark.colour, "symbol": mark.symbol, "size": 8},
-        customdata=points["strength"].to_numpy(), hovertemplate=f"{kind} %{{customdata:,.4~g}}: {hover}<extra></extra>",
-        **options,
-    )  # fmt: skip
+    hover = f"{kind} %{{customdata:,.4~g}}: {hover}<extra></extra>"
+    strengths = points["strength"].to_numpy()
+    return line(points[x], points["value"], kind, kind_mark(kind), customdata=strengths, hovertemplate=hover, **options)
 
 
 def _band(points: pl.DataFrame, x: str, kind: str, **options: Any) -> list[go.Scatter]:
-    """One standard deviation over the seeds around a curve; nothing where there is one seed."""
-    known = points.drop_nulls("spread")
-    if known.height < 2:
-        return []
-    low, high = (known["value"] - known["spread"]).to_list(), (known["value"] + known["spread"]).to_list()
-    places = known[x].to_list()
-    return [
-        go.Scatter(
-            x=[*places, *places[::-1]], y=[*high, *low[::-1]], mode="lines", line={"width": 0}, fill="toself",
-            fillcolor=tint(kind_mark(kind).colour, 0.2), hoverinfo="skip", showlegend=False, **options,
-        )
-    ]  # fmt: skip
+    """Return one standard deviation over the seeds around a curve; nothing where there is one seed."""
+    return band(points[x], points["value"], points["spread"], kind_mark(kind), **options)
+
+
+def _curve(points: pl.DataFrame, x: str, kind: str, hover: str, **options: Any) -> list[go.Scatter]:
+    """Return the line of a kind, above its band."""
+    axes = {name: value for name, value in options.items() if name == "yaxis"}
+    return [*_band(points, x, kind, **axes), _line(points, x, kind, hover, **options)]
 
 
 def _base_line(low: float, high: float, base: float, **options: Any) -> go.Scatter:
     return go.Scatter(
-        x=[low, high], y=[base, base], name=AS_IT_IS, mode="lines", hoverinfo="skip",
+        x=[low, high], y=[base, base], name=UNDAMAGED, mode="lines", hoverinfo="skip",
         line={"color": GAUSSIAN_NULL.colour, "dash": GAUSSIAN_NULL.dash, "width": 1.5}, **options,
     )  # fmt: skip
 
 
-def damage_by_kept(found: Damage) -> go.Figure:
+def damage_by_kept(damage: Damage) -> go.Figure:
     """Draw the loss by the share of the dimensions that are kept, and below it how often the first choice stays the same."""
-    kinds = found.kept_kinds()
-    lowest = min((float(found.curve(LOSS, kind)["kept"].to_numpy().min(initial=1.0)) for kind in kinds), default=0.0)
-    start = max(0.0, lowest - 0.04)
-    fig = figure(
-        520,
-        xaxis={
-            "title": {"text": "share of the dimensions kept"},
-            "tickformat": ".0%",
-            "range": [start, 1.02],
-            "anchor": "y2",
-        },
-        yaxis={"title": {"text": "loss (nats per token)"}, "domain": UPPER},
-        yaxis2={
-            "title": {"text": "same first<br>choice"},
-            "tickformat": ".0%",
-            "range": [0, 1.06],
-            "domain": LOWER,
-            "nticks": 4,
-        },
-    )
-    if found.base is not None:
-        fig.add_trace(_base_line(start, 1.02, found.base))
+    kinds = damage.kept_kinds()
+    shares = [float(damage.curve(LOSS, kind)["kept_share"].to_numpy().min(initial=1.0)) for kind in kinds]
+    start = max(0.0, min(shares, default=0.0) - 0.04)
+    fig = _loss_above_agreement(start)
+    if damage.base is not None:
+        fig.add_trace(_base_line(start, 1.02, damage.base))
     for kind in kinds:
-        points = found.curve(LOSS, kind)
-        fig.add_traces([*_band(points, "kept", kind), _line(points, "kept", kind, "loss %{y:.3f}, %{x:.0%} kept")])
+        fig.add_traces(_curve(damage.curve(LOSS, kind), "kept_share", kind, "loss %{y:.3f}, %{x:.0%} kept"))
     for kind in kinds:
-        points, panel = found.curve(TOP_1, kind), {"yaxis": "y2"}
         hover = "the same first choice at %{y:.0%} of positions"
-        fig.add_traces(
-            [*_band(points, "kept", kind, **panel), _line(points, "kept", kind, hover, showlegend=False, **panel)]
-        )
+        fig.add_traces(_curve(damage.curve(TOP_1, kind), "kept_share", kind, hover, showlegend=False, yaxis="y2"))
     return fig
 
 
-def _with_base(found: Damage, points: pl.DataFrame, unit: str) -> pl.DataFrame:
-    """A factor of 1 changes nothing: between the factors tried stands the model as it is."""
-    if unit != "factor" or found.base is None or points.filter(pl.col("strength") == 1).height:
+def _loss_above_agreement(start: float) -> go.Figure:
+    """Return the empty figure of two panels over the share of dimensions kept."""
+    loss = {"title": {"text": "loss (nats per token)"}, "domain": UPPER}
+    agreement = {
+        "title": {"text": "same first<br>choice"}, "tickformat": ".0%", "range": [0, 1.06], "domain": LOWER, "nticks": 4,
+    }  # fmt: skip
+    shares = {"tickformat": ".0%", "range": [start, 1.02], "anchor": "y2"}
+    return figure(
+        520, xaxis={"title": {"text": "share of the dimensions kept"}, **shares}, yaxis=loss, yaxis2=agreement
+    )
+
+
+def _with_base(damage: Damage, points: pl.DataFrame, unit: str) -> pl.DataFrame:
+    """Return the points of scaling with the undamaged model at a factor of 1."""
+    if unit != "factor" or damage.base is None or points.filter(pl.col("strength") == 1).height:
         return points
-    own = {"strength": 1.0, "kept": None, "value": found.base, "spread": None, "n_seeds": 1, "error": 0.0}
+    own = {"strength": 1.0, "kept_share": None, "value": damage.base, "spread": None, "n_seeds": 1, "error": 0.0}
     return pl.concat([points, pl.DataFrame([own], schema=points.schema)]).sort("strength")
 
 
-def damage_by_strength(found: Damage, kinds: list[str], unit: str) -> go.Figure:
+def damage_by_strength(damage: Damage, kinds: list[str], unit: str) -> go.Figure:
     """Draw the loss by the strength of kinds that keep all dimensions, on a logarithmic axis."""
-    curves = {kind: _with_base(found, found.curve(LOSS, kind), unit).filter(pl.col("strength") > 0) for kind in kinds}
+    curves = {kind: _with_base(damage, damage.curve(LOSS, kind), unit).filter(pl.col("strength") > 0) for kind in kinds}
     strengths = [strength for points in curves.values() for strength in points["strength"]] or [1.0]
     first, last = min(strengths), max(strengths)
     ticks = [tick for tick in log_ticks(first, last) if first <= tick <= last]
@@ -113,48 +97,45 @@ def damage_by_strength(found: Damage, kinds: list[str], unit: str) -> go.Figure:
         },
         yaxis={"title": {"text": "loss (nats per token)"}},
     )  # fmt: skip
-    if found.base is not None:
-        fig.add_trace(_base_line(low, high, found.base))
+    if damage.base is not None:
+        fig.add_trace(_base_line(low, high, damage.base))
     for kind, points in curves.items():
-        fig.add_traces([*_band(points, "strength", kind), _line(points, "strength", kind, "loss %{y:.3f}")])
+        fig.add_traces(_curve(points, "strength", kind, "loss %{y:.3f}"))
     return fig
 
 
-def damage_by_error(found: Damage) -> go.Figure:
+def damage_by_error(damage: Damage) -> go.Figure:
     """Draw the loss by the relative error of the table, one line per kind: equal errors are not equal damage."""
     fig = figure(
         440,
         xaxis={"title": {"text": "relative error of the table, ‖W − W′‖ / ‖W‖"}, "rangemode": "tozero"},
         yaxis={"title": {"text": "loss (nats per token)"}},
     )
-    curves = {kind: found.curve(LOSS, kind).drop_nulls("error").sort("error") for kind in found.kinds()}
-    # A few huge errors would leave no room for the rest.
+    curves = {kind: damage.curve(LOSS, kind).drop_nulls("error").sort("error") for kind in damage.kinds()}
+    # A few huge errors would squeeze the others into a corner.
     furthest = min(3.0, max((float(c["error"].to_numpy().max(initial=0.0)) for c in curves.values()), default=1.0))
-    if found.base is not None:
-        fig.add_trace(_base_line(0, furthest, found.base))
+    if damage.base is not None:
+        fig.add_trace(_base_line(0, furthest, damage.base))
+    hover = "error %{x:.3f}, loss %{y:.3f}"
     for kind, points in curves.items():
         shown = points.filter(pl.col("error") <= furthest)
         if kind == "scale":  # growing and shrinking make equal errors: no line from one to the other
-            fig.add_trace(_line(shown, "error", kind, "error %{x:.3f}, loss %{y:.3f}").update(mode="markers"))
+            fig.add_trace(_line(shown, "error", kind, hover, mode="markers"))
             continue
-        fig.add_traces([*_band(shown, "error", kind), _line(shown, "error", kind, "error %{x:.3f}, loss %{y:.3f}")])
+        fig.add_traces(_curve(shown, "error", kind, hover))
     fig.update_xaxes(range=[0, furthest * 1.03])
     return fig
 
 
 def closed_form(damage: pl.DataFrame) -> go.Figure:
     """Draw every measured relative error against its closed form; the diagonal is agreement."""
-    rows = finite(finite(damage.filter(pl.col("metric") == RELATIVE)), "expected").filter(pl.col("expected") > 0)
-    ends = np.concatenate([rows["expected"].to_numpy(), rows["value"].to_numpy()])
+    rows = finite(finite(damage.filter(pl.col("metric") == RELATIVE)), "null").filter(pl.col("null") > 0)
+    ends = np.concatenate([rows["null"].to_numpy(), rows["value"].to_numpy()])
     ends = ends[ends > 0]
     low, high = float(ends.min(initial=1.0)) / 1.3, float(ends.max(initial=1.0)) * 1.3
     ticks = [tick for tick in log_ticks(low, high) if low <= tick <= high]
-    axis = {
-        "type": "log",
-        "range": [math.log10(low), math.log10(high)],
-        "tickvals": ticks,
-        "ticktext": [f"{t:g}" for t in ticks],
-    }
+    labels = [f"{tick:g}" for tick in ticks]
+    axis = {"type": "log", "range": [math.log10(low), math.log10(high)], "tickvals": ticks, "ticktext": labels}
     fig = figure(
         440,
         xaxis={"title": {"text": "relative error by the closed form"}, **axis},
@@ -166,7 +147,7 @@ def closed_form(damage: pl.DataFrame) -> go.Figure:
         mark = kind_mark(str(kind))
         fig.add_trace(
             go.Scatter(
-                x=points["expected"].to_numpy(), y=points["value"].to_numpy(), mode="markers", name=str(kind),
+                x=points["null"].to_numpy(), y=points["value"].to_numpy(), mode="markers", name=str(kind),
                 marker={"color": mark.colour, "symbol": mark.symbol, "size": 9, "opacity": 0.75},
                 customdata=points["change"].to_list(),
                 hovertemplate="%{customdata}: expected %{x:.4f}, measured %{y:.4f}<extra></extra>",
@@ -184,14 +165,11 @@ def operator_block(entries: pl.DataFrame, sd: float) -> go.Figure:
         440,
         xaxis={"title": {"text": "dimension"}, "constrain": "domain", "showgrid": False},
         yaxis={
-            "title": {"text": "dimension"},
-            "autorange": "reversed",
-            "scaleanchor": "x",
-            "constrain": "domain",
+            "title": {"text": "dimension"}, "autorange": "reversed", "scaleanchor": "x", "constrain": "domain",
             "showgrid": False,
         },
         coloraxis={"cmin": -reach, "cmax": reach, "autocolorscale": True, "colorbar": {"title": {"text": "entry"}}},
-    )
+    )  # fmt: skip
     hover = "row %{y}, column %{x}: %{z:.4f}<extra></extra>"
     fig.add_trace(go.Heatmap(z=matrix, coloraxis="coloraxis", hovertemplate=hover))
     return fig
@@ -212,7 +190,7 @@ def operator_histogram(bins: pl.DataFrame) -> go.Figure:
         )
     )  # fmt: skip
     normal = np.exp(-(middle**2) / 2) / math.sqrt(2 * math.pi)
-    null: Mark = GAUSSIAN_NULL
+    null = GAUSSIAN_NULL
     fig.add_trace(
         go.Scatter(
             x=middle, y=normal, name="normal", mode="lines", line={"color": null.colour, "dash": null.dash, "width": 2}

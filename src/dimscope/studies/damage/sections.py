@@ -1,195 +1,217 @@
-"""Sections about damage: how much the model stands, and which beliefs about it hold."""
+"""Sections about damage: how many dimensions the model needs, and which beliefs about damage hold."""
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import polars as pl
 
+from dimscope.interventions.perturbations import find_perturbation
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, table
 from dimscope.page.wording import count, listed, number, sentence, share
 from dimscope.studies.damage import figures
-from dimscope.studies.damage.claims import FAILS, HOLDS, PARTLY, THRESHOLDS, UNTESTED
+from dimscope.studies.damage.claims import FAILS, HOLDS, PARTLY, UNTESTED
 from dimscope.studies.damage.curves import Damage, kind_name, shown_damages, text_name
+from dimscope.studies.damage.losses import HARMLESS, THRESHOLDS
 from dimscope.studies.damage.tables import LOSS
 
 SIDES = {
-    "input": "the table that tokens are read with",
-    "output": "the table that predictions are made with",
-    "both": "both tables",
+    "input": "the input embedding table",
+    "output": "the output embedding table",
+    "both": "the input and the output embedding table",
 }
 
 
 def breaking_section(tables: Tables, facts: Facts) -> Section | None:
-    """Tell how far dimensions can be taken away before the loss rises, and which way is the gentlest."""
-    found = [d for d in shown_damages(tables) if d.kept_kinds()]
+    """Return how many dimensions can be removed before the loss rises, and which way is the gentlest."""
+    shown = [damage for damage in shown_damages(tables) if damage.kept_kinds()]
     breaking = table(tables, "breaking")
-    if not found:
+    if not shown:
         return None
+    first = shown[0]
     plots = tuple(
-        Plot(f"damage-kept-{n}", figures.damage_by_kept(d), "loss by the share of dimensions kept", _caption(d, found))
-        for n, d in enumerate(found)
+        Plot(f"damage-kept-{n}", figures.damage_by_kept(d), "loss by the share of dimensions kept", _caption(d, shown))
+        for n, d in enumerate(shown)
     )
-    grids = () if breaking is None else tuple(g for d in found if (g := _breaking_grid(d, breaking, facts, found)))
-    seeds = int(max(found[0].curve(LOSS, kind)["n_seeds"].to_numpy().max(initial=1) for kind in found[0].kept_kinds()))
+    grids = () if breaking is None else tuple(g for d in shown if (g := _breaking_grid(d, breaking, shown)))
+    seeds = int(max(first.curve(LOSS, kind)["n_seeds"].to_numpy().max(initial=1) for kind in first.kept_kinds()))
     return Section(
         anchor="damage",
         name="Damage",
-        title=_gentlest(found[0]),
-        findings=tuple(f for f in (_last_safe(found[0], breaking), _other_texts(found)) if f),
+        title=_gentlest(first),
+        findings=tuple(f for f in (fewest_dimensions(first, breaking), _other_texts(shown)) if f),
         blocks=(*plots, *grids),
         how_to_read=(
-            f"Every point is the model after a change of {SIDES[found[0].side]}, judged on the same text. To the right all "
-            "dimensions are kept; further left fewer remain. Above, the loss rises from the dashed line of the undamaged "
-            "model; below, the share of positions at which the model's first choice is still the one it had. Bands are one "
-            f"standard deviation over {count(seeds, 'draw')} of what is random."
+            f"Every point is the model after one change of {SIDES[first.side]}, evaluated on the same text. At the right "
+            "edge all dimensions are kept; further left fewer are. The upper panel shows the loss; its dashed line is the "
+            "undamaged model. The lower panel shows the share of positions at which the top prediction is that of the "
+            f"undamaged model. Bands are one standard deviation over {count(seeds, 'seed')} of a random change."
         ),
         caveat=(
-            "The rest of the model was not trained again after a change, so this tells what the model tolerates, not what a "
-            f"model with fewer dimensions could do. Nothing becomes smaller or faster by it. Measured on {found[0].on}; other "
-            "text, and other questions than the next token, may break earlier."
+            "Nothing was trained after a change. The figure therefore shows what the model tolerates, not what a model "
+            f"with fewer dimensions could do, and nothing becomes smaller or faster. The text is {text_name(first.text)}; "
+            "on other text, and on other tasks than predicting the next token, the model may break earlier."
         ),
         tables=("damage", "breaking"),
-    )  # fmt: skip
+    )
 
 
-def breaking_answer(tables: Tables) -> str:
+def answer(tables: Tables) -> str:
     """Return how many dimensions are enough on the first text, in one sentence."""
     shown = shown_damages(tables)
-    known = [d for d in shown if d.kept_kinds()]
-    answer = _last_safe(known[0], table(tables, "breaking")) if known else None
-    return answer or f"The loss of the undamaged model is {number(shown[0].base if shown else None)} nats per token."
+    with_dimensions = [damage for damage in shown if damage.kept_kinds()]
+    if with_dimensions and (enough := fewest_dimensions(with_dimensions[0], table(tables, "breaking"))):
+        return enough
+    if not shown:
+        return "The loss of the undamaged model is not a finite number."
+    return f"The loss of the undamaged model is {number(shown[0].base)} nats per token on {text_name(shown[0].text)}."
 
 
-def _caption(damage: Damage, all_: Sequence[Damage]) -> str:
-    sides = {d.side for d in all_}
-    return sentence(text_name(damage.on)) + (f", {damage.side} side changed" if len(sides) > 1 else "")
+def _caption(damage: Damage, shown: Sequence[Damage]) -> str:
+    several = len({d.side for d in shown}) > 1
+    return sentence(text_name(damage.text)) + (f", change of {SIDES[damage.side]}" if several else "")
 
 
-def _lowest(damage: Damage) -> Counter[str]:
-    """At how many numbers of dimensions each kind leaves the lowest loss, where several were tried."""
+@dataclass(frozen=True, slots=True)
+class Gentlest:
+    """The kind of change with the lowest loss most often, at how many numbers of dimensions, and of how many."""
+
+    kind: str
+    times: int
+    total: int
+
+
+def _gentlest_kind(damage: Damage) -> Gentlest | None:
+    """Compare kinds at the numbers of dimensions where several were tried; None where there is no such number."""
     wins: Counter[str] = Counter()
     curves = [damage.curve(LOSS, kind).with_columns(kind=pl.lit(kind)) for kind in damage.kept_kinds()]
-    for _, tried in pl.concat(curves).filter(pl.col("kept") < 1).group_by("strength", maintain_order=True):
-        if tried["kind"].n_unique() > 1:
-            wins[tried.sort("value")["kind"][0]] += 1
-    return wins
+    for _, rows in pl.concat(curves).filter(pl.col("kept_share") < 1).group_by("strength", maintain_order=True):
+        if rows["kind"].n_unique() > 1:
+            wins[rows.sort("value")["kind"][0]] += 1
+    return Gentlest(*wins.most_common(1)[0], wins.total()) if wins else None
 
 
 def _gentlest(damage: Damage) -> str:
-    wins = _lowest(damage)
-    if not wins:
-        return f"What {listed([kind_name(kind) for kind in damage.kept_kinds()])} costs"
-    kind, times = wins.most_common(1)[0]
-    total = wins.total()
-    where = "at every number of dimensions tried" if times == total else f"at {times} of {total} numbers of dimensions"
-    return sentence(f"{kind_name(kind)} does the least damage {where}")
+    best = _gentlest_kind(damage)
+    if best is None:
+        return sentence(f"the loss after {listed([kind_name(kind) for kind in damage.kept_kinds()])}")
+    times = "every number" if best.times == best.total else f"{best.times} of {best.total} numbers"
+    return sentence(f"{kind_name(best.kind)} does the least damage at {times} of dimensions tried")
 
 
-def _last_safe(damage: Damage, breaking: pl.DataFrame | None) -> str | None:
-    if breaking is None:
+def fewest_dimensions(damage: Damage, breaking: pl.DataFrame | None) -> str | None:
+    """Return the fewest dimensions that keep the loss within the first threshold, in one sentence."""
+    if breaking is None or damage.base is None:
         return None
-    rows = breaking.filter(
-        (pl.col("on") == damage.on) & (pl.col("side") == damage.side) & (pl.col("threshold") == THRESHOLDS[0])
-        & pl.col("safe_kept").is_not_null()
-    ).sort("safe_kept", maintain_order=True)  # fmt: skip
-    if rows.is_empty():
-        return f"Every change that takes dimensions away raises the loss by {THRESHOLDS[0]:.0%} or more."
-    row = rows.row(0, named=True)
-    return (
-        f"With {kind_name(row['kind'])}, {row['safe']:,.0f} dimensions ({share(row['safe_kept'])} of them) are enough for a loss "
-        f"less than {THRESHOLDS[0]:.0%} above the undamaged {number(damage.base)} nats per token."
+    base = f"{number(damage.base)} nats per token"
+    rows = _rows_about(damage, breaking).filter(
+        (pl.col("threshold") == HARMLESS) & pl.col("safe_kept_share").is_not_null()
     )
-
-
-def _other_texts(found: Sequence[Damage]) -> str | None:
-    first = found[0]
-    others = [d for d in found[1:] if d.side == first.side]
-    if not others:
-        return None
-    told = []
-    for other in others:
-        winner, here = _lowest(other).most_common(1), _lowest(first).most_common(1)
-        same = bool(winner) and bool(here) and winner[0][0] == here[0][0]
-        told.append(
-            f"on {text_name(other.on)} (undamaged {number(other.base)} nats) {'the same kind is' if same else 'another kind is'} gentlest"
+    if rows.is_empty():
+        return (
+            f"Every tested removal of dimensions raises the loss by {HARMLESS:.0%} or more above the undamaged {base}."
         )
-    return sentence(f"{listed(told)}.")
+    row = rows.sort("safe_kept_share", maintain_order=True).row(0, named=True)
+    dim = round(row["safe"] / row["safe_kept_share"]) if row["safe_kept_share"] else None
+    of = f"of {dim:,} dimensions ({share(row['safe_kept_share'])})" if dim else "dimensions"
+    change = sentence(f"{kind_name(row['kind'])} to {row['safe']:,.0f} {of}")
+    return f"{change} keeps the loss within {HARMLESS:.0%} of the undamaged {base}."
 
 
-def _breaking_grid(damage: Damage, breaking: pl.DataFrame, facts: Facts, all_: Sequence[Damage]) -> Grid | None:
-    rows = breaking.filter((pl.col("on") == damage.on) & (pl.col("side") == damage.side))
+def _rows_about(damage: Damage, breaking: pl.DataFrame) -> pl.DataFrame:
+    return breaking.filter((pl.col("text") == damage.text) & (pl.col("side") == damage.side))
+
+
+def _other_texts(shown: Sequence[Damage]) -> str | None:
+    """Return whether the same kind of change is the gentlest on the other texts."""
+    first, gentlest = shown[0], _gentlest_kind(shown[0])
+    clauses = []
+    for other in shown[1:]:
+        best = _gentlest_kind(other)
+        if other.side != first.side or best is None or gentlest is None:
+            continue
+        which = "the same kind" if best.kind == gentlest.kind else kind_name(best.kind)
+        clauses.append(f"on {text_name(other.text)} (undamaged loss {number(other.base)}), {which} is the gentlest")
+    return sentence(f"{listed(clauses)}.") if clauses else None
+
+
+def _breaking_grid(damage: Damage, breaking: pl.DataFrame, shown: Sequence[Damage]) -> Grid | None:
+    rows = _rows_about(damage, breaking)
     if rows.is_empty():
         return None
-    told = []
+    lines = []
     for (kind,), of_kind in rows.group_by("kind", maintain_order=True):
-        cells = [_broken(row) for row in of_kind.sort("threshold").iter_rows(named=True)]
-        told.append((kind_name(str(kind)), *cells, str(of_kind["n_seeds"][0])))
-    header = ("change", *(f"loss +{threshold:.0%} from" for threshold in THRESHOLDS), "draws")
-    place = _caption(damage, all_)
-    return Grid(
-        f"The gentlest tested strength that raises the loss so much. {place}", header, tuple(told), frozenset({3})
-    )
+        cells = [
+            _strength(str(kind), row["strength"], row["kept_share"], row["safe"], row["rise"])
+            for row in of_kind.sort("threshold").iter_rows(named=True)
+        ]
+        lines.append((kind_name(str(kind)), *cells, str(of_kind["n_seeds"][0])))
+    header = ("change", *(f"loss +{threshold:.0%} from" for threshold in THRESHOLDS), "seeds")
+    caption = f"The gentlest tested strength at which the loss has risen by a share. {_caption(damage, shown)}"
+    return Grid(caption, header, tuple(lines), frozenset({3}))
 
 
-def _broken(row: dict[str, float | None]) -> str:
-    if row["strength"] is None:
-        return f"not by {row['safe']:g}" if row["safe"] is not None else "–"
-    unit = (
-        f"{row['strength']:,.0f} dimensions ({row['kept']:.0%})"
-        if row["kept"] is not None
-        else f"{row['strength']:g} sd"
-    )
-    return f"{unit}: {row['rise']:+.0%}" if row["rise"] is not None else f"{unit}: no number"
+def _strength(
+    kind: str, strength: float | None, kept_share: float | None, safe: float | None, rise: float | None
+) -> str:
+    if strength is None:
+        return f"not at {safe:g}" if safe is not None else "–"
+    unit = find_perturbation(kind).unit.replace("standard deviations", "sd")
+    amount = f"{strength:,.0f} {unit} ({kept_share:.0%})" if kept_share is not None else f"{strength:g} {unit}"
+    return f"{amount}: {rise:+.0%}" if rise is not None else f"{amount}: loss not finite"
 
 
 # ---- beliefs -------------------------------------------------------------------------------------------------------
 
 
 def claims_section(tables: Tables, facts: Facts) -> Section | None:
-    """Tell which beliefs about damage hold on this model."""
+    """Return which beliefs about damage hold on this model."""
     frame = table(tables, "claims")
     if frame is None or (frame["verdict"] == UNTESTED).all():
         return None
-    texts = frame["on"].unique(maintain_order=True).to_list()
-    first = frame.filter(pl.col("on") == texts[0])
-    verdicts = Counter(first["verdict"])
-    others = [
-        f"{verdicts[v]} {word}"
-        for v, word in ((PARTLY, "in part"), (FAILS, "not"), (UNTESTED, "not tested"))
-        if verdicts[v]
-    ]
-    rest = f" ({', '.join(others)})" if others else ""
-    verb = "holds" if verdicts[HOLDS] == 1 else "hold"
+    texts = frame["text"].unique(maintain_order=True).to_list()
     return Section(
         anchor="beliefs",
-        name="Beliefs put to the test",
-        title=f"{verdicts[HOLDS]} of {count(len(first), 'belief')} about damage {verb} on this model{rest}",
+        name="Beliefs tested",
+        title=_verdict_counts(frame.filter(pl.col("text") == texts[0])),
         blocks=(_claims_grid(frame, texts),),
         how_to_read=(
-            "Each line is a belief from the notebook in which these experiments began, where it was formed by reading what one "
-            "model wrote. Here it is tested on the model in hand: “holds” where every comparison agrees with it, “does not hold” "
-            "where none does. Of random changes a difference counts from two standard errors over the draws on; “as well” and "
-            f"“harmless” mean a loss less than {THRESHOLDS[0]:.0%} higher."
+            "Each row is a belief from the notebook in which these experiments began. It was formed there by reading what "
+            "one model wrote, and is tested here on this model. “Holds” means that every comparison agrees with it, “does "
+            "not hold” that none does. For random changes a difference counts from two standard errors over the seeds on. "
+            f"“As well” and “harmless” mean a loss less than {HARMLESS:.0%} higher than that of the undamaged model."
         ),
         caveat=(
             "A verdict is about this model, this text and these strengths, with the input table changed and nothing trained "
-            "again. A belief that fails here may hold for another model, and the other way round. That attention averages noise "
-            "away is tested by what it would lead to (independent noise costs less than the same error in one direction), not "
+            "afterwards. A belief that fails here may hold for another model, and the reverse. That attention averages "
+            "noise away is tested by a consequence (independent noise costs less than an equal error in one direction), not "
             "by looking into attention."
         ),
         tables=("claims", "damage"),
-    )  # fmt: skip
+    )
+
+
+def _verdict_counts(claims: pl.DataFrame) -> str:
+    verdicts = Counter(claims["verdict"])
+    others = [
+        f"{verdicts[verdict]} {word}"
+        for verdict, word in ((PARTLY, "in part"), (FAILS, "not"), (UNTESTED, "not tested"))
+        if verdicts[verdict]
+    ]
+    rest = f" ({', '.join(others)})" if others else ""
+    verb = "holds" if verdicts[HOLDS] == 1 else "hold"
+    return f"{verdicts[HOLDS]} of {count(len(claims), 'belief')} about damage {verb} on this model{rest}"
 
 
 def _claims_grid(frame: pl.DataFrame, texts: Sequence[str]) -> Grid:
-    """One line for each belief: the verdict on every text, and what was measured on the first."""
-    verdicts = {(on, claim): verdict for on, claim, verdict in frame.select("on", "claim", "verdict").iter_rows()}
-    first = frame.filter(pl.col("on") == texts[0])
+    """Return one row for each belief: the verdict on every text, and what was measured on the first."""
+    verdicts = {(text, claim): verdict for text, claim, verdict in frame.select("text", "claim", "verdict").iter_rows()}
+    first = frame.filter(pl.col("text") == texts[0])
     rows = tuple(
-        (claim, *(verdicts[on, claim] for on in texts), evidence)
+        (claim, *(verdicts[text, claim] for text in texts), evidence)
         for claim, evidence in first.select("claim", "evidence").iter_rows()
     )
     several = len(texts) > 1
-    heads = [f"on {text_name(on)}" for on in texts] if several else ["verdict"]
-    measured = f"what was measured on {text_name(texts[0])}" if several else "what was measured"
-    return Grid("Six beliefs", ("belief", *heads, measured), rows)
+    heads = [f"on {text_name(text)}" for text in texts] if several else ["verdict"]
+    measured = f"measured on {text_name(texts[0])}" if several else "measured"
+    return Grid("Six beliefs about damage", ("belief", *heads, measured), rows)

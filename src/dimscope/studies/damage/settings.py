@@ -1,4 +1,4 @@
-"""What the study of damage is asked for. Imports no torch."""
+"""The settings of the study of damage, and its presets. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from dimscope.errors import InvalidArgument
+from dimscope.studies.damage.changes import parse_change
 from dimscope.studies.options import (
     LARGEST_SEED,
     DType,
@@ -28,8 +29,10 @@ Sides = Annotated[
 class DamageSettings:
     """Options of the study of damage."""
 
-    changes: Annotated[tuple[str, ...], Parameter(name="--change", consume_multiple=True, negative=())] = ()
-    "Changes of the table, KIND:STRENGTH, joined by + for one after the other: truncate:75%+noise:0.1 [default: a sweep]."
+    changes: Annotated[
+        tuple[str, ...], Parameter(name="--change", consume_multiple=True, negative=(), show_default=False)
+    ] = ()
+    "Changes of the table, KIND:STRENGTH; + applies one after the other: truncate:75%+noise:0.1 [default: a sweep]."
     sides: Sides = ("input",)
     "Which table is changed: input, output or both; one side of a tied model leaves the other as it is."
     draws: int = 3
@@ -42,7 +45,9 @@ class DamageSettings:
     "Tokens per window [default: the context length of the model, at most 512]."
     from_start: Flag = False
     "Take windows from the beginning of the text, not spread over it."
-    prompts: Annotated[tuple[str, ...], Parameter(name="--prompt", consume_multiple=True, negative=())] = ()
+    prompts: Annotated[
+        tuple[str, ...], Parameter(name="--prompt", consume_multiple=True, negative=(), show_default=False)
+    ] = ()
     "Prompts that the model continues after every change."
     system: str | None = None
     "System prompt, for a model with a chat template."
@@ -80,6 +85,8 @@ class DamageSettings:
         require_seed(self)
         if unknown := set(self.sides) - {"input", "output", "both"}:
             raise InvalidArgument(f"`sides` must be input, output or both, got {sorted(unknown)[0]!r}")
+        for change in self.changes:
+            parse_change(change)
         if self.seed + self.draws > LARGEST_SEED + 1:
             raise InvalidArgument(f"`seed` {self.seed} with `draws` {self.draws} exceeds 2^63 - 1; take a smaller seed")
         if self.system is not None and self.chat is False:

@@ -6,17 +6,17 @@ from dimscope.studies.study import Study, StudyCode
 
 def _load() -> StudyCode:
     from dimscope.checkpoints.model import require_causal
-    from dimscope.studies.damage import answer_sections, error_sections, sections
+    from dimscope.studies.damage import generation_sections, perturbation_error_sections, sections
     from dimscope.studies.damage.run import run_damage
     from dimscope.studies.damage.summary import summarise
 
     makers = (
         sections.breaking_section,
         sections.claims_section,
-        error_sections.error_section,
-        error_sections.strength_section,
-        error_sections.operator_section,
-        answer_sections.texts_section,
+        perturbation_error_sections.error_section,
+        perturbation_error_sections.strength_section,
+        perturbation_error_sections.operator_section,
+        generation_sections.generation_section,
     )
     return StudyCode(run_damage, makers, summarise, check=require_causal)
 

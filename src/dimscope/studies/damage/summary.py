@@ -1,53 +1,76 @@
-"""The answer of the study of damage in a few words and numbers."""
+"""The answer of the study of damage in a few words and numbers, narrow enough for 80 columns."""
 
 import polars as pl
 
 from dimscope.page.section import Facts, Tables
 from dimscope.studies.damage.claims import UNTESTED
+from dimscope.studies.damage.losses import losses_on, sides_of, texts_of
 from dimscope.studies.damage.plan import UNDAMAGED
-from dimscope.studies.damage.sections import breaking_answer
+from dimscope.studies.damage.sections import answer
 from dimscope.studies.damage.tables import KL, LOSS, RELATIVE, TOP_1
 from dimscope.studies.study import Summary
 
 
 def summarise(tables: Tables, facts: Facts) -> Summary:
-    """Return how many dimensions are enough in a sentence; the changes, where they break the model, claims and texts."""
-    frames = {}
-    for n, part in enumerate(summary_frame(tables["damage"]).partition_by("on", maintain_order=True), 1):
-        frames["summary" if n == 1 else f"summary {n}"] = part
+    """Return how many dimensions are enough in a sentence; then changes, where they break the model, beliefs, texts."""
+    frames = {f"changes {n}": frame for n, frame in enumerate(change_frames(tables["damage"]), 1)}
     if "breaking" in tables:
-        frames["breaking"] = tables["breaking"]
+        frames["breaking"] = _short_breaking(tables["breaking"])
     if "claims" in tables:
-        frames["claims"] = tables["claims"].filter(pl.col("verdict") != UNTESTED)
+        tested = tables["claims"].filter(pl.col("verdict") != UNTESTED)
+        frames["beliefs"] = tested.select("text", "verdict", belief="claim")
     if "generations" in tables:
-        columns = ("prompt", "change", "side", "seed", "text", "n_same", "repetition")
-        frames["texts"] = tables["generations"].select(*columns)
-    return Summary(breaking_answer(tables), {name: frame for name, frame in frames.items() if frame.height})
+        continued = tables["generations"].partition_by("number", maintain_order=True)
+        frames |= {f"generations {n}": _short_generations(frame) for n, frame in enumerate(continued, 1)}
+    return Summary(answer(tables), {name: frame for name, frame in frames.items() if frame.height})
 
 
-def summary_frame(damage: pl.DataFrame) -> pl.DataFrame:
-    """One row per text, side and change from the table `damage`, narrow enough for a terminal: means over the seeds.
+def change_frames(damage: pl.DataFrame) -> list[pl.DataFrame]:
+    """Return one frame per text and side, a row per change: means over the seeds.
 
-    `error` is relative, `expected` its closed form, `sd` the spread of the loss over the seeds.
+    Columns: `kept`, the share of the dimensions; `error`, the relative error of the table, and `theory`, its closed form;
+    the loss, its standard deviation `sd` over the seeds and its `rise` above the undamaged model in percent; KL from the
+    undamaged model; `same`, the percentage of positions with the same top prediction.
     """
-    place = ["on", "side", "change", "kept"]
-    order = damage.select("side", "change").unique(maintain_order=True).with_row_index("order")
-    means = damage.group_by(*place, "metric", maintain_order=True).agg(
-        pl.col("value").mean(), pl.col("value").std(ddof=1).alias("sd"), pl.col("expected").mean(), pl.col("n").max()
+    sides = sides_of(damage) or ["input"]
+    return [_changes(losses_on(damage, text, side).rows, text, side) for text in texts_of(damage) for side in sides]
+
+
+def _changes(rows: pl.DataFrame, text: str, side: str) -> pl.DataFrame:
+    """Return one row per change of one side, evaluated on one text."""
+    key = ["change", "kept_share"]
+    means = rows.group_by(*key, "metric", maintain_order=True).agg(
+        pl.col("value").mean(), pl.col("null").mean(), pl.col("value").std(ddof=1).alias("sd")
     )
-    errors = means.filter((pl.col("metric") == RELATIVE) & pl.col("on").str.ends_with(" table"))
-    errors = errors.group_by("side", "change").agg(pl.col("value").mean().alias("error"), pl.col("expected").mean())
-    judged = means.filter(pl.col("metric") == LOSS).select(
-        *place, pl.col("value").alias("loss"), "sd", pl.col("n").alias("tokens")
-    )
-    for metric, name in ((KL, "KL"), (TOP_1, "same first choice")):
-        other = means.filter(pl.col("metric") == metric).select("on", "side", "change", pl.col("value").alias(name))
-        judged = judged.join(other, on=["on", "side", "change"], how="left", maintain_order="left")
-    base = judged.filter(pl.col("change") == UNDAMAGED).select("on", pl.col("loss").alias("base"))
-    found = judged.join(errors, on=["side", "change"], how="left", maintain_order="left")
-    found = found.join(base, on="on", how="left", maintain_order="left").join(order, on=["side", "change"])
-    rise = (100 * (pl.col("loss") / pl.col("base") - 1)).alias("rise %")
-    texts = found["on"].unique(maintain_order=True)
-    found = found.with_columns(pl.col("on").cast(pl.Enum(texts))).sort("on", "order", maintain_order=True)
-    told = ("kept", "error", "expected", "loss", "sd", rise, "KL", "same first choice", "tokens")
-    return found.select("on", "side", "change", *told).with_columns(pl.col("on").cast(pl.String))
+
+    def column(metric: str, **columns: str) -> pl.DataFrame:
+        named = [pl.col(source).alias(name) for name, source in columns.items()]
+        return means.filter(pl.col("metric") == metric).select("change", *named)
+
+    frame = means.select(key).unique(maintain_order=True)
+    for part in (
+        column(RELATIVE, error="value", theory="null"),
+        column(LOSS, loss="value", sd="sd"),
+        column(KL, KL="value"),
+        column(TOP_1, same="value"),
+    ):
+        frame = frame.join(part, on="change", how="left", maintain_order="left")
+    base = frame.filter(pl.col("change") == UNDAMAGED)["loss"]
+    rise = 100 * (pl.col("loss") / (base[0] if len(base) else None) - 1)
+    return frame.select(
+        pl.lit(text).alias("text"), pl.lit(side).alias("side"), "change", pl.col("kept_share").round(3).alias("kept"),
+        "error", "theory", "loss", "sd", rise.alias("rise %"), "KL", (100 * pl.col("same")).alias("same %"),
+    )  # fmt: skip
+
+
+def _short_breaking(breaking: pl.DataFrame) -> pl.DataFrame:
+    """Return where each kind of change breaks the model: `safe at` is the last tested strength before it."""
+    return breaking.select(
+        "text", "side", "kind", (100 * pl.col("threshold")).alias("rise %"), pl.col("strength").alias("breaks at"),
+        pl.col("kept_share").alias("kept"), pl.col("safe").alias("safe at"),
+    )  # fmt: skip
+
+
+def _short_generations(generations: pl.DataFrame) -> pl.DataFrame:
+    """Return the continuations of one prompt, and how many tokens are the same as without damage."""
+    return generations.select("prompt", "side", "change", "seed", pl.col("n_same").alias("same"), "text")
