@@ -95,7 +95,7 @@ def facts(of: Collection) -> dict[str, Any]:
         found |= {f"{layer} {name}": getattr(sums, name) for name in names}
         found[f"{layer} unit_total"] = None if sums.unit_total is None else sums.unit_total.tolist()
         for kind, part in sums.parts.items():
-            held = part.held()
+            held = part.result()
             numbers = (held.total, held.gram) if isinstance(held, Moments) else (held,)
             found[f"{layer} {kind}"] = [part.count, *(t.tolist() for t in numbers)]
     return found
@@ -185,7 +185,7 @@ def check(found: Collection, expected: dict[int, Expected], share: float = 1e-12
         assert sums.count == len(wanted.all_rows) == found.n_tokens
         assert (sums.n_massive, sums.largest) == (wanted.n_massive, pytest.approx(wanted.largest, rel=share * 1e3))
         for kind in KINDS:
-            check_rows(sums.part(kind).held(), wanted.rows[kind], share)
+            check_rows(sums.part(kind).result(), wanted.rows[kind], share)
         for chosen in ([(False, False), (False, True)], [(False, False), (True, False)], list(KINDS)):
             every = combined(sums.part(kind) for kind in chosen)
             check_rows(every, np.concatenate([wanted.rows[kind] for kind in chosen]), share)
@@ -226,7 +226,7 @@ def test_few_rows_are_kept_as_they_are(opened, lengths, rows):
     found = collected(model, windows)
     check(found, expected_of(model, [windows]))
     assert (
-        isinstance(found.sites[1].part((False, False)).held(), torch.Tensor) == rows
+        isinstance(found.sites[1].part((False, False)).result(), torch.Tensor) == rows
     )  # all but the first of each window
 
 
@@ -308,7 +308,7 @@ def test_padding_never_enters_whatever_it_holds(value):
     assert (together.count, together.n_massive, together.largest) == (32, alone.n_massive, 700.0)
     assert {kind: part.count for kind, part in together.parts.items()} == {k: p.count for k, p in alone.parts.items()}
     for kind in together.parts:
-        held, other = together.part(kind).held(), alone.part(kind).held()
+        held, other = together.part(kind).result(), alone.part(kind).result()
         assert isinstance(held, Moments) == isinstance(other, Moments)
         if isinstance(held, Moments) and isinstance(other, Moments):
             close(held.gram, other.gram.numpy(), 1e-14)
@@ -404,15 +404,15 @@ def alike(one: Collection, other: Collection, share: float = 1e-12) -> None:
         if sums.unit_total is not None:
             close(sums.unit_total, wanted.unit_total.numpy(), share)
         for kind in KINDS:
-            held = wanted.part(kind).held()
+            held = wanted.part(kind).result()
             if isinstance(held, Moments):
-                found = sums.part(kind).held()
+                found = sums.part(kind).result()
                 assert isinstance(found, Moments)
                 assert found.count == held.count
                 close(found.total, held.total.numpy(), share)
                 close(found.gram, held.gram.numpy(), share)
             else:
-                check_rows(sums.part(kind).held(), held.double().numpy(), share)
+                check_rows(sums.part(kind).result(), held.double().numpy(), share)
 
 
 # windows of each part; d is 32, so 20 tokens are rows and 40 are moments

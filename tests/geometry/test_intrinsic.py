@@ -142,7 +142,7 @@ def by_definition(x, k, scales):
 
 @pytest.mark.parametrize(("n", "d", "k"), [(64, 1, 5), (200, 3, 20), (333, 12, 2)])
 def test_every_estimate_is_the_definition_by_brute_force(n, d, k, monkeypatch):
-    monkeypatch.setattr(intrinsic, "BLOCK", 50)
+    monkeypatch.setattr(intrinsic, "ROWS_AT_ONCE", 50)
     x = cloud(n, d, n) * torch.linspace(0.5, 2, d) + 3
     found = estimates(x, k=k)
     scales = [scale for metric, scale in found if metric == "GRIDE"]
@@ -191,25 +191,27 @@ def drawn(n, d, n1, seed):
 @pytest.mark.parametrize("d", [0.01, 1.0, 7.0, 3000.0])
 @pytest.mark.parametrize("n1", [1, 2, 16, 512])
 def test_the_law_of_the_ratios_gives_its_dimension_back(d, n1):
-    metric, scale, value, stderr = intrinsic._gride(drawn(4000, d, n1, 1), n1)
-    assert (metric, scale) == ("GRIDE", n1)
-    assert abs(value - d) < 3 * stderr
-    assert stderr < 0.017 * d  # 1 / sqrt(4000), and less at larger scales
+    estimate = intrinsic._gride(drawn(4000, d, n1, 1), n1)
+    assert (estimate.metric, estimate.scale) == ("GRIDE", n1)
+    assert abs(estimate.value - d) < 3 * estimate.stderr
+    assert estimate.stderr < 0.017 * d  # 1 / sqrt(4000), and less at larger scales
 
 
 @pytest.mark.parametrize("d", [0.01, 7.0])
 def test_two_nn_recovers_the_exponent_of_a_pareto_law(d):
     mu = np.random.default_rng(2).pareto(100 * d, size=4000) + 1  # the power, so that d = 0.01 does not overflow
     logs = np.stack([np.zeros(4000), 100 * np.log(mu)], axis=1)
-    for _, _, value, _ in intrinsic._two_nn(logs):
-        assert value == pytest.approx(d, rel=4 / math.sqrt(4000))
+    for estimate in intrinsic._two_nn(logs):
+        assert estimate.value == pytest.approx(d, rel=4 / math.sqrt(4000))
 
 
 @pytest.mark.parametrize("n1", [1, 4, 32])
 def test_for_independent_ratios_the_standard_error_is_the_spread(n1):
     found = [intrinsic._gride(drawn(150, 5.0, n1, s), n1) for s in range(200)]
-    spread = np.std([value for _, _, value, _ in found])
-    assert spread == pytest.approx(np.mean([stderr for *_, stderr in found]), rel=0.15)  # 5% from 200 draws, times 3
+    spread = np.std([estimate.value for estimate in found])
+    assert spread == pytest.approx(
+        np.mean([estimate.stderr for estimate in found]), rel=0.15
+    )  # 5% from 200 draws, times 3
 
 
 def test_in_clouds_the_spread_is_as_many_standard_errors_as_stated():
@@ -343,7 +345,7 @@ def test_single_ties_do_no_harm():
 
 
 def test_arguments_that_mean_nothing_are_refused():
-    with pytest.raises(InvalidArgument, match="2 neighbours or more, not 1"):
+    with pytest.raises(InvalidArgument, match="`k` must be 2 or more, got 1"):
         intrinsic_dimensions(cloud(30, 2), k=1)
     with pytest.raises(InvalidArgument, match="radius"):
         distinct_rows(cloud(30, 2), -1.0)

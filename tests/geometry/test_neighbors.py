@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from dimscope.errors import InvalidArgument
 from dimscope.geometry import neighbors
-from dimscope.geometry.neighbors import METRICS, build_index, drop_self, hubness
+from dimscope.geometry.neighbors import NEIGHBOR_METRICS, build_index, drop_self, hubness
 
 
 def brute(x, queries, k, metric):
@@ -34,7 +34,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(neighbors, "QUERIES", 32)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", NEIGHBOR_METRICS)
 @pytest.mark.parametrize(("n", "d", "k"), [(300, 10, 7), (65, 3, 1), (200, 50, 200), (40, 2, 12)])
 def test_neighbours_are_those_of_scikit_learn(metric, n, d, k):
     x, queries = gaussian(n, d) + 0.7, gaussian(70, d, 1, torch.float64) + 0.7
@@ -47,7 +47,7 @@ def test_neighbours_are_those_of_scikit_learn(metric, n, d, k):
 
 @PROPERTY
 @given(
-    metric=st.sampled_from(METRICS),
+    metric=st.sampled_from(NEIGHBOR_METRICS),
     n=st.integers(1, 90),
     d=st.integers(1, 6),
     k=st.integers(1, 100),
@@ -65,7 +65,7 @@ def test_scores_are_right_and_sorted_for_any_shape(metric, n, d, k, seed):
     np.testing.assert_allclose(scores.numpy(), values, atol=3e-6)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", NEIGHBOR_METRICS)
 def test_one_query_is_answered_as_in_a_batch(metric):
     x, queries = gaussian(200, 9), gaussian(75, 9, 1)
     index = build_index(torch.arange(200), x, metric)
@@ -76,7 +76,7 @@ def test_one_query_is_answered_as_in_a_batch(metric):
         torch.testing.assert_close(one_score[0], scores[i], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", NEIGHBOR_METRICS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_and_queries_of_every_dtype(metric, dtype):
     x, queries = (gaussian(100, 6) + 0.5).to(dtype), gaussian(4, 6, 1, dtype)
@@ -86,14 +86,14 @@ def test_rows_and_queries_of_every_dtype(metric, dtype):
     np.testing.assert_allclose(scores.numpy(), values, atol=1e-6)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", NEIGHBOR_METRICS)
 def test_answers_are_ids_not_positions(metric):
     x, ids = gaussian(50, 4), torch.arange(50) * 3 + 1000
     found, _ = build_index(ids, x, metric).search(x[:10], 1)
     assert found[:, 0].tolist() == ids[:10].tolist()
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", NEIGHBOR_METRICS)
 def test_more_neighbours_than_rows_are_all_rows(metric):
     x = gaussian(6, 4)
     ids, scores = build_index(torch.arange(6), x, metric).search(x, 50)
@@ -142,7 +142,7 @@ def test_distances_far_from_the_origin_keep_their_digits():
 
 
 @pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", NEIGHBOR_METRICS)
 def test_in_a_tight_cluster_every_row_is_its_own_nearest(metric, spread):
     """200 untrained rows in the same place: many more than the spare candidates, at a distance of `spread` norms."""
     x = gaussian(400, 16)
@@ -161,11 +161,11 @@ def test_exact_duplicates_share_the_best_places():
 
 
 def test_an_unknown_metric_is_refused():
-    with pytest.raises(InvalidArgument, match="cosine, centred cosine, euclidean, not 'manhattan'"):
+    with pytest.raises(InvalidArgument, match="`metric` must be one of cosine"):
         unwrap(build_index)(torch.arange(3), gaussian(3, 2), "manhattan")  # past the type checker of the tests
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", NEIGHBOR_METRICS)
 def test_rows_and_queries_are_left_as_they_were(metric):
     x, queries = gaussian(80, 5), gaussian(9, 5, 1, torch.float64)
     before = x.clone(), queries.clone()

@@ -189,7 +189,7 @@ def test_rounding_takes_nothing_above_one():
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_fewer_than_four_rows_are_refused(n):
-    with pytest.raises(ValueError, match=f"at least 4 rows, not {n}"):
+    with pytest.raises(ValueError, match=f"at least 4 rows, got {n}"):
         centred_gram(noise(n, 5))
 
 
@@ -275,47 +275,25 @@ def test_a_subspace_and_itself_its_part_and_its_complement():
         found = subspace_overlap(q[:, :4], other)
         assert found.overlap == pytest.approx(1, abs=1e-14)
         assert found.overlap <= 1
-        assert found.angles.numpy() == pytest.approx([0] * 4, abs=1e-12)
     part = subspace_overlap(q[:, :6], turned)
     assert (part.overlap, part.k, part.null) == (pytest.approx(1), 4, pytest.approx(6 / 9))
     complement = subspace_overlap(turned, q[:, 4:])
     assert complement.overlap == pytest.approx(0, abs=1e-14)
-    assert complement.angles.numpy() == pytest.approx([90] * 4, abs=1e-12)
 
 
 @PROPERTY
 @given(d=st.integers(1, 12), widths=st.tuples(st.integers(1, 12), st.integers(1, 12)), seed=st.integers(0, 99))
-def test_angles_are_scipys_and_the_overlap_is_the_mean_square_of_their_cosines(d, widths, seed):
+def test_the_overlap_is_the_mean_square_of_the_cosines_of_scipys_angles(d, widths, seed):
     k, j = (min(width, d) for width in widths)
     left, right = orthogonal(d, seed)[:, :k], orthogonal(d, seed + 100)[:, :j]
     found = subspace_overlap(left, right)
-    assert found.k == len(found.angles) == min(k, j)
-    expected = np.rad2deg(np.sort(scipy.linalg.subspace_angles(left.numpy(), right.numpy())))
-    # scipy takes the wrong one of arc sine and arc cosine with angles on both sides of 45 degrees: 8 digits are left.
-    np.testing.assert_allclose(found.angles.numpy(), expected, atol=1e-5)
-    assert torch.equal(found.angles, found.angles.sort().values)
+    assert found.k == min(k, j)
+    angles = scipy.linalg.subspace_angles(left.numpy(), right.numpy())
+    assert found.overlap == pytest.approx(np.mean(np.cos(angles) ** 2), abs=1e-7)
     projected = float((left.T @ right).square().sum())
     assert found.overlap == pytest.approx(projected / min(k, j), abs=1e-12)
     back = subspace_overlap(right, left)
     assert (back.overlap, back.null) == (pytest.approx(found.overlap, abs=1e-12), found.null)
-
-
-@pytest.mark.parametrize("j", [3, 5])
-@pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize(
-    "planted", [[1e-10, 1e-7, 0.1], [1e-7, 0.7, math.pi / 2 - 1e-7], [1.5, 1.55, math.pi / 2 - 1e-9]]
-)
-def test_small_and_nearly_right_angles_keep_their_digits(planted, order, j):
-    """An arc cosine knows nothing below 1e-8 and reads 1e-7 with one digit; an arc sine is as blind near pi / 2."""
-    angles = torch.tensor(planted, dtype=torch.float64)
-    q = orthogonal(20)
-    tilted = q[:, :3] * angles.cos() + q[:, 3:6] * angles.sin()
-    left, right = (q[:, :3], torch.cat([tilted, q[:, 6 : 3 + j]], dim=1))[::order]
-    found = subspace_overlap(left, right).angles.deg2rad().numpy()
-    np.testing.assert_allclose(found, planted, rtol=0, atol=3e-15)
-    if planted[-1] < math.pi / 4:  # see above
-        expected = np.sort(scipy.linalg.subspace_angles(left.numpy(), right.numpy()))
-        np.testing.assert_allclose(found, expected, rtol=0, atol=3e-15)
 
 
 @pytest.mark.parametrize(("k", "j", "d"), [(4, 4, 16), (3, 8, 16), (10, 5, 12), (1, 1, 5)])
@@ -330,7 +308,7 @@ def test_a_subspace_without_columns_has_no_overlap():
     for left, right in itertools.permutations([torch.zeros(7, 0), orthogonal(7)[:, :3]]):
         found = subspace_overlap(left, right)
         assert math.isnan(found.overlap)
-        assert (found.k, found.angles.shape) == (0, (0,))
+        assert found.k == 0
 
 
 def test_the_tensors_are_left_as_they_were():

@@ -99,7 +99,7 @@ def test_pieces_join_to_the_text_whatever_their_size(parts, size):
     whole = "".join([*parts, "x"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PIECE", size)
-        patch.setattr(module, "BLOCK", 3)  # a third of the characters lie across two blocks
+        patch.setattr(module, "READ_BYTES", 3)  # a third of the characters lie across two blocks
         pieces = list(open_text("-", stdin=io.BytesIO(whole.encode())).pieces())
     assert "".join(pieces) == whole
     assert max(map(len, pieces)) <= size

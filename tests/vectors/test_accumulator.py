@@ -42,7 +42,7 @@ def check(found: torch.Tensor | Moments, rows: torch.Tensor) -> None:
 def snapshot(of: Accumulator) -> tuple:
     """Return what an accumulator holds, to compare bit for bit."""
     sums = [None if t is None else t.tolist() for t in (of.total, of.upper)]
-    return of.count, [piece.tolist() for piece in of.kept], sums
+    return of.count, [piece.tolist() for piece in of.pieces], sums
 
 
 # ---- adding --------------------------------------------------------------------------------------------------------
@@ -57,39 +57,39 @@ def test_the_rows_while_there_are_d_at_most_then_their_moments(n, d, size, chunk
         accumulator = filled(rows, size, d)
     assert accumulator.count == n
     if n <= d:
-        assert torch.equal(accumulator.held(), rows)
-    check(accumulator.held(), rows)
+        assert torch.equal(accumulator.result(), rows)
+    check(accumulator.result(), rows)
 
 
 def test_exactly_d_rows_are_kept_and_one_more_is_not():
     rows = gaussian(D + 1, D)
     accumulator = filled(rows[:D])
-    assert torch.equal(accumulator.held(), rows[:D])
+    assert torch.equal(accumulator.result(), rows[:D])
     accumulator.add(rows[D:])
-    assert accumulator.kept == []
-    check(accumulator.held(), rows)
+    assert accumulator.pieces == []
+    check(accumulator.result(), rows)
 
 
 def test_no_more_than_d_rows_or_one_matrix_is_held():
     accumulator, rows = Accumulator(D), gaussian(50, D)
     for row in rows.split(1):
         accumulator.add(row)
-        numbers = sum(piece.numel() for piece in accumulator.kept)
+        numbers = sum(piece.numel() for piece in accumulator.pieces)
         numbers += sum(t.numel() for t in (accumulator.total, accumulator.upper) if t is not None)
         assert numbers <= D * D + D
-    check(accumulator.held(), rows)
+    check(accumulator.result(), rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_products_are_made_in_float64(dtype):
     rows = (gaussian(300, D) * 100 + 1000).to(dtype)
-    check(filled(rows, 7).held(), rows)
+    check(filled(rows, 7).result(), rows)
 
 
 def test_the_gram_is_symmetric_across_panels(monkeypatch):
     monkeypatch.setattr(module, "PANEL", 4)
     rows = gaussian(30, 11)
-    found = filled(rows, 9, 11).held()
+    found = filled(rows, 9, 11).result()
     check(found, rows)
     assert isinstance(found, Moments)
     assert torch.equal(found.gram, found.gram.T)
@@ -98,7 +98,7 @@ def test_the_gram_is_symmetric_across_panels(monkeypatch):
 def test_what_is_held_is_not_changed_by_what_is_added_later():
     rows = gaussian(40, D)
     accumulator = filled(rows[:20])
-    early = accumulator.held()
+    early = accumulator.result()
     accumulator.add(rows[20:])
     check(early, rows[:20])
 
@@ -113,15 +113,15 @@ def test_a_merge_is_all_rows_and_leaves_the_other_alone(left, right):
     one, other = filled(rows[:left]), filled(rows[left:])
     before = snapshot(other)
     one.merge(other)
-    check(one.held(), rows)
+    check(one.result(), rows)
     assert one.count == left + right
     assert snapshot(other) == before
     one.add(more)
-    check(one.held(), torch.cat([rows, more]))
+    check(one.result(), torch.cat([rows, more]))
     assert snapshot(other) == before
     other.add(more)  # and the other way round
-    check(one.held(), torch.cat([rows, more]))
-    check(other.held(), torch.cat([rows[left:], more]))
+    check(one.result(), torch.cat([rows, more]))
+    check(other.result(), torch.cat([rows[left:], more]))
 
 
 @PROPERTY
@@ -133,11 +133,11 @@ def test_merging_is_associative_and_commutative(sizes, seed):
         a, b, c = (parts[i] for i in order)
         a.merge(b)
         a.merge(c)
-        check(a.held(), rows)
+        check(a.result(), rows)
         x, y, z = (filled(rows.split(sizes)[i]) for i in order)
         y.merge(z)
         x.merge(y)
-        check(x.held(), rows)
+        check(x.result(), rows)
 
 
 @pytest.mark.parametrize("sizes", [(2, 3), (4, 4), (7, 2), (2, 7), (8, 9), (0, 7), (7, 0), (2, 2, 2), (3, 0, 9, 1)])
@@ -168,7 +168,7 @@ def test_rows_on_two_devices_are_held_together():
         accumulator = Accumulator(D)
         accumulator.add(torch.zeros(2, D))
         accumulator.add(torch.zeros(2, D, device="cuda"))
-        assert accumulator.held().shape == (4, D)
+        assert accumulator.result().shape == (4, D)
         assert combined([accumulator]).device.type == "cpu"
 
 

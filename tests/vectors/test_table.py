@@ -84,7 +84,7 @@ def test_far_ids_are_read_apart(monkeypatch):
 
 @pytest.mark.parametrize(("ids", "named"), [([0, 7], 7), ([-1, 3], -1)])
 def test_ids_outside_the_table_are_named(ids, named):
-    with pytest.raises(InvalidArgument, match=rf"from 0 to 6, not to {named}"):
+    with pytest.raises(InvalidArgument, match=rf"ids must be 0 to 6, got {named}"):
         table_from_tensor(gaussian(7, 2)).rows(torch.tensor(ids))
 
 

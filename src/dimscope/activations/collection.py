@@ -214,7 +214,7 @@ def _tensors(of: Collection) -> Iterator[tuple[str, Tensor]]:
         for kind, part in sums.parts.items():
             name = f"site.{layer}.part.{KINDS.index(kind)}"
             if part.upper is None or part.total is None:
-                yield f"{name}.rows", torch.cat([rows.cpu() for rows in part.kept])
+                yield f"{name}.rows", torch.cat([rows.cpu() for rows in part.pieces])
             else:
                 yield f"{name}.upper", part.upper.cpu()
                 yield f"{name}.total", part.total.cpu()

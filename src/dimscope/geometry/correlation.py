@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,7 @@ from dimscope.vectors.moments import moments
 
 
 def standardised(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows minus their own mean, of norm 1: their inner products are Pearson correlations. Constant rows become zero."""
+    """Return rows minus their own mean, of norm 1: their inner products are Pearson correlations. Constant rows become zero."""
     centred = rows - rows.mean(dim=1, keepdim=True)
     lengths = norms(centred)
     # What rounding leaves of a constant row is not a direction.
@@ -24,13 +25,20 @@ def standardised(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 
 
 def correlation_matrix(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
-    """Pearson correlation of every pair of rows over their d coordinates, in float64, within [-1, 1]."""
+    """Compute the Pearson correlation of every pair of rows over their d coordinates, in float64, within [-1, 1]."""
     unit = standardised(rows.double())
     return (unit @ unit.T).clamp(-1, 1)
 
 
-def correlated_blocks(rows: Float[Tensor, "n d"], at_least: float, *, progress: bool = False) -> tuple[Groups, Pairs]:
-    """Groups of rows linked by correlations of at least `at_least`, and those pairs (distance = sqrt(2 - 2 r)).
+class CorrelatedBlocks(NamedTuple):
+    """Groups of rows linked by high correlations, and the pairs that link them."""
+
+    groups: Groups
+    pairs: Pairs
+
+
+def correlated_blocks(rows: Float[Tensor, "n d"], at_least: float, *, progress: bool = False) -> CorrelatedBlocks:
+    """Return groups of rows linked by correlations of at least `at_least`, and those pairs (distance = sqrt(2 - 2 r)).
 
     Correlation r is distance sqrt(2 (1 - r)) between standardised rows, so the search for close pairs finds all of them.
     """
@@ -39,6 +47,6 @@ def correlated_blocks(rows: Float[Tensor, "n d"], at_least: float, *, progress: 
     # Constant rows have no correlation with anything, but as zero vectors they lie at distance 0 from each other.
     constant = unit.norm(dim=1) < 0.5
     pairs = pairs_within(unit, components, math.sqrt(2 * (1 - at_least)), progress=progress)
-    kept = ~(constant[pairs.first] | constant[pairs.second]).numpy()
-    pairs = Pairs(pairs.first[kept], pairs.second[kept], pairs.distance[kept])
-    return connected_groups(pairs, len(rows)), pairs
+    defined = ~(constant[pairs.first] | constant[pairs.second]).numpy()
+    pairs = Pairs(pairs.first[defined], pairs.second[defined], pairs.distance[defined])
+    return CorrelatedBlocks(connected_groups(pairs, len(rows)), pairs)

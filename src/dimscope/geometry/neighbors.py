@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from dimscope.errors import InvalidArgument
 
-Metric = Literal["cosine", "centred cosine", "euclidean"]
-METRICS: tuple[Metric, ...] = ("cosine", "centred cosine", "euclidean")
+NeighborMetric = Literal["cosine", "centred cosine", "euclidean"]
+NEIGHBOR_METRICS: tuple[NeighborMetric, ...] = ("cosine", "centred cosine", "euclidean")
 QUERIES = 1024  # queries scored at once
 ROWS = 4096  # rows they are scored against at once: 16 MiB of scores, which stay in the cache
 BATCH = 64  # queries from which faiss is worth its own set-up
@@ -26,7 +26,14 @@ SPARE = 8  # candidates beyond k that are scored again in float64
 ROUNDING = 3e-6  # float32 may be off by this share of |query| x |row| in a score
 
 
-@dataclass(frozen=True, slots=True)
+class Neighbors(NamedTuple):
+    """The nearest rows of each of q vectors, best first: ids, and cosines or Euclidean distances in `scores`."""
+
+    ids: Int[Tensor, "q k"]
+    scores: Float[Tensor, "q k"]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class NeighborIndex:
     """Rows prepared for one metric: candidates by float32 products of `keys`, ranks by float64 from `rows` themselves."""
 
@@ -36,25 +43,26 @@ class NeighborIndex:
     half_squares: Float[Tensor, " n"] | None  # Euclidean only: nearest is largest q . key - |key|^2 / 2
     mean: Float[Tensor, " d"]  # what is taken off first; zero for the plain cosine
     lengths: Float[Tensor, " n"]  # norms of the rows minus the mean, float64; 1 for a zero row
-    metric: Metric
+    metric: NeighborMetric
+
+    def __repr__(self) -> str:
+        """Return one line: metric and shape."""
+        return f"NeighborIndex({self.metric}, {self.rows.shape[0]:,} x {self.rows.shape[1]:,})"
 
     def prepare(self, vectors: Float[Tensor, "q d"]) -> Float[Tensor, "q d"]:
-        """Vectors of the table's space as the index compares them."""
+        """Return vectors of the space of the table in the form that the index compares."""
         shifted = vectors.double() - self.mean
         return shifted if self.metric == "euclidean" else _unit(shifted)
 
-    def search(
-        self, vectors: Float[Tensor, "q d"], k: int, *, progress: bool = False
-    ) -> tuple[Int[Tensor, "q k"], Float[Tensor, "q k"]]:
-        """Token ids and similarities (cosines, or Euclidean distances) of the k nearest rows of each vector, best first.
+    def search(self, vectors: Float[Tensor, "q d"], k: int, *, progress: bool = False) -> Neighbors:
+        """Return the k nearest rows of each vector, best first; all rows where there are fewer.
 
-        Exact: candidates are found in float32, everything within its rounding among them, and ranked in float64.
-        With k above the number of rows, all of them.
+        Exact: candidates come from float32, with everything within its rounding among them, and are ranked in float64.
         """
         k = min(k, len(self.ids))
         queries = self.prepare(vectors)
-        found_ids = torch.empty(len(queries), k, dtype=torch.int64)
-        found = torch.empty(len(queries), k, dtype=torch.float64)
+        ids = torch.empty(len(queries), k, dtype=torch.int64)
+        similarities = torch.empty(len(queries), k, dtype=torch.float64)
         chunks = range(0, len(queries), QUERIES)
         for start in tqdm(chunks, desc="neighbours", unit="block", disable=None if progress else True):
             chunk = queries[start : start + QUERIES]
@@ -66,11 +74,11 @@ class NeighborIndex:
             crowded = scores[:, -1] >= least if candidates.shape[1] < len(self.ids) else torch.zeros(len(chunk)).bool()
             for q in torch.nonzero(crowded).squeeze(1).tolist():
                 best[q], positions[q] = self._search_one(chunk[q], least[q], k)
-            found_ids[start : start + QUERIES], found[start : start + QUERIES] = self.ids[positions], best
-        return found_ids, found.neg() if self.metric == "euclidean" else found
+            ids[start : start + QUERIES], similarities[start : start + QUERIES] = self.ids[positions], best
+        return Neighbors(ids, similarities.neg() if self.metric == "euclidean" else similarities)
 
     def _rounding(self, queries: Float[Tensor, "q d"]) -> Float[Tensor, " q"]:
-        """How far off the float32 scores of each query may be."""
+        """Return how far off the float32 scores of each query may be."""
         longest = 1.0 if self.half_squares is None else (2 * self.half_squares.max()).sqrt()
         return ROUNDING * queries.norm(dim=1).float() * longest
 
@@ -79,11 +87,11 @@ class NeighborIndex:
         return tile if self.half_squares is None else tile.sub_(self.half_squares[start:stop])
 
     def _candidates(self, queries: Float[Tensor, "q d"], k: int) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
-        """Float32 scores and positions of the k best rows, best first, a tile of rows at a time."""
+        """Return float32 scores and positions of the k best rows, best first, a tile of rows at a time."""
         faiss = _faiss() if self.half_squares is None and len(queries) >= BATCH else None
         if faiss is not None:
-            found = faiss.knn(queries.numpy(), self.keys.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
-            return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+            scores, positions = faiss.knn(queries.numpy(), self.keys.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+            return torch.from_numpy(scores), torch.from_numpy(positions)
         scores, positions = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
         for start in range(0, len(self.keys), ROWS):
             tile = self._scores(queries, start, start + ROWS)
@@ -95,33 +103,34 @@ class NeighborIndex:
     def _search_one(
         self, query: Float[Tensor, " d"], least: Tensor, k: int
     ) -> tuple[Float[Tensor, " k"], Int[Tensor, " k"]]:
-        """The k nearest among all rows whose float32 score reaches `least`."""
+        """Return the k nearest among all rows whose float32 score reaches `least`."""
         scores = self._scores(query[None].float(), 0, len(self.keys))[0]
         candidates = torch.nonzero(scores >= least).squeeze(1)
         best, order = self._exact(query[None], candidates[None])[0].topk(k)
         return best, candidates[order]
 
     def _exact(self, queries: Float[Tensor, "q d"], candidates: Int[Tensor, "q k"]) -> Float[Tensor, "q k"]:
-        """Similarities in float64, larger is nearer: cosines, or minus the distance."""
+        """Return similarities in float64, larger is nearer: cosines, or minus the distance."""
         parts = []
-        for wanted, chosen in zip(queries.split(64), candidates.split(64), strict=True):
-            rows = self.rows[chosen].double()
+        for part, positions in zip(queries.split(64), candidates.split(64), strict=True):
+            rows = self.rows[positions].double()
             if self.metric != "cosine":
                 rows -= self.mean
             if self.metric == "euclidean":
-                parts.append(-(rows - wanted[:, None]).norm(dim=2))
+                parts.append(-(rows - part[:, None]).norm(dim=2))
             else:
-                parts.append((rows @ wanted[:, :, None]).squeeze(2) / self.lengths[chosen])
+                parts.append((rows @ part[:, :, None]).squeeze(2) / self.lengths[positions])
         return torch.cat(parts)
 
 
-def build_index(ids: Int[Tensor, " n"], rows: Float[Tensor, "n d"], metric: Metric = "cosine") -> NeighborIndex:
-    """Prepares rows for searches by one metric. Rows of norm 0 have cosine 0 with everything.
+def build_index(ids: Int[Tensor, " n"], rows: Float[Tensor, "n d"], metric: NeighborMetric = "cosine") -> NeighborIndex:
+    """Prepare rows for searches by one metric. Rows of norm 0 have cosine 0 with everything.
 
-    Raises InvalidArgument for an unknown metric.
+    Raises:
+        InvalidArgument: For an unknown metric.
     """
-    if metric not in METRICS:
-        raise InvalidArgument(f"a metric is one of {', '.join(METRICS)}, not {metric!r}")
+    if metric not in NEIGHBOR_METRICS:
+        raise InvalidArgument(f"`metric` must be one of {', '.join(NEIGHBOR_METRICS)}, got {metric!r}")
     mean = rows.mean(dim=0, dtype=torch.float64)
     if metric == "cosine":
         mean = torch.zeros_like(mean)
@@ -139,24 +148,24 @@ def _unit(rows: Float[Tensor, "n *k d"]) -> Float[Tensor, "n *k d"]:
 
 
 def _divisors(rows: Float[Tensor, "n *k d"]) -> Float[Tensor, "n *k 1"]:
-    """The norms in the dtype of the rows; 1 where a row is zero."""
+    """Return the norms in the dtype of the rows; 1 where a row is zero."""
     lengths = norms(rows)
     return torch.where(lengths > 0, lengths, 1.0).to(rows.dtype)
 
 
 def norms(rows: Float[Tensor, "n *k d"]) -> Float[Tensor, "n *k 1"]:
-    """Norms in float64, where squares of small numbers do not underflow, a block of rows at a time."""
+    """Compute norms in float64, where squares of small numbers do not underflow, a block of rows at a time."""
     return torch.cat([part.double().norm(dim=-1, keepdim=True) for part in rows.split(8192)])
 
 
 def norms_from(rows: Float[Tensor, "n d"], centre: Float[Tensor, " d"]) -> Float[Tensor, "n 1"]:
-    """Distances of rows from a centre, in float64, a block of rows at a time."""
+    """Compute distances of rows from a centre, in float64, a block of rows at a time."""
     return torch.cat([(part.double() - centre).norm(dim=-1, keepdim=True) for part in rows.split(8192)])
 
 
 @cache
 def _faiss() -> ModuleType | None:
-    """faiss, where its extra is installed: its blocked search of many queries is faster than product and topk."""
+    """Return faiss where its extra is installed: its blocked search of many queries is faster than product and topk."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its bindings import deprecated names
@@ -166,7 +175,7 @@ def _faiss() -> ModuleType | None:
 
 
 def hubness(in_degrees: Int[np.ndarray, " n"]) -> float:
-    """Skewness of the in-degrees N_k of a kNN graph (Radovanovic et al. 2010).
+    """Compute the skewness of the in-degrees N_k of a kNN graph (Radovanovic et al. 2010).
 
     0 for a graph whose every row is chosen equally often; above 1 a few hubs are neighbours of very many.
     """
@@ -175,11 +184,9 @@ def hubness(in_degrees: Int[np.ndarray, " n"]) -> float:
     return float(skew(in_degrees)) if len(set(in_degrees.tolist())) > 1 else 0.0
 
 
-def drop_self(
-    ids: Int[Tensor, "q k1"], scores: Float[Tensor, "q k1"], own: Int[Tensor, " q"]
-) -> tuple[Int[Tensor, "q k"], Float[Tensor, "q k"]]:
-    """One column less: each query's own id where it was found, else the last."""
-    keep = ids != own[:, None]
-    keep[:, -1] &= ~keep.all(dim=1)
+def drop_self(ids: Int[Tensor, "q k1"], scores: Float[Tensor, "q k1"], own: Int[Tensor, " q"]) -> Neighbors:
+    """Return one column less: without the own id of each query where it is among the neighbours, else without the last."""
+    others = ids != own[:, None]
+    others[:, -1] &= ~others.all(dim=1)
     shape = (len(ids), ids.shape[1] - 1)
-    return ids[keep].view(shape), scores[keep].view(shape)
+    return Neighbors(ids[others].view(shape), scores[others].view(shape))

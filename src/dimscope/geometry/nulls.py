@@ -1,4 +1,4 @@
-"""What noise of the same shape would show: Marchenko-Pastur, Gavish-Donoho, column-permuted tables."""
+"""The same measures of noise of the same shape: Marchenko-Pastur, Gavish-Donoho, column-permuted tables."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dimscope.vectors.moments import Moments
 from dimscope.vectors.table import VectorTable
 
 TRACY_WIDOM_99 = 2.0234  # 99% quantile of the Tracy-Widom law for real matrices (Johnstone 2001)
-STRETCHES = 64  # pieces of the table that every permuted block is made of
+STRETCHES = 64  # pieces of the table in every permuted block
 
 
 def marchenko_pastur_quantiles(n_rows: int, dim: int, shares: Float[np.ndarray, " q"]) -> Float[np.ndarray, " q"]:
-    """Quantiles of the non-zero eigenvalues of X^T X / max(N, d) for N x d white noise of variance 1.
+    """Compute quantiles of the non-zero eigenvalues of X^T X / max(N, d) for N x d white noise of variance 1.
 
     The density sqrt((b - x)(x - a)) / (2 pi beta x) on [a, b] = (1 -+ sqrt beta)^2, beta = min/max of N and d
     (Marchenko & Pastur 1967), integrated on x = 1 + beta - 2 sqrt(beta) cos(t), which removes the square-root ends.
@@ -36,7 +36,7 @@ def marchenko_pastur_quantiles(n_rows: int, dim: int, shares: Float[np.ndarray, 
 
 
 def white_noise_spectrum(n_rows: int, dim: int, std: float, *, centred: bool) -> Spectrum:
-    """The expected singular values of an N x d Gaussian table: Marchenko-Pastur quantiles, not uniform ones."""
+    """Return the expected singular values of an N x d Gaussian table: Marchenko-Pastur quantiles, not uniform ones."""
     n = n_rows - centred
     rank = min(n, dim)
     shares = 1 - (np.arange(rank) + 0.5) / rank
@@ -45,14 +45,14 @@ def white_noise_spectrum(n_rows: int, dim: int, std: float, *, centred: bool) ->
 
 
 def noise_scale(of: Spectrum) -> float:
-    """The standard deviation of the white noise whose median singular value is that of the spectrum."""
+    """Compute the standard deviation of the white noise whose median singular value is that of the spectrum."""
     n = of.n_rows - of.centred
     median = marchenko_pastur_quantiles(n, of.dim, np.array([0.5]))[0] * max(n, of.dim)
     return float(of.singular_values.quantile(0.5)) / math.sqrt(median)
 
 
 def noise_edge(of: Spectrum, scale: float) -> float:
-    """The singular value that white noise of this scale exceeds once in 100 tables (Johnstone 2001).
+    """Compute the singular value that white noise of this scale exceeds once in 100 tables (Johnstone 2001).
 
     The largest eigenvalue lies at mu + sigma TW, mu = (sqrt(n - 1) + sqrt d)^2, sigma = (sqrt(n - 1) + sqrt d)
     (1 / sqrt(n - 1) + 1 / sqrt d)^(1/3).
@@ -62,7 +62,7 @@ def noise_edge(of: Spectrum, scale: float) -> float:
 
 
 def gavish_donoho_rank(of: Spectrum) -> int:
-    """Singular values above omega(beta) times their median: the optimal hard threshold for unknown white noise.
+    """Count singular values above omega(beta) times their median: the optimal hard threshold for unknown white noise.
 
     Gavish & Donoho 2014 (arXiv 1305.5870): omega = lambda(beta) / sqrt(median of Marchenko-Pastur).
     """
@@ -82,10 +82,10 @@ class PermutedSpectrum:
 
 
 def permuted_moments(table: VectorTable, *, draws: int, seed: int) -> list[Moments]:
-    """Moments of the table with every column permuted by itself, once for each draw.
+    """Compute the moments of the table with every column permuted by itself, once for each draw.
 
     Parallel analysis (Horn 1965; permutations: Buja & Eyuboglu 1992): columns keep their values, so their
-    variances and tails, and lose what they have to do with each other.
+    variances and tails, and lose their correlations with each other.
     """
     return [
         table_moments(partial(_permuted_blocks, table, seed + draw), table.n_used, table.dim) for draw in range(draws)
@@ -93,7 +93,7 @@ def permuted_moments(table: VectorTable, *, draws: int, seed: int) -> list[Momen
 
 
 def permuted_spectrum(draws: list[Moments], *, centred: bool) -> PermutedSpectrum:
-    """Mean and spread of the singular values over the draws of `permuted_moments`."""
+    """Return mean and spread of the singular values over the draws of `permuted_moments`."""
     runs = [spectrum(of, centred=centred) for of in draws]
     values = torch.stack([r.singular_values for r in runs])
     sd = values.std(dim=0) if len(runs) > 1 else torch.full_like(values[0], math.nan)
@@ -101,7 +101,7 @@ def permuted_spectrum(draws: list[Moments], *, centred: bool) -> PermutedSpectru
 
 
 def _permuted_blocks(table: VectorTable, seed: int) -> Iterator[Float[Tensor, "_ d"]]:
-    """Blocks whose columns are permuted within the block; a block is made of stretches from all over the table.
+    """Yield blocks whose columns are permuted within the block; a block consists of stretches from the whole table.
 
     The rows of a block are shuffled and each column is then rotated by an offset of its own, so that any two
     columns are matched at random. Stretches from everywhere keep trends along the token ids from surviving.

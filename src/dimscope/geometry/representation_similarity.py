@@ -12,7 +12,7 @@ FLOAT64 = torch.finfo(torch.float64)
 
 
 def centred_gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, " m"]:
-    """The U-centred linear Gram matrix as the unit vector of its m = n (n - 1) / 2 entries above the diagonal, float64.
+    """Compute the U-centred linear Gram matrix as the unit vector of its m = n (n - 1) / 2 entries above the diagonal, float64.
 
     u_ij = k_ij - (r_i + r_j) / (n - 2) + (sum r) / ((n - 1)(n - 2)), k = X X^T with a diagonal of zeros, r its row
     sums; every row of u then sums to 0 (Szekely & Rizzo 2014). The sum of u_ij v_ij over i != j is n (n - 3) times
@@ -20,11 +20,13 @@ def centred_gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, " m"]:
 
     The zero vector where u is 0 up to rounding, and u tells nothing of the cloud: all rows equal, all but one equal,
     and more generally rows orthogonal to each other after some translation. NaN where a row is not finite.
-    ValueError for n < 4, where every u is 0.
+
+    Raises:
+        ValueError: For n < 4, where every u is 0.
     """
     n = len(rows)
     if n < 4:
-        raise ValueError(f"a U-centred Gram matrix needs at least 4 rows, not {n}")
+        raise ValueError(f"a U-centred Gram matrix needs at least 4 rows, got {n}")
     centred = _centred(rows)
     gram = centred @ centred.T
     rounding = 16 * FLOAT64.eps * gram.trace()  # every k_ij is off by some eps |x_i| |x_j|
@@ -38,12 +40,12 @@ def centred_gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, " m"]:
 
 
 def debiased_cka(left: Float[Tensor, "l m"], right: Float[Tensor, "r m"]) -> Float[Tensor, "l r"]:
-    """Debiased linear CKA of all pairs of stacked `centred_gram` vectors: HSIC_1(K, L) / sqrt(HSIC_1(K, K) HSIC_1(L, L)).
+    """Compute the debiased linear CKA of all pairs of stacked `centred_gram` vectors: HSIC_1(K, L) / sqrt(HSIC_1(K, K) HSIC_1(L, L)).
 
     1 for clouds that differ by rotation, translation and scale. Over all pairings of the tokens of any two clouds it
     has mean 0 and standard deviation sqrt(2 / (n (n - 3))) exactly (U-centred matrices are an irreducible
     representation of the permutations, of dimension n (n - 3) / 2), so it can be slightly negative where the biased
-    form, for independent clouds of width p, reads p / (n - 1 + p). NaN where either vector is zero.
+    form, for independent clouds of width p, is p / (n - 1 + p). NaN where either vector is zero.
     Song et al. 2007; Nguyen et al. 2021.
     """
     undefined = ~(left.any(dim=1)[:, None] & right.any(dim=1))
@@ -51,7 +53,7 @@ def debiased_cka(left: Float[Tensor, "l m"], right: Float[Tensor, "r m"]) -> Flo
 
 
 def leading_subspace(rows: Float[Tensor, "n d"], k: int) -> Float[Tensor, "d k"]:
-    """The k leading principal components of the centred rows as orthonormal columns, float64, by the smaller Gram matrix.
+    """Compute the k leading principal components of the centred rows as orthonormal columns, float64, by the smaller Gram matrix.
 
     A component of singular value s is accurate to about eps (s_1 / s)^2. Fewer columns where the rank is below k:
     singular values up to sqrt(max(n, d) eps) s_1 (about 6e-7 s_1 at 1,600) are what rounding leaves in a Gram matrix,
@@ -68,33 +70,28 @@ def leading_subspace(rows: Float[Tensor, "n d"], k: int) -> Float[Tensor, "d k"]
 
 @dataclass(frozen=True, slots=True)
 class SubspaceOverlap:
-    """How much of the smaller of two subspaces lies in the other, beside what random subspaces of those widths have."""
+    """How much of the smaller of two subspaces lies in the other, beside the same of random subspaces of those widths."""
 
     overlap: float
     null: float
     k: int  # columns of the smaller
-    angles: Float[Tensor, " k"]  # principal angles in degrees, rising
 
 
 def subspace_overlap(left: Float[Tensor, "d k"], right: Float[Tensor, "d j"]) -> SubspaceOverlap:
-    """The mean squared cosine of the principal angles between the spans of orthonormal columns: ||L^T R||_F^2 / min(k, j).
+    """Compute the mean squared cosine of the principal angles between the spans of orthonormal columns: ||L^T R||_F^2 / min(k, j).
 
     0 for orthogonal subspaces, 1 where one holds the other. A random j-dimensional projector is (j / d) I in
-    expectation, so ||L^T R||_F^2 is k j / d, and the null is max(k, j) / d. Angles are accurate to rounding at both
-    ends: cosines are the singular values of L^T R, sines those of what of the smaller lies outside the larger
-    (Bjorck & Golub 1973). NaN and no angles where either has no columns.
+    expectation, so ||L^T R||_F^2 is k j / d, and the null is max(k, j) / d.
+    NaN where either has no columns. Bjorck & Golub 1973.
     """
     small, large = sorted((left.double(), right.double()), key=lambda basis: basis.shape[1])
     d, k = small.shape
-    inside = large.T @ small
-    cosines = torch.linalg.svdvals(inside).clamp(max=1)
-    sines = torch.linalg.svdvals(small - large @ inside).flip(0)
-    angles = torch.atan2(sines, cosines).rad2deg()
-    return SubspaceOverlap(float(cosines.square().mean()), large.shape[1] / d, k, angles)
+    cosines = torch.linalg.svdvals(large.T @ small).clamp(max=1)
+    return SubspaceOverlap(float(cosines.square().mean()), large.shape[1] / d, k)
 
 
 def _centred(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows minus their mean, over their largest entry, in float64: no product overflows, equal rows are exactly 0."""
+    """Return rows minus their mean, over their largest entry, in float64: no product overflows, equal rows are exactly 0."""
     shifted = rows.double() - rows[0].double()
     shifted = shifted - shifted.mean(dim=0)
     return shifted / shifted.abs().max().clamp_min(FLOAT64.tiny)

@@ -15,7 +15,7 @@ SMALL = 10**11  # N x d x d up to which float64 products cost next to nothing
 CONDITION = 30.0  # largest singular value over the smallest, up to which float32 products keep 7 digits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Spectrum:
     """Singular values in falling order, float64, of `n_rows` x `dim` numbers, centred or not."""
 
@@ -24,8 +24,15 @@ class Spectrum:
     dim: int
     centred: bool
 
+    def __repr__(self) -> str:
+        """Return one line: shape, preprocessing, number and range of the singular values."""
+        values = self.singular_values
+        ends = f", from {float(values[0]):.6g} to {float(values[-1]):.6g}" if len(values) else ""
+        return f"Spectrum({self.n_rows:,} x {self.dim:,}, {self.preprocess}: {len(values):,} singular values{ends})"
+
     @property
     def preprocess(self) -> str:
+        """Either "centred" or "uncentred"."""
         return "centred" if self.centred else "uncentred"
 
     @property
@@ -41,22 +48,26 @@ class Spectrum:
 
 
 def spectrum(of: Moments, *, centred: bool) -> Spectrum:
-    """All min(N, d) singular values from the d x d moments (one `eigvalsh`, float64)."""
+    """Compute all min(N, d) singular values from the d x d moments (one `eigvalsh`, float64)."""
     return spectrum_of(of, centred=centred)
 
 
-def spectrum_of(held: Float[Tensor, "n d"] | Moments, *, centred: bool = True, standardised: bool = False) -> Spectrum:
-    """All singular values of rows, through the smaller of their two Gram matrices, or of their moments (float64).
+def spectrum_of(
+    source: Float[Tensor, "n d"] | Moments, *, centred: bool = True, standardised: bool = False
+) -> Spectrum:
+    """Compute all singular values of rows, from the smaller of their two Gram matrices, or of moments (float64).
 
     `standardised` divides every column by its standard deviation (z-scores); columns that are constant become zero.
     """
-    if isinstance(held, Moments):
-        scatter = held.scatter(centred=centred)
-        n, d = held.count, len(scatter)
-        scales = _inverse(scatter.diagonal().clamp_min(0).sqrt(), held.gram.diagonal().sqrt()) if standardised else None
+    if isinstance(source, Moments):
+        scatter = source.scatter(centred=centred)
+        n, d = source.count, len(scatter)
+        scales = (
+            _inverse(scatter.diagonal().clamp_min(0).sqrt(), source.gram.diagonal().sqrt()) if standardised else None
+        )
         side = scatter if scales is None else scatter * scales * scales[:, None]
     else:
-        rows = held.double()
+        rows = source.double()
         n, d = rows.shape
         sizes = rows.norm(dim=0) if standardised else None
         rows = rows - rows.mean(dim=0) if centred else rows
@@ -70,12 +81,12 @@ def spectrum_of(held: Float[Tensor, "n d"] | Moments, *, centred: bool = True, s
 
 
 def _inverse(spread: Float[Tensor, " d"], size: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """1 / spread, 0 where the spread is but the rounding of numbers of this size."""
+    """Return 1 / spread, 0 where the spread is only the rounding of numbers of this size."""
     return torch.where(spread > 1e-7 * size, 1 / spread, 0.0)
 
 
 def table_moments(blocks: Callable[[], Iterable[Float[Tensor, "_ d"]]], n_rows: int, dim: int) -> Moments:
-    """Moments whose every singular value has at least 6 digits: products in float32 where that is enough, else float64.
+    """Compute moments whose singular values are accurate to 2e-6: float32 products where that is enough, else float64.
 
     `blocks` is called once, or twice where the first pass shows a spectrum too wide for float32 products.
     """
@@ -88,7 +99,7 @@ def table_moments(blocks: Callable[[], Iterable[Float[Tensor, "_ d"]]], n_rows: 
 
 
 def principal_components(of: Moments, k: int, *, centred: bool = True) -> Float[Tensor, "d k"]:
-    """The k leading components as orthonormal columns; signs such that each column's largest entry is positive."""
+    """Compute the k leading components as orthonormal columns; signs such that each column's largest entry is positive."""
     _, vectors = torch.linalg.eigh(of.scatter(centred=centred))
     leading = vectors.flip(1)[:, :k]
     signs = leading.gather(0, leading.abs().argmax(dim=0, keepdim=True)).sign()

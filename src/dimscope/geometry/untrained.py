@@ -1,4 +1,4 @@
-"""Tokens that training hardly touched, found from the geometry of the table, without a hand-made list."""
+"""Tokens that training hardly touched, from the geometry of the table alone, without a list of tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class UntrainedScores:
 
 
 def untrained_scores(table: VectorTable, seed_ids: Int[Tensor, " s"]) -> UntrainedScores:
-    """Scores every row by its distance to rows that cannot have been trained.
+    """Score every row by its distance to rows that cannot have been trained.
 
     Seed rows are those beyond the tokenizer, of bytes that no text holds, and of tokens that no text produces. They stay at
     their initial values, shrink to zero under weight decay, or (under a tied softmax) are pushed together: each time
@@ -66,7 +66,7 @@ def untrained_scores(table: VectorTable, seed_ids: Int[Tensor, " s"]) -> Untrain
 
 
 def _held_out_distances(seed: Float[Tensor, "s d"]) -> Float[np.ndarray, " s"]:
-    """The distance of each seed row to the median of the seed rows outside its fold.
+    """Return the distance of each seed row to the median of the seed rows outside its fold.
 
     A centroid fitted on a row lies nearer to it than to any other: few seed rows would seem to lie together.
     """

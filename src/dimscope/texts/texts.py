@@ -24,7 +24,7 @@ from urllib.parse import urlsplit, urlunsplit
 from dimscope.errors import InvalidArgument, NetworkError
 
 PIECE = 1 << 20  # characters
-BLOCK = 1 << 20  # bytes of a file read at once
+READ_BYTES = 1 << 20  # bytes of a file read at once
 ROWS = 512  # of a Parquet file read at once
 LARGEST = 64 << 20  # bytes; what can be read only once is kept in memory
 TIMEOUT = 20.0  # seconds without a sign of the server
@@ -241,12 +241,12 @@ def _cut(parts: Iterable[str]) -> Iterator[str]:
 
 def _decoded(label: str, read: Callable[[int], bytes]) -> Iterator[str]:
     """Decode UTF-8 block by block; a character that two blocks share comes with the second."""
-    first = read(BLOCK)
+    first = read(READ_BYTES)
     if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InvalidArgument(f"{label}: is UTF-16; convert it to UTF-8, e.g. iconv -f UTF-16 -t UTF-8")
     offset = len(codecs.BOM_UTF8) if first.startswith(codecs.BOM_UTF8) else 0
     rest = b""
-    for block in chain([first[offset:]], iter(partial(read, BLOCK), b""), [None]):
+    for block in chain([first[offset:]], iter(partial(read, READ_BYTES), b""), [None]):
         data = rest + (block or b"")
         if (nul := data.find(b"\0")) >= 0:
             raise _binary(label, f"the byte at offset {offset + nul:,} is NUL")

@@ -1,4 +1,4 @@
-"""Count, sum and Gram matrix of rows, in float64, updated block by block and merged exactly.
+"""Count, sum and Gram matrix of rows, in float64, updated block by block and merged.
 
 Few rows are smaller than their moments: an `Accumulator` keeps the rows themselves until there are more than d.
 """
@@ -16,7 +16,7 @@ CHUNK = 1024  # rows multiplied at once, in the precision of the rows, before th
 PANEL = 256  # columns; the Gram is symmetric, so panels below the diagonal are not computed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Moments:
     """What all linear measures need of N rows: N, their sum and X^T X."""
 
@@ -24,23 +24,29 @@ class Moments:
     total: Float[Tensor, " d"]
     gram: Float[Tensor, "d d"]
 
+    def __repr__(self) -> str:
+        """Return one line: N and d."""
+        return f"Moments({self.count:,} x {len(self.total):,})"
+
     @property
     def mean(self) -> Float[Tensor, " d"]:
+        """The mean row."""
         return self.total / self.count
 
     def scatter(self, *, centred: bool) -> Float[Tensor, "d d"]:
-        """X^T X, or (X - mean)^T (X - mean)."""
+        """Return X^T X, or (X - mean)^T (X - mean)."""
         return self.gram - torch.outer(self.total, self.mean) if centred else self.gram
 
 
 def moments(blocks: Iterable[Float[Tensor, "_ d"]], *, dtype: torch.dtype | None = None) -> Moments:
-    """The moments of all rows of the blocks. `dtype` is that of the products; by default the one of the rows.
+    """Compute the moments of all rows of the blocks. `dtype` is that of the products; by default the one of the rows.
 
     float32 products are summed in float32 over 1,024 rows only, then in float64. Measured on bfloat16 tables of
     151,936 x 896 this leaves singular values with a relative error of 5e-10 times the squared condition number;
-    where that is too much, ask for float64 products (three times slower).
+    where that is too much, use float64 products (three times slower).
 
-    Raises ValueError for no rows.
+    Raises:
+        ValueError: for no rows.
     """
     count, total, gram = 0, None, None
     for block in blocks:
@@ -58,12 +64,12 @@ def moments(blocks: Iterable[Float[Tensor, "_ d"]], *, dtype: torch.dtype | None
 
 
 def merge(left: Moments, right: Moments) -> Moments:
-    """The moments of both sets of rows together."""
+    """Return the moments of both sets of rows together."""
     return Moments(left.count + right.count, left.total + right.total, left.gram + right.gram)
 
 
 def upper_gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """X^T X on and above its diagonal, for about half of the products; what is below is not filled."""
+    """Compute X^T X on and above its diagonal, for about half of the products; what is below is not filled."""
     gram = rows.new_zeros(rows.shape[1], rows.shape[1])
     _add_upper_panels(gram, rows)
     return gram
@@ -83,19 +89,19 @@ class Accumulator:
     """Rows of width d on their way into moments: never more than d rows, or one d x d matrix (float64, where the rows are)."""
 
     dim: int
-    kept: list[Float[Tensor, "_ d"]] = field(default_factory=list)
+    pieces: list[Float[Tensor, "_ d"]] = field(default_factory=list)
     count: int = 0
     total: Float[Tensor, " d"] | None = None  # with `upper`, once there are more than d rows
     upper: Float[Tensor, "d d"] | None = None  # the Gram matrix on and above its diagonal
 
     def add(self, rows: Float[Tensor, "n d"]) -> None:
-        """Takes rows in; above d of them in all, they become moments (float64 products)."""
+        """Add rows; above d of them in all, they become moments (float64 products)."""
         if self.upper is None:
-            self.kept.append(rows)
+            self.pieces.append(rows)
             self.count += len(rows)
             if self.count <= self.dim:
                 return
-            rows, self.kept, self.count = torch.cat([r.to(rows.device) for r in self.kept]), [], 0
+            rows, self.pieces, self.count = torch.cat([r.to(rows.device) for r in self.pieces]), [], 0
         if self.total is None or self.upper is None:
             self.total = torch.zeros(self.dim, dtype=torch.float64)
             self.upper = torch.zeros(self.dim, self.dim, dtype=torch.float64)
@@ -106,30 +112,35 @@ class Accumulator:
             _add_upper_panels(self.upper, exact)
 
     def merge(self, other: Accumulator) -> None:
-        """Takes in what another one holds; the sums are those of all rows together, to rounding."""
+        """Add the rows of another accumulator; the sums are those of all rows together, to rounding."""
         if self.upper is None and other.upper is not None and other.total is not None:
-            held, self.kept = self.kept, []
+            pieces, self.pieces = self.pieces, []
             self.count, self.total, self.upper = other.count, other.total.clone(), other.upper.clone()
-            other = Accumulator(self.dim, held, sum(map(len, held)))
+            other = Accumulator(self.dim, pieces, sum(map(len, pieces)))
         elif self.total is not None and self.upper is not None and other.total is not None and other.upper is not None:
             self.count += other.count
             self.total = self.total + other.total.to(self.total.device)
             self.upper = self.upper + other.upper.to(self.upper.device)
             return
-        for rows in other.kept:
+        for rows in other.pieces:
             self.add(rows)
 
-    def held(self) -> Float[Tensor, "n d"] | Moments:
-        """The rows themselves, while there are d of them at most; else their moments."""
+    def result(self) -> Float[Tensor, "n d"] | Moments:
+        """Return the rows themselves, while there are d of them at most; else their moments."""
         if self.total is None or self.upper is None:
-            return torch.cat([r.to(self.kept[-1].device) for r in self.kept]) if self.kept else torch.empty(0, self.dim)
+            return (
+                torch.cat([r.to(self.pieces[-1].device) for r in self.pieces])
+                if self.pieces
+                else torch.empty(0, self.dim)
+            )
         return Moments(self.count, self.total.clone(), _symmetric(self.upper))
 
 
 def combined(parts: Iterable[Accumulator]) -> Float[Tensor, "n d"] | Moments:
-    """What several accumulators of one width hold together, on the CPU: the rows, where no more than d in all, else their moments.
+    """Return all rows of several accumulators of one width, on the CPU, while there are d of them at most; else their moments.
 
-    Raises ValueError for no accumulators.
+    Raises:
+        ValueError: for no accumulators.
     """
     total: Accumulator | None = None
     for part in parts:
@@ -138,5 +149,7 @@ def combined(parts: Iterable[Accumulator]) -> Float[Tensor, "n d"] | Moments:
         total.merge(part)
     if total is None:
         raise ValueError("moments of no rows")
-    held = total.held()
-    return Moments(held.count, held.total.cpu(), held.gram.cpu()) if isinstance(held, Moments) else held.cpu()
+    result = total.result()
+    if isinstance(result, Moments):
+        return Moments(result.count, result.total.cpu(), result.gram.cpu())
+    return result.cpu()

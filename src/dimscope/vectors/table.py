@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,13 @@ from dimscope.errors import InvalidArgument, NonFiniteRows
 BLOCK = 8192  # rows; 8,192 x 4,096 float32 is 128 MiB
 GAP = 32  # rows; reading so many in vain costs less than another read
 SHOWN = 5  # row numbers that an error lists
+
+
+class RowBlock(NamedTuple):
+    """Rows of a table and their ids."""
+
+    ids: Int[Tensor, " n"]
+    rows: Float[Tensor, "n d"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -40,7 +48,7 @@ class VectorTable:
         """Number of rows that take part: all but the excluded ones."""
         return self.n_rows - len(self.excluded)
 
-    def blocks(self, size: int = BLOCK) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n d"]]]:
+    def blocks(self, size: int = BLOCK) -> Iterator[RowBlock]:
         """Yield ids and float32 rows (float64 where the source holds float64), in order, `size` rows at a time."""
         for start in range(0, self.n_rows, size):
             stop = min(start + size, self.n_rows)
@@ -49,7 +57,7 @@ class VectorTable:
             if any(start <= i < stop for i in self.excluded):
                 used = torch.tensor([i not in self.excluded for i in range(start, stop)])
                 rows, ids = rows[used], ids[used]
-            yield ids, rows
+            yield RowBlock(ids, rows)
 
     def rows(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Return the rows of these ids in float32, in the order of the ids.
@@ -59,7 +67,7 @@ class VectorTable:
         """
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.n_rows):
             raise InvalidArgument(
-                f"token ids go from 0 to {self.n_rows - 1}, not to {int(ids.max() if ids.min() >= 0 else ids.min())}"
+                f"ids must be 0 to {self.n_rows - 1}, got {int(ids.max() if ids.min() >= 0 else ids.min())}"
             )
         result = torch.empty(len(ids), self.dim)
         ranked, order = ids.sort()
@@ -71,7 +79,7 @@ class VectorTable:
             result[positions] = self.read(first, int(stretch[-1]) + 1)[stretch - first].float()
         return result
 
-    def load(self) -> tuple[Int[Tensor, " n"], Float[Tensor, "n d"]]:
+    def load(self) -> RowBlock:
         """Return all ids and float32 rows at once: N x d x 4 bytes."""
         ids, matrix = torch.empty(self.n_used, dtype=torch.int64), torch.empty(self.n_used, self.dim)
         position = 0
@@ -79,7 +87,7 @@ class VectorTable:
             ids[position : position + len(rows)] = block_ids
             matrix[position : position + len(rows)] = rows
             position += len(rows)
-        return ids, matrix
+        return RowBlock(ids, matrix)
 
 
 def table_from_tensor(matrix: Float[Tensor, "v d"], name: str = "") -> VectorTable:

@@ -13,7 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.vocabulary import Token, Vocabulary, read_vocabulary
 from dimscope.errors import InvalidArgument, TokenizerMissing
-from dimscope.geometry.neighbors import METRICS, build_index
+from dimscope.geometry.neighbors import NEIGHBOR_METRICS, build_index
 from dimscope.studies.embedding.neighbors import (
     Query,
     find_neighbors,
@@ -171,7 +171,7 @@ def test_more_neighbours_than_tokens_are_all_others():
     assert found.schema["distance"] == pl.Float64
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", NEIGHBOR_METRICS)
 def test_the_tables_are_those_of_scikit_learn_in_both_spaces(checkpoint, metric):
     opened = open_checkpoint(checkpoint("qwen2"))
     table = open_table(opened)

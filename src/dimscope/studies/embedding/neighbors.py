@@ -15,7 +15,7 @@ from torch import Tensor
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.vocabulary import Vocabulary, read_vocabulary
 from dimscope.errors import InvalidArgument
-from dimscope.geometry.neighbors import Metric, NeighborIndex, build_index
+from dimscope.geometry.neighbors import NeighborIndex, NeighborMetric, build_index
 from dimscope.geometry.spectrum import principal_components, table_moments
 from dimscope.vectors.moments import Moments
 from dimscope.vectors.table import VectorTable
@@ -132,7 +132,7 @@ def neighbor_tables(
     texts: Sequence[str],
     *,
     k: int = 20,
-    metric: Metric = "cosine",
+    metric: NeighborMetric = "cosine",
     components: int | None = None,
     combine: Combine = "mean",
 ) -> dict[str, pl.DataFrame]:
