@@ -14,7 +14,7 @@ from dimscope import errors
     ],
 )  # fmt: skip
 def test_an_error_is_also_that_of_python(error, base):
-    with pytest.raises(base, match="^one line$") as caught:
+    with pytest.raises(base, match=r"^one line$") as caught:
         raise error("one line")
     assert isinstance(caught.value, errors.DimscopeError)
 

@@ -19,10 +19,7 @@ from transformers import AutoTokenizer
 
 from dimscope.activations import collection as module
 from dimscope.activations.collection import (
-    KINDS,
     Collection,
-    Kind,
-    SiteSums,
     collect,
     empty_collection,
     load_collection,
@@ -30,6 +27,7 @@ from dimscope.activations.collection import (
 )
 from dimscope.activations.predictions import Predictions
 from dimscope.activations.reservoir import Reservoir
+from dimscope.activations.site_sums import KINDS, Kind, SiteSums
 from dimscope.activations.sites import find_sites
 from dimscope.errors import NonFiniteActivations
 from dimscope.texts.texts import Text
@@ -186,7 +184,7 @@ def check(found: Collection, expected: dict[int, Expected], share: float = 1e-12
         assert (sums.n_massive, sums.largest) == (wanted.n_massive, pytest.approx(wanted.largest, rel=share * 1e3))
         for kind in KINDS:
             check_rows(sums.part(kind).result(), wanted.rows[kind], share)
-        for chosen in ([(False, False), (False, True)], [(False, False), (True, False)], list(KINDS)):
+        for chosen in ([Kind(False, False), Kind(False, True)], [Kind(False, False), Kind(True, False)], list(KINDS)):
             every = combined(sums.part(kind) for kind in chosen)
             check_rows(every, np.concatenate([wanted.rows[kind] for kind in chosen]), share)
         norms = np.linalg.norm(wanted.all_rows, axis=1)
@@ -199,10 +197,13 @@ def check(found: Collection, expected: dict[int, Expected], share: float = 1e-12
 # ---- sums of a pass ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("planted", [0, 3000.0])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("family", "planted", "size", "dtype"),
+    [
+        ("gpt2", 0, 1, torch.float32), ("gpt2", 3000.0, 3, torch.float32), ("llama", 3000.0, 1, torch.float32),
+        ("llama", 0, 3, torch.bfloat16), ("gpt2", 3000.0, 3, torch.float16),
+    ],
+)  # fmt: skip
 def test_sums_are_those_of_numpy_on_stock_hidden_states(opened, family, planted, size, dtype):
     model = opened(family, planted, dtype, tied=False)
     windows = made_windows([20] * 6, [[0], [4, 11], [], [0, 7], [3]])
@@ -226,12 +227,11 @@ def test_few_rows_are_kept_as_they_are(opened, lengths, rows):
     found = collected(model, windows)
     check(found, expected_of(model, [windows]))
     assert (
-        isinstance(found.sites[1].part((False, False)).result(), torch.Tensor) == rows
+        isinstance(found.sites[1].part(Kind(False, False)).result(), torch.Tensor) == rows
     )  # all but the first of each window
 
 
-@pytest.mark.parametrize("planted", [0, 3000.0])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+@pytest.mark.parametrize(("family", "planted"), [("gpt2", 3000.0), ("llama", 0), ("opt", 3000.0)])
 def test_windows_of_different_lengths_give_the_sums_that_they_give_alone(opened, family, planted):
     model = opened(family, planted, tied=False)
     with torch.no_grad():  # what stands in the padding is larger than anything else
@@ -256,7 +256,7 @@ def test_activations_are_massive_by_the_median_of_their_own_window(opened):
     small.ids[4] = large.ids[4] = PLANTED
     found = collected(model, [small, large])
     check(found, expected_of(model, [[small, large]]))
-    assert (found.sites[0].n_massive, found.sites[0].part((False, True)).count) == (1, 1)
+    assert (found.sites[0].n_massive, found.sites[0].part(Kind(False, True)).count) == (1, 1)
 
 
 def test_an_activation_at_the_limit_is_not_massive():
@@ -281,7 +281,7 @@ def test_of_an_even_number_of_activations_the_lower_middle_one_is_the_median():
     for middle, massive in ((0.1, 1), (0.2, 0)):  # 1000 x 0.1 < 150 < 1000 x 0.2
         sums = SiteSums("block 1", 2)
         sums.add(torch.tensor([[[0.05, middle], [0.2, 150.0]]]), None)
-        assert sums.n_massive == sums.part((False, True)).count == massive
+        assert sums.n_massive == sums.part(Kind(False, True)).count == massive
 
 
 def test_zero_rows_have_no_direction_and_the_smallest_have_one():
@@ -362,7 +362,7 @@ def test_rows_on_two_devices_are_written_as_one(opened, tmp_path):
         part.add(torch.zeros(1, 4))
         part.add(torch.zeros(1, 4, device="cuda"))
         found = Collection(
-            {1: SiteSums("block 1", 4, {(True, False): part})},
+            {1: SiteSums("block 1", 4, {Kind(True, False): part})},
             Reservoir(1, 0),
             Predictions(3),
             torch.zeros(3, dtype=torch.bool),
@@ -481,7 +481,7 @@ def test_a_merge_is_complete_where_both_are(opened):
 def test_hidden_states_that_are_no_numbers_are_refused_by_layer_and_window(opened, size, where):
     model = opened("gpt2", float("nan"), tied=False)
     windows = made_windows([20] * 4, [[], [], [5]])
-    message = rf"^NaN or Inf in the hidden states at layer 0 \(embeddings\), {where}: .*try --dtype float32$"
+    message = rf"^NaN or Inf in the hidden states at layer 0 \(embeddings\), {where}: .*try `dtype` float32$"
     with pytest.raises(NonFiniteActivations, match=message):
         collected(model, windows, size)
 

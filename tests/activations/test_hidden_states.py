@@ -113,8 +113,10 @@ def stock(model: Any, ids: torch.Tensor, **options: Any) -> Any:
 # ---- hidden states -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, torch.float32) for case in CASES), ("gpt2", torch.bfloat16), ("llama", torch.float16)],
+)
 def test_hidden_states_are_those_of_transformers_bit_for_bit(model_of, case, dtype):
     model, ids, family = model_of(case, dtype), some_ids(), family_of(case)
     with_norm = CASES[case][1].get("do_layer_norm_before") is not False
@@ -418,9 +420,13 @@ def shares(case: str, dtype: torch.dtype) -> float:
     return 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [1, 5, None])
-@pytest.mark.parametrize("case", [*CASES, *OTHERS])
+@pytest.mark.parametrize(
+    ("case", "rows", "dtype"),
+    [
+        *((case, 5, torch.float32) for case in [*CASES, *OTHERS]), ("gpt2", 1, torch.float32), ("llama", None, torch.float32),
+        *((case, 5, torch.bfloat16) for case in ("llama", "CohereForCausalLM", "Gemma2ForCausalLM")),
+    ],
+)  # fmt: skip
 def test_logits_by_blocks_are_those_of_the_model(model_of, monkeypatch, case, rows, dtype):
     model, ids = model_of(case, dtype), some_ids()
     expected = stock(model, ids).logits.float()

@@ -8,8 +8,8 @@ from matrices import gaussian
 from models import write_table_checkpoint
 
 import dimscope
-from dimscope.activations.collection import SiteSums
 from dimscope.activations.reservoir import Reservoir
+from dimscope.activations.site_sums import SiteSums
 from dimscope.checkpoints.model import Placement
 from dimscope.studies import estimate as module
 from dimscope.studies.estimate import estimate_passes

@@ -1,8 +1,8 @@
-"""One pass of windows through a model: batched, checkpointed on disk, and split over processes where that is asked."""
+"""One pass of windows through a model: in batches, with its state on disk, and split over processes if wanted."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,19 +15,28 @@ from dimscope.texts.windows import Window, grouped
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SAVING = 10  # a checkpoint may take one part in so many of the time between two
+SAVING_PART = 10  # saving may take one part in so many of the time between two states
 
 
 @dataclass(frozen=True, slots=True)
 class PassSettings:
-    """How windows go through a model, and what is kept of them."""
+    """How windows go through a model, and what is kept of them.
 
-    batch: int = 1  # windows at once
-    reservoir: int = 2048  # rows
-    seed: int = 0  # of the reservoir
+    Attributes:
+        batch: Windows at once.
+        reservoir: Rows of the sample, at most.
+        seed: Of the sample.
+        logits: Whether predictions are collected.
+        checkpoint_every: Seconds between two states on disk, at least.
+        shard: (i, n): every n-th batch, from the i-th on.
+    """
+
+    batch: int = 1
+    reservoir: int = 2048
+    seed: int = 0
     logits: bool = True
-    checkpoint_every: float = 60.0  # seconds
-    shard: tuple[int, int] = (0, 1)  # (i, n): every n-th batch, from the i-th on
+    checkpoint_every: float = 60.0
+    shard: tuple[int, int] = (0, 1)
 
 
 def run_pass(
@@ -38,37 +47,75 @@ def run_pass(
     state: Path | None = None,
     progress: Callable[[Sequence[Window]], object] = lambda windows: None,
 ) -> Collection:
-    """What a model shows on windows; the model is left as it was.
+    """Collect what a model shows on windows; the model is left as it was.
 
-    With a `state` file the pass goes on where it stopped, and a finished one is only read. Batches hold the same windows
-    whatever the shards, so that all shards together, or an interrupted pass, give the sums of one pass to rounding.
-    Raises NonFiniteActivations, UnsupportedCheckpoint, InvalidArgument where memory runs out.
+    Batches hold the same windows whatever the shards, so that all shards together, or an interrupted pass, give the sums
+    of one pass to rounding.
+
+    Args:
+        model: A causal language model.
+        sites: Where hidden states are read.
+        windows: The windows of a text.
+        settings: How they go through the model.
+        state: A file from which the pass is resumed, and which is written now and then and at the end.
+        progress: Called with the windows of each batch.
+
+    Raises:
+        NonFiniteActivations: Hidden states or logits are NaN or Inf.
+        UnsupportedCheckpoint: The logits of the model cannot be computed from its hidden states.
+        InvalidArgument: Memory runs out.
     """
-    done = load_collection(state) if state is not None and state.exists() else None
-    done = done or empty_collection(model, sites, settings.reservoir, settings.seed)
-    if done.complete:
-        return done
-    saved, cost = time.monotonic(), 0.0
+    collection = load_collection(state) if state is not None else None
+    collection = collection or empty_collection(model, sites, settings.reservoir, settings.seed)
+    if collection.complete:
+        return collection
+    saver = _Saver(collection, state, settings.checkpoint_every)
     first, step = settings.shard
     with evaluating(model):  # once, not for every batch
         for number, group in enumerate(grouped(windows, settings.batch)):
             if number % step != first:
                 continue
-            if number // step >= done.n_batches:
-                try:
-                    collect(model, group, sites, done, logits=settings.logits)
-                except (RuntimeError, MemoryError) as e:
-                    if is_out_of_memory(e):
-                        raise out_of_memory(f"{len(group)} x {len(group[0].ids)} tokens at once") from e
-                    raise
+            if number // step >= collection.n_batches:  # the others are in the state
+                _collect_batch(model, group, sites, collection, logits=settings.logits)
             progress(group)
-            if state is not None and time.monotonic() - saved > max(settings.checkpoint_every, SAVING * cost):
-                began = time.monotonic()
-                save_collection(done, state)
-                saved = time.monotonic()
-                cost = saved - began
-    done.reservoir.prune(whole=True)
-    done.complete = True
-    if state is not None:
-        save_collection(done, state)
-    return done
+            saver.save_if_due()
+    collection.reservoir.prune(whole=True)
+    collection.complete = True
+    saver.save()
+    return collection
+
+
+def _collect_batch(
+    model: "PreTrainedModel", group: Sequence[Window], sites: Sequence[Site], into: Collection, *, logits: bool
+) -> None:
+    try:
+        collect(model, group, sites, into, logits=logits)
+    except (RuntimeError, MemoryError) as e:
+        if is_out_of_memory(e):
+            raise out_of_memory(f"{len(group)} x {len(group[0].ids)} tokens at once") from e
+        raise
+
+
+@dataclass(slots=True)
+class _Saver:
+    """Saves a collection now and then: not more often than wanted, and in a tenth of the time at most."""
+
+    collection: Collection
+    path: Path | None
+    every: float
+    last: float = field(default_factory=time.monotonic)
+    cost: float = 0.0
+
+    def save_if_due(self) -> None:
+        """Save where enough time has passed since the last time."""
+        if self.path is not None and time.monotonic() - self.last > max(self.every, SAVING_PART * self.cost):
+            self.save()
+
+    def save(self) -> None:
+        """Save, and measure how long that takes."""
+        if self.path is None:
+            return
+        began = time.monotonic()
+        save_collection(self.collection, self.path)
+        self.last = time.monotonic()
+        self.cost = self.last - began

@@ -19,9 +19,10 @@ from sklearn.neighbors import NearestNeighbors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dimscope
-from dimscope.activations.collection import MASSIVE, MASSIVE_RATIO, Collection, SiteSums
+from dimscope.activations.collection import Collection
 from dimscope.activations.predictions import Predictions
 from dimscope.activations.reservoir import Reservoir
+from dimscope.activations.site_sums import MASSIVE, MASSIVE_RATIO, SiteSums
 from dimscope.storage import ResultFolder
 from dimscope.studies.layers import tables as measures
 from dimscope.studies.layers.run import study_layers

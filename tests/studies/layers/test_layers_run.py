@@ -421,7 +421,7 @@ def breaking(function, after):
 def test_an_interrupted_study_goes_on_and_gives_the_same_tables(tiny, one_by_one, tmp_path, monkeypatch, after):
     """Five passes of four batches, with a checkpoint after every batch."""
     given = {"batch": 1, "checkpoint_every": 0.0, "curve": True}
-    monkeypatch.setattr(passes, "SAVING", 0)
+    monkeypatch.setattr(passes, "SAVING_PART", 0)
     collect = passes.collect
     broken, _ = breaking(collect, after)
     monkeypatch.setattr(passes, "collect", broken)
@@ -483,7 +483,7 @@ def test_an_interrupted_shard_is_waited_for_and_goes_on(tiny, tmp_path, monkeypa
     """Three of six batches are its own; it has two of them, on disk, when it stops."""
     given = {"windows": 6, "batch": 1, "shuffles": 0, "twin": False, "across": 0, "checkpoint_every": 0.0}
     _, tables = study(tiny(), tmp_path / "one", **given)
-    monkeypatch.setattr(passes, "SAVING", 0)
+    monkeypatch.setattr(passes, "SAVING_PART", 0)
     collect = passes.collect
     monkeypatch.setattr(passes, "collect", breaking(collect, 2)[0])
     with pytest.raises(Stop):

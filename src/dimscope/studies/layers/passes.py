@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
 from tqdm import tqdm
 
-from dimscope.activations.collection import Collection, load_collection
+from dimscope.activations.collection import Collection, is_complete, load_collection
 from dimscope.activations.layer_selection import select_sites
 from dimscope.activations.passes import PassSettings, run_pass
 from dimscope.activations.reservoir import Reservoir, load_reservoir, save_reservoir
@@ -75,7 +74,8 @@ class PassRunner:
         states = [path for part in range(n_shards) if (path := self.state_file(planned, part)) is not None]
         if not states or not all(map(is_complete, states)):
             return self.run(planned, self.plan.settings.shard[0])
-        merged, *rest = map(load_collection, states)  # no model is needed for what is finished
+        # No model is needed for what is finished.
+        merged, *rest = (part for part in map(load_collection, states) if part is not None)
         for part in rest:
             merged.merge(part)
         return merged
@@ -104,8 +104,8 @@ class PassRunner:
         planned = self.plan.real(text)
         if text not in self._samples:
             path = None if self.state is None else self.state / f"{planned.slug}.sample.safetensors"
-            if path is not None and path.exists():
-                return load_reservoir(path)
+            if path is not None and (reservoir := load_reservoir(path)) is not None:
+                return reservoir
             reservoir = self.collection(planned).reservoir
             if path is None:
                 self._samples[text] = reservoir
@@ -129,11 +129,3 @@ class PassRunner:
         self._spectra.clear()
         if self.plan.settings.shard[1] == 1 and (path := self.state_file(planned, 0)) is not None:
             path.unlink(missing_ok=True)
-
-
-def is_complete(state: Path) -> bool:
-    """Return whether a state file holds a finished pass."""
-    if not state.exists():
-        return False
-    with safe_open(state, "pt") as tensors:
-        return bool(tensors.get_tensor("numbers")[-1])

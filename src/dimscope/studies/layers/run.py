@@ -11,6 +11,7 @@ from dataclasses import asdict
 
 import polars as pl
 
+from dimscope.activations.collection import is_complete
 from dimscope.activations.reservoir import Reservoir
 from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dimscope.errors import InvalidArgument
@@ -18,7 +19,7 @@ from dimscope.storage import STATE, Store, alone
 from dimscope.studies.estimate import estimate_passes
 from dimscope.studies.layers import tables
 from dimscope.studies.layers.facts import LayersFacts
-from dimscope.studies.layers.passes import PassRunner, is_complete
+from dimscope.studies.layers.passes import PassRunner
 from dimscope.studies.layers.plan import LayersPlan, PlannedPass, plan_layers
 from dimscope.studies.layers.settings import LayersSettings
 from dimscope.studies.layers.similarity import Side, between_conditions, between_layers, between_models

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dimscope.activations.collection import Collection, SiteSums
+from dimscope.activations.collection import Collection
 from dimscope.activations.predictions import QUANTITIES, Predictions
+from dimscope.activations.site_sums import SiteSums
 from dimscope.geometry.dimension import FLOAT32_EPS, effective_rank, linear_dimensions
 from dimscope.geometry.intrinsic import intrinsic_dimensions, white_noise_dimension
 from dimscope.geometry.nulls import white_noise_spectrum
