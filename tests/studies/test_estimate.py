@@ -99,7 +99,7 @@ def test_a_stream_of_many_windows_takes_no_more_than_was_said(large):
         sums = SiteSums(f"block {layer}", D)
         hidden = gaussian(1200, D, layer).view(300, 4, D)
         sums.add(hidden, None)
-        parts = [t for part in sums.parts.values() for t in (part.upper, part.total, *part.kept) if t is not None]
+        parts = [t for part in sums.parts.values() for t in (part.upper, part.total, *part.pieces) if t is not None]
         taken += sum(t.numel() * t.element_size() for t in parts)
         if layer == 0:
             places = sample.candidates(torch.arange(1200).view(300, 4), None)
