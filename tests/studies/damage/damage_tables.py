@@ -8,10 +8,24 @@ import numpy as np
 import polars as pl
 import torch
 
+from dimscope.evaluation.evaluate import Evaluation
+from dimscope.evaluation.generation import Continuation
+from dimscope.evaluation.prompts import Prompt
 from dimscope.interventions.perturbations import PERTURBATIONS
-from dimscope.studies.damage import tables as measures
-from dimscope.studies.damage.claims import breaking_frame, claims_frame
+from dimscope.studies.damage import operator_tables
+from dimscope.studies.damage.claims import claims_frame
+from dimscope.studies.damage.losses import breaking_frame
 from dimscope.studies.damage.plan import Point
+from dimscope.studies.damage.tables import (
+    CAST,
+    RELATIVE,
+    Measured,
+    damage_frame,
+    evaluation_numbers,
+    generations_frame,
+    point_columns,
+    with_agreement,
+)
 
 DIM, BASE = 100, 2.0
 Losses = Mapping[tuple[str, float], Sequence[float]]  # (kind, strength) -> the loss of every seed
@@ -47,46 +61,37 @@ def error_of(kind: str, strength: float) -> float:
     return formulas.get(kind, strength)
 
 
-def damage(losses: Losses = PLANTED, on: str = "prose", side: Any = "input", base: float = BASE) -> pl.DataFrame:
+def damage(losses: Losses = PLANTED, text: str = "prose", side: Any = "input", base: float = BASE) -> pl.DataFrame:
     """Return the table `damage` of a model of 100 dimensions; agreement falls as the loss rises."""
-    frames = [_point(Point(), {on: _judged(base, base)})]
+    frames = [damage_frame(point_columns("toy", Point(), DIM), {}, {text: _evaluated(base, base)})]
     for (kind, strength), values in losses.items():
         for seed, loss in enumerate(values):
             point = Point(((kind, strength),), side, seed if PERTURBATIONS[kind].random else None)
             error = error_of(kind, strength)
-            told: list[measures.Number] = [
-                (measures.RELATIVE, error * (1 + 0.01 * seed), None, error, 1000),
-                (measures.CAST, error, 0.0, None, 100),
-            ]
-            frames.append(_point(point, {f"{side} table": told, on: _judged(loss, base)}))
+            errors = [Measured(RELATIVE, error * (1 + 0.01 * seed), 1000, null=error), Measured(CAST, error, 100, 0.0)]
+            columns = point_columns("toy", point, DIM)
+            frames.append(damage_frame(columns, {side: errors}, {text: _evaluated(loss, base)}))
     return pl.concat(frames)
 
 
-def _judged(loss: float, base: float) -> list[measures.Number]:
-    return [
-        (measures.LOSS, loss, None, None, 500),
-        (measures.TOP_1, max(0.0, 1 - (loss - base) / base), None, None, 501),
-    ]
-
-
-def _point(point: Point, numbers: Mapping[str, Sequence[measures.Number]]) -> pl.DataFrame:
-    return measures.damage_frame(measures.Place("toy", point, DIM), numbers)
+def _evaluated(loss: float, base: float) -> list[Measured]:
+    rise, top_1 = loss - base, max(0.0, 1 - (loss - base) / base)
+    return evaluation_numbers(Evaluation(loss, rise, 0.0, loss, rise, 0.0, top_1, n_predicted=500, n_positions=501))
 
 
 def generations() -> pl.DataFrame:
-    """Return answers to two prompts: undamaged, the same, and one that repeats itself and means mischief."""
-    rows = []
-    for kind, text, ids in (
-        (None, "a b c d e", [1, 2, 3, 4, 5]),
-        (("truncate", 75.0), "a b c d e", [1, 2, 3, 4, 5]),
-        (("project", 25.0), "<script>alert(1)</script>", [1, 9, 9, 9, 9, 9]),
+    """Return continuations of two prompts: undamaged, the same, and one that repeats itself and contains a script."""
+    prompts = [Prompt("Hello", (1,), chat=False), Prompt("<b>Once</b>", (2,), chat=False)]
+    frames = []
+    for step, text, ids in (
+        (None, "a b c d e", (1, 2, 3, 4, 5)),
+        (("truncate", 75.0), "a b c d e", (1, 2, 3, 4, 5)),
+        (("project", 25.0), "<script>alert(1)</script>", (1, 9, 9, 9, 9, 9)),
     ):
-        point = Point() if kind is None else Point((kind,), "input", 0 if kind[0] == "project" else None)
-        for number, prompt in enumerate(("Hello", "<b>Once</b>")):
-            said = {"number": number, "prompt": prompt, "chat": False, "text": text, "n_tokens": len(ids),
-                    "repetition": 1 / 3 if 9 in ids else 0.0, "ids": ids}  # fmt: skip
-            rows.append(measures.Place("toy", point, DIM).columns() | said)
-    return measures.with_agreement(pl.DataFrame(rows, schema=measures.GENERATIONS))
+        point = Point() if step is None else Point((step,), "input", 0 if step[0] == "project" else None)
+        columns = point_columns("toy", point, DIM)
+        frames.append(generations_frame(columns, prompts, [Continuation(text, ids)] * len(prompts)))
+    return with_agreement(pl.concat(frames))
 
 
 def operators() -> dict[str, pl.DataFrame]:
@@ -94,14 +99,14 @@ def operators() -> dict[str, pl.DataFrame]:
     basis = torch.from_numpy(np.linalg.qr(np.random.default_rng(0).standard_normal((DIM, 60)))[0])
     projector = basis @ basis.T
     return {
-        "operator": measures.operator_frame(projector, 60),
-        "operator_block": measures.operator_block_frame(projector),
-        "operator_histogram": measures.operator_histogram_frame(projector),
+        "operator": operator_tables.operator_frame(projector, 60),
+        "operator_block": operator_tables.operator_block_frame(projector),
+        "operator_histogram": operator_tables.operator_histogram_frame(projector),
     }
 
 
 def damage_tables(frame: pl.DataFrame | None = None) -> dict[str, pl.DataFrame]:
     """Return all tables of the study."""
     frame = damage() if frame is None else frame
-    told = {"damage": frame, "breaking": breaking_frame(frame), "claims": claims_frame(frame)}
-    return {**told, "generations": generations(), **operators()}
+    tables = {"damage": frame, "breaking": breaking_frame(frame), "claims": claims_frame(frame)}
+    return {**tables, "generations": generations(), **operators()}

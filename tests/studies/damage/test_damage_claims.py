@@ -7,10 +7,14 @@ import numpy as np
 import polars as pl
 import pytest
 
+from dimscope.evaluation.evaluate import Evaluation
 from dimscope.interventions.perturbations import find_perturbation
-from dimscope.studies.damage.claims import CLAIMS, breaking_frame, claims_frame
+from dimscope.studies.damage.claims import CLAIMS, claims_frame
+from dimscope.studies.damage.curves import damages
+from dimscope.studies.damage.losses import breaking_frame, texts_of
 from dimscope.studies.damage.plan import Point
-from dimscope.studies.damage.tables import DAMAGE, Place, damage_frame
+from dimscope.studies.damage.summary import change_frames
+from dimscope.studies.damage.tables import DAMAGE, Measured, damage_frame, evaluation_numbers, point_columns
 
 D, BASE = 900, 2.0
 RANDOM_BEATS_SVD, RESCALING_HELPS, NOISE_IS_HARMLESS, BIAS_HURTS, TWO_THIRDS, A_NINTH = CLAIMS
@@ -29,23 +33,25 @@ def frame(
     base: float = BASE,
 ) -> pl.DataFrame:
     """A table `damage` of a model of 900 dimensions with these losses on every text."""
-    parts = [damage_frame(Place("model", Point(), D), {on: judged(base, 1.0) for on in texts})]
+    undamaged = {text: evaluated(base, 1.0) for text in texts}
+    parts = [damage_frame(point_columns("model", Point(), D), {}, undamaged)]
     for change, losses in planted.items():
-        steps = tuple((name, float(told or 0)) for name, _, told in (part.partition(":") for part in change.split("+")))
+        steps = tuple(
+            (name, float(strength or 0)) for name, _, strength in (p.partition(":") for p in change.split("+"))
+        )
         seeded = any(find_perturbation(name).random for name, _ in steps)
-        values = losses if isinstance(losses, Sequence) else [losses]
-        for seed, loss in enumerate(values):
-            place = Place("model", Point(steps, side, seed if seeded else None), D)
-            table = [("relative error", (errors or {}).get(change, 0.5), None, None, 100)]
-            told = {on: judged(loss, (agreement or {}).get(change, 0.5)) for on in texts}
-            parts.append(damage_frame(place, {"input table": table, **told}))
+        for seed, loss in enumerate(losses if isinstance(losses, Sequence) else [losses]):
+            columns = point_columns("model", Point(steps, side, seed if seeded else None), D)
+            table = [Measured("relative error", (errors or {}).get(change, 0.5), 100)]
+            evaluations = {text: evaluated(loss, (agreement or {}).get(change, 0.5)) for text in texts}
+            parts.append(damage_frame(columns, {"input": table}, evaluations))
     whole = pl.concat(parts)
     assert dict(whole.schema) == DAMAGE
     return whole
 
 
-def judged(loss: float, agreement: float) -> list[tuple[str, float, None, None, int]]:
-    return [("loss", loss, None, None, 100), ("top-1 agreement", agreement, None, None, 100)]
+def evaluated(loss: float, agreement: float) -> list[Measured]:
+    return evaluation_numbers(Evaluation(loss, 0.0, 0.0, loss, 0.0, 0.0, agreement, n_predicted=100, n_positions=100))
 
 
 def verdict(claim: str, planted: Planted, **settings) -> str:
@@ -134,7 +140,7 @@ CASES: dict[str, tuple[str, str, Planted]] = {
 def test_a_belief_holds_or_does_not_on_what_was_planted(case):
     claim, wanted, planted = CASES[case]
     told = claims_frame(frame(planted))
-    assert told.columns == ["on", "claim", "verdict", "evidence"]
+    assert told.columns == ["text", "claim", "verdict", "evidence"]
     assert told["claim"].to_list() == list(CLAIMS)
     assert dict(told.select("claim", "verdict").iter_rows())[claim] == wanted
     assert told["evidence"].str.len_chars().min() > 20
@@ -164,7 +170,7 @@ def test_every_text_is_a_test_of_its_own():
     prose = frame({"noise:1": 2.1}, texts=("prose",))
     code = frame({"noise:1": 5.0}, texts=("code",), base=4.0)
     told = claims_frame(pl.concat([prose, code])).filter(pl.col("claim") == NOISE_IS_HARMLESS)
-    assert dict(told.select("on", "verdict").iter_rows()) == {"prose": HOLDS, "code": FAILS}
+    assert dict(told.select("text", "verdict").iter_rows()) == {"prose": HOLDS, "code": FAILS}
     assert len(claims_frame(pl.concat([prose, code]))) == 2 * len(CLAIMS)
 
 
@@ -231,7 +237,7 @@ def test_the_evidence_has_the_numbers():
     planted = {"project:600": [2.1, 2.3], "truncate:600": 2.8, "project:300": 3, "truncate:300": 4, "noise:1": 2.1}
     told = evidence(RANDOM_BEATS_SVD, planted)
     assert "2 of 2 strengths" in told
-    assert "at 600 dimensions 2.20 ± 0.14 against 2.80" in told
+    assert "at 600 dimensions: 2.20 ± 0.14 compared with 2.80 nats per token" in told
     assert "1 sd: +5.0%" in evidence(NOISE_IS_HARMLESS, planted)
     two_thirds = evidence(TWO_THIRDS, planted, agreement={"truncate:600": 0.25, "project:600": 0.75})
     assert "truncate 600: +40.0%, 25% same first choice" in two_thirds
@@ -251,7 +257,7 @@ def breaking(planted: Planted, kind: str, threshold: float, **settings) -> dict:
 def test_numbers_of_dimensions_are_gone_through_downwards():
     planted = {"truncate:225": 4.0, "truncate:675": 2.1, "truncate:450": 2.3}
     row = breaking(planted, "truncate", 0.1)
-    assert (row["strength"], row["kept"], row["safe"], row["safe_kept"]) == (450, 0.5, 675, 0.75)
+    assert (row["strength"], row["kept_share"], row["safe"], row["safe_kept_share"]) == (450, 0.5, 675, 0.75)
     assert row["rise"] == pytest.approx(0.15)
     row = breaking(planted, "truncate", 0.5)
     assert (row["strength"], row["safe"], row["rise"]) == (225, 450, pytest.approx(1.0))
@@ -261,7 +267,13 @@ def test_numbers_of_dimensions_are_gone_through_downwards():
 def test_standard_deviations_are_gone_through_upwards(kind):
     planted = {f"{kind}:2": [9.0, 9.2], f"{kind}:0.5": [2.1, 2.2], f"{kind}:1": [2.1, 2.5]}
     row = breaking(planted, kind, 0.1)
-    assert (row["strength"], row["kept"], row["safe"], row["safe_kept"], row["n_seeds"]) == (1, None, 0.5, None, 2)
+    assert (row["strength"], row["kept_share"], row["safe"], row["safe_kept_share"], row["n_seeds"]) == (
+        1,
+        None,
+        0.5,
+        None,
+        2,
+    )
     assert row["rise"] == pytest.approx(0.15)  # of the mean over the seeds
     assert breaking(planted, kind, 0.5)["strength"] == 2
 
@@ -275,13 +287,13 @@ def test_the_first_strength_counts_even_where_a_harder_one_does_less():
 
 def test_nothing_is_said_to_break_where_no_strength_did():
     row = breaking({"truncate:675": 2.1, "truncate:450": 2.199}, "truncate", 0.1)
-    assert (row["strength"], row["kept"], row["rise"]) == (None, None, None)
-    assert (row["safe"], row["safe_kept"]) == (450, 0.5)  # the hardest that was tried
+    assert (row["strength"], row["kept_share"], row["rise"]) == (None, None, None)
+    assert (row["safe"], row["safe_kept_share"]) == (450, 0.5)  # the hardest that was tried
 
 
 def test_nothing_is_safe_where_the_gentlest_strength_breaks():
     row = breaking({"truncate:675": 2.3, "truncate:450": 2.4}, "truncate", 0.1)
-    assert (row["strength"], row["safe"], row["safe_kept"]) == (675, None, None)
+    assert (row["strength"], row["safe"], row["safe_kept_share"]) == (675, None, None)
 
 
 def test_a_rise_of_exactly_the_threshold_breaks():
@@ -289,30 +301,44 @@ def test_a_rise_of_exactly_the_threshold_breaks():
     assert breaking({"truncate:450": 2.999}, "truncate", 0.5)["strength"] is None
 
 
-def test_only_what_has_an_order_from_gentle_to_hard_breaks_anywhere():
+def test_only_what_has_an_order_from_gentle_to_harsh_breaks_anywhere():
+    unordered = {"scale:0.5": 9, "scale:2": 9, "rotate": 9, "truncate:16+noise:1": 9}
+    assert breaking_frame(frame(unordered)).height == 0
+    ordered = dict.fromkeys(("truncate:450", "coordinates:450", "project:450", "noise:1", "shift:1", "quantise:2"), 9.0)
+    kinds = breaking_frame(frame({**unordered, **ordered}))["kind"].unique(maintain_order=True).to_list()
+    assert kinds == [change.partition(":")[0] for change in ordered]
+
+
+def test_removing_leading_directions_and_rounding_have_orders_of_their_own():
     planted = {
-        "scale:0.5": 9,
-        "scale:2": 9,
+        "remove-leading:1": 2.05,
+        "remove-leading:9": 2.3,
+        "quantise:8": 2.0,
+        "quantise:4": 2.05,
         "quantise:2": 9,
-        "rotate": 9,
-        "remove-leading:3": 9,
-        "truncate:16+noise:1": 9,
     }
-    assert breaking_frame(frame(planted)).height == 0
-    kept = ("truncate", "truncate-centred", "coordinates", "project", "project-rescaled", "project-sparse")
-    ordered = {**{f"{kind}:450": 9.0 for kind in kept}, "noise:1": 9.0, "shift:1": 9.0}
-    assert breaking_frame(frame({**planted, **ordered}))["kind"].unique(maintain_order=True).to_list() == [
-        *kept,
-        "noise",
-        "shift",
-    ]
+    leading, rounding = (breaking(planted, kind, 0.1) for kind in ("remove-leading", "quantise"))
+    assert (leading["safe"], leading["strength"], leading["kept_share"]) == (1, 9, None)
+    assert (rounding["safe"], rounding["strength"]) == (4, 2)
+
+
+def test_a_text_named_like_a_table_is_a_text():
+    """Its losses were once taken for errors of a table, and stood on the curve of every other text."""
+    named, other = "my table", {"truncate:450": 2.5}
+    damage = pl.concat([frame({"truncate:450": 9.0}, texts=(named,)), frame(other, texts=("prose",))])
+    assert texts_of(damage) == [named, "prose"]
+    rows = {row["text"]: row["rise"] for row in breaking_frame(damage).filter(pl.col("threshold") == 0.1).to_dicts()}
+    assert rows == pytest.approx({named: 3.5, "prose": 0.25})
+    curves = {d.text: d.curve("loss", "truncate")["value"].to_list() for d in damages(damage)}
+    assert curves == {named: [9.0], "prose": [2.5]}
+    assert [f["text"][0] for f in change_frames(damage)] == [named, "prose"]
 
 
 def test_every_text_and_side_breaks_for_itself():
     here = frame({"noise:1": 2.1}, texts=("prose", "code"))
     there = frame({"noise:1": 9.0}, texts=("prose", "code"), side="output").filter(pl.col("kind") != "undamaged")
     found = breaking_frame(pl.concat([here, there])).filter(pl.col("threshold") == 0.1)
-    assert list(found.select("on", "side", "strength").iter_rows()) == [
+    assert list(found.select("text", "side", "strength").iter_rows()) == [
         ("prose", "input", None), ("prose", "output", 1.0), ("code", "input", None), ("code", "output", 1.0)
     ]  # fmt: skip
 

@@ -11,9 +11,8 @@ import pytest
 from damage_tables import BASE, PLANTED
 
 from dimscope.interventions.perturbations import PERTURBATIONS
-from dimscope.page import theme
 from dimscope.studies.damage import figures
-from dimscope.studies.damage.curves import Damage, damages
+from dimscope.studies.damage.curves import Damage, damages, kind_mark
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +84,9 @@ def test_the_operator_is_drawn_row_by_row_and_its_entries_beside_the_normal_curv
     assert max(abs(np.asarray(measured.y) - np.asarray(normal.y))) < 0.05  # 9,900 entries in 61 bins
 
 
-def test_every_kind_has_a_mark_and_a_new_one_gets_its_own():
-    assert set(theme.KIND_MARKS) == set(PERTURBATIONS)
-    marks = {(m.colour, m.symbol) for m in theme.KIND_MARKS.values()}
-    assert len(marks) == len(theme.KIND_MARKS)
-    assert theme.kind_mark("truncate+noise") == theme.kind_mark("truncate+noise")
+def test_every_kind_has_its_mark_and_a_chain_always_the_same():
+    assert all(kind_mark(name) == kind.mark for name, kind in PERTURBATIONS.items())
+    assert kind_mark("truncate+noise") == kind_mark("truncate+noise")
 
 
 @pytest.mark.parametrize("losses", [{}, {("truncate", 50): (2.5,)}, {("scale", 2.0): (2.5,)}, {("noise", 0.0): (2.0,)}])

@@ -1,25 +1,32 @@
 """What the page says about damage follows from the tables, and is silent about what was not measured."""
 
 import json
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import damage_tables as made
 import polars as pl
 import pytest
 from damage_tables import PLANTED
-from dimscope.report.sections import damage_sections
 
-from dimscope.page.render import write_page
-from dimscope.page.section import Facts, Gallery, Grid, Plot, Section
-from dimscope.studies.damage import answer_sections as answers
-from dimscope.studies.damage import error_sections as errors
+from dimscope.page.render import render_page
+from dimscope.page.section import Facts, Gallery, Grid, Plot, Section, Tables
+from dimscope.studies.damage import generation_sections as generations
+from dimscope.studies.damage import perturbation_error_sections as errors
 from dimscope.studies.damage import sections as damage
+from dimscope.studies.damage.facts import DamageFacts
+from dimscope.studies.damage.study import DAMAGE
+from dimscope.studies.study import page_of
 
 
 def _facts(**changes: Any) -> Facts:
-    study = {"damage": {"decoding": "greedy", "max_new_tokens": 6, "template": False, **changes}}
-    return Facts("toy", vocab_size=1000, hidden_size=100, n_parameters=9, tied=True, study=study)
+    facts = {"facts": asdict(DamageFacts(new_tokens=6, **changes)), "tables": list(made.damage_tables())}
+    sizes = {"model": "toy", "vocab_size": 1000, "hidden_size": 100, "n_parameters": 9, "tied": True}
+    return Facts.from_json(json.loads(json.dumps(sizes | {"studies": {"damage": facts}})))
+
+
+def _sections(tables: Tables) -> list[Section]:
+    return DAMAGE.load().make_sections(tables, _facts())
 
 
 def _section(section: Section | None) -> Section:
@@ -37,7 +44,7 @@ def _breaking(losses: made.Losses = PLANTED) -> Section:
 
 def test_the_gentlest_kind_is_told_with_how_often_it_is():
     # Rescaled projections have the lowest loss at 50 of 100 dimensions only.
-    assert _breaking().title == "Truncation by SVD does the least damage at 2 of 3 numbers of dimensions"
+    assert _breaking().title == "Truncation by SVD does the least damage at 2 of 3 numbers of dimensions tried"
     better = {key: (1.9,) if key[0] == "project" else value for key, value in PLANTED.items()}
     assert _breaking(better).title == "Random projection does the least damage at every number of dimensions tried"
 
@@ -47,24 +54,28 @@ def test_one_kind_alone_is_called_the_gentlest_of_nothing():
 
 
 def test_the_fewest_dimensions_that_still_do_are_told():
-    assert "With truncation by SVD, 75 dimensions (75.0% of them) are enough" in _breaking().findings[0]
+    sentence = (
+        "Truncation by SVD to 75 of 100 dimensions (75.0%) keeps the loss within 10% of the undamaged 2 nats per token."
+    )
+    assert _breaking().findings[0] == sentence
+    assert damage.answer(made.damage_tables()) == sentence
     told = _breaking({("truncate", 75): (3.0,), ("truncate", 50): (4.0,)}).findings[0]
-    assert told == "Every change that takes dimensions away raises the loss by 10% or more."
+    assert told.startswith("Every tested removal of dimensions raises the loss by 10% or more")
 
 
 def test_where_each_kind_breaks_stands_in_a_table():
     rows = {row[0]: row[1:] for row in _grid(_breaking()).rows}
     assert rows["truncation by SVD"] == ("50 dimensions (50%): +30%", "25 dimensions (25%): +100%", "1")
-    assert rows["noise"] == ("1 sd: +20%", "not by 1", "2")
+    assert rows["noise"] == ("1 sd: +20%", "not at 1", "2")
     assert "scaling" not in rows
 
 
 def test_every_text_and_side_has_a_figure_of_its_own():
-    frame = pl.concat([made.damage(), made.damage(on="generated", base=1.5)])
+    frame = pl.concat([made.damage(), made.damage(text="generated", base=1.5)])
     section = _section(damage.breaking_section(made.damage_tables(frame), _facts()))
     plots = [block for block in section.blocks if isinstance(block, Plot)]
-    assert [plot.caption for plot in plots] == ["Prose", "Text that the model wrote itself"]
-    assert "undamaged 1.5 nats) the same kind is gentlest" in section.findings[1]
+    assert [plot.caption for plot in plots] == ["Prose", "Text that the model generated"]
+    assert "On text that the model generated (undamaged loss 1.5), the same kind is the gentlest" in section.findings[1]
 
 
 def test_the_beliefs_are_counted_by_their_verdicts():
@@ -81,9 +92,9 @@ def test_beliefs_that_nothing_tests_are_no_section():
 
 
 def test_verdicts_on_several_texts_stand_side_by_side():
-    frame = pl.concat([made.damage(), made.damage(on="generated")])
+    frame = pl.concat([made.damage(), made.damage(text="generated")])
     grid = _grid(_section(damage.claims_section(made.damage_tables(frame), _facts())))
-    assert grid.header[1:3] == ("on prose", "on text that the model wrote itself")
+    assert grid.header[1:3] == ("on prose", "on text that the model generated")
     assert len(grid.rows) == 6
 
 
@@ -91,8 +102,8 @@ def test_two_kinds_of_equal_error_and_unequal_loss_are_named():
     title = _section(errors.error_section(made.damage_tables(), _facts())).title
     # At an error of 1: rescaled projection on 50 dimensions 2.5, one shift of a standard deviation 3.6, scaling by 2 2.1.
     assert title == (
-        "Equal error is not equal damage: at a relative error of about 1, scaling leaves a loss of 2.1 and one shift for all "
-        "tokens one of 3.6"
+        "Equal error is not equal damage: at a relative error of about 1, the loss is 2.1 after scaling and 3.6 after one "
+        "shift for all tokens"
     )
 
 
@@ -100,17 +111,17 @@ def test_errors_are_held_against_their_closed_forms():
     finding = _section(errors.error_section(made.damage_tables(), _facts())).findings[0]
     # Planted: the second and third seed are 1% and 2% above the closed form.
     assert finding == (
-        "Errors agree with their closed form to less than 0.1% where that is exact and to 1.0% where that is on average over "
-        "draws (3 draws each)."
+        "The measured errors agree with theory within 0.1% for changes without randomness and within 1.0% for random changes, "
+        "averaged over 3 seeds."
     )
 
 
 def test_noise_and_scale_are_told_by_what_they_cost():
     section = _section(errors.strength_section(made.damage_tables(), _facts()))
     assert section.title.startswith(
-        "Noise of 1 sd raises the loss by 20%, one shift for all tokens of 1 sd raises the loss by 80%"
+        "Noise of 1 sd changes the loss by +20%; one shift for all tokens of 1 sd changes the loss by +80%"
     )
-    assert section.title.endswith("scaling changes it by +40% at 0.5 and +5% at 2")
+    assert section.title.endswith("scaling by +40% at 0.5 and +5% at 2")
     assert errors.strength_section(made.damage_tables(made.damage({("truncate", 50): (2.1,)})), _facts()) is None
 
 
@@ -125,12 +136,12 @@ def test_a_projection_is_told_by_its_diagonal_and_its_noise():
 
 
 def test_answers_stand_beside_the_undamaged_one():
-    section = _section(answers.texts_section(made.damage_tables(), _facts()))
-    assert section.title == "2 of 4 answers stay word for word that of the undamaged model"
+    section = _section(generations.generation_section(made.damage_tables(), _facts()))
+    assert section.title == "2 of 4 continuations are the same as without damage"
     assert section.findings == (
-        "The undamaged model repeats 0% of its stretches of four tokens; after project 25 it is 33%.",
+        "The undamaged model repeats 0% of its sequences of four tokens; the most repetition is 33%, after project 25.",
     )
-    assert "since the model has no chat template" in section.how_to_read
+    assert "because the model has no chat template" in section.how_to_read
     galleries = [block for block in section.blocks if isinstance(block, Gallery)]
     assert [g.opened for g in galleries] == [True, False]
     assert [(a.change, a.same) for a in galleries[0].answers] == [
@@ -143,10 +154,10 @@ def test_answers_stand_beside_the_undamaged_one():
 @pytest.mark.parametrize("missing", ["damage", "breaking", "claims", "generations", "operator", "operator_block"])
 def test_a_missing_table_leaves_its_section_out_and_the_others_in(missing):
     tables = made.damage_tables()
-    whole = {section.anchor for section in damage_sections(tables, _facts())}
-    rest = {section.anchor for section in damage_sections({k: v for k, v in tables.items() if k != missing}, _facts())}
+    whole = {section.anchor for section in _sections(tables)}
+    rest = {section.anchor for section in _sections({k: v for k, v in tables.items() if k != missing})}
     needed = {
-        "damage": {"damage", "errors", "strength"}, "breaking": set(), "claims": {"beliefs"}, "generations": {"answers"},
+        "damage": {"damage", "perturbation_errors", "strength"}, "breaking": set(), "claims": {"beliefs"}, "generations": {"generations"},
         "operator": {"operator"}, "operator_block": {"operator"},
     }  # fmt: skip
     assert whole - rest == needed[missing]
@@ -154,22 +165,17 @@ def test_a_missing_table_leaves_its_section_out_and_the_others_in(missing):
 
 def test_losses_that_are_no_numbers_are_left_out():
     frame = made.damage().with_columns(
-        pl.when((pl.col("kind") == "project") & (pl.col("on") == "prose"))
+        pl.when((pl.col("kind") == "project") & (pl.col("text") == "prose"))
         .then(None)
         .otherwise(pl.col("value"))
         .alias("value")
     )
-    sections = damage_sections(made.damage_tables(frame), _facts())
-    assert {"damage", "errors"} <= {section.anchor for section in sections}
+    sections = _sections(made.damage_tables(frame))
+    assert {"damage", "perturbation_errors"} <= {section.anchor for section in sections}
 
 
-def test_the_page_holds_the_study_and_runs_no_text_of_the_model(tmp_path: Path):
-    (tmp_path / "tables").mkdir()
-    for name, frame in made.damage_tables().items():
-        frame.write_parquet(tmp_path / "tables" / f"{name}.parquet")
-    report = {"model": "toy", "vocab_size": 1000, "hidden_size": 100, "n_parameters": 9, "tied": True, "warnings": []}
-    (tmp_path / "report.json").write_text(json.dumps(report | {"study": dict(_facts().study)}))
-    html = write_page(tmp_path).read_text(encoding="utf-8")
+def test_the_page_holds_the_study_and_runs_no_text_of_the_model():
+    html = render_page(page_of([DAMAGE.load()], made.damage_tables(), _facts()), [])
     assert "<script>alert(1)</script>" not in html
     assert "&lt;script&gt;alert(1)" in html
     assert "&lt;b&gt;Once&lt;/b&gt;" in html
@@ -179,4 +185,4 @@ def test_the_page_holds_the_study_and_runs_no_text_of_the_model(tmp_path: Path):
 def test_noise_of_nothing_alone_has_no_figure():
     tables = made.damage_tables(made.damage({("noise", 0.0): (2.0,), ("truncate", 50): (2.5,)}))
     assert errors.strength_section(tables, _facts()) is None
-    assert {"damage", "errors"} <= {section.anchor for section in damage_sections(tables, _facts())}
+    assert {"damage", "perturbation_errors"} <= {section.anchor for section in _sections(tables)}
