@@ -1,4 +1,4 @@
-"""One pass of windows through a model: in batches, with its state on disk, and split over processes if wanted."""
+"""One pass of windows through a model: in batches, with its state on disk, and in shards for several processes."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -98,7 +98,7 @@ def _collect_batch(
 
 @dataclass(slots=True)
 class _Saver:
-    """Saves a collection now and then: not more often than wanted, and in a tenth of the time at most."""
+    """Saves a collection every so many seconds, and for a tenth of the time at most."""
 
     collection: Collection
     path: Path | None

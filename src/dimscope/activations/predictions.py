@@ -24,8 +24,10 @@ class Predictions:
     """
 
     vocab_size: int
-    counts: Int[Tensor, " bins"] = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.int64))
-    sums: Float[Tensor, "q 3"] = field(default_factory=lambda: torch.zeros(len(QUANTITIES), 3, dtype=torch.float64))
+    counts: Int[Tensor, " bins"] = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.int64), repr=False)
+    sums: Float[Tensor, "q 3"] = field(
+        default_factory=lambda: torch.zeros(len(QUANTITIES), 3, dtype=torch.float64), repr=False
+    )
     n_bytes: int = 0
 
     @property

@@ -20,7 +20,7 @@ SCHEMA = {
 
 
 def parameter_budget(checkpoint: Checkpoint) -> pl.DataFrame:
-    """One row per tensor of the files: name, shape, dtype, n_parameters, n_bytes, role, block (layer index or null).
+    """Return a row per tensor of the files: name, shape, dtype, n_parameters, n_bytes, role, block (layer index or null).
 
     No parameters have buffers (role "buffer": masks, rotary frequencies), a head that the files repeat although the
     config ties it to the input table ("tied copy"), and tensors that this model does not load ("not loaded").
@@ -46,7 +46,7 @@ def parameter_budget(checkpoint: Checkpoint) -> pl.DataFrame:
 
 
 def block_of(name: str) -> int | None:
-    """The index of the block a tensor belongs to: the first number in its path.
+    """Return the index of the block a tensor belongs to: the first number in its path.
 
     >>> block_of("model.layers.11.mlp.up_proj.weight")
     11
@@ -58,7 +58,7 @@ def block_of(name: str) -> int | None:
 
 
 def embedding_share(budget: pl.DataFrame) -> float:
-    """Share of all parameters that are token-embedding tables (input and output; a tied table once)."""
+    """Return the share of all parameters that are token-embedding tables (input and output; a tied table once)."""
     tables = budget.filter(pl.col("role").is_in(["input embedding", "output embedding"]))
     return int(tables["n_parameters"].sum()) / int(budget["n_parameters"].sum())
 

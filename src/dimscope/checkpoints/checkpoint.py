@@ -1,4 +1,4 @@
-"""One `open` for a folder, a GGUF file, a hub id or `builtin`: config, tensor index and tables, without the weights."""
+"""Opening a folder, a GGUF file, a hub id or `builtin`: config, tensor index and tables, without the weights."""
 
 import json
 import re
@@ -39,25 +39,29 @@ class Checkpoint:
     tied: bool
 
     def __repr__(self) -> str:
+        """Return the model in one line: its tensors are thousands."""
         n_rows, dim = self.input_table.shape
         tied = "tied" if self.tied else "untied"
         return f"Checkpoint({self.name!r}, {self.architecture}, {n_rows:,} x {dim:,}, {tied})"
 
     @property
     def revision(self) -> str | None:
+        """Return the commit on the hub, if it is from there."""
         return self.source.revision
 
     @property
     def title(self) -> str:
+        """Return the short name."""
         return title_of(self.name)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return what the files declare, by name."""
         return self.reader.tensors
 
     @property
     def architecture(self) -> str:
-        """The model class that the config names, or the model type."""
+        """Return the model class that the config names, or the model type."""
         if self.config is None:
             return "GGUF"
         return (self.config.architectures or [self.config.model_type])[0]
@@ -80,15 +84,24 @@ def open_checkpoint(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """Opens a folder, a GGUF file, a hub id (`owner/name`, with a revision) or `builtin`.
-
-    Reads the config and the headers of the weight files, no weights. From the hub only these travel.
-
-    Raises CheckpointNotFound, NetworkError, CorruptCheckpoint, UnsupportedCheckpoint, UnsafeCheckpoint,
-    MissingExtra: each with one line that says what, where and what to do.
+    """Open a model: its config and the headers of its weight files. No weights are read, or downloaded from the hub.
 
     >>> open_checkpoint("builtin").tied
     True
+
+    Args:
+        name: A folder, a GGUF file, a hub id (owner/name), or "builtin".
+        revision: A branch, tag or commit on the hub.
+        allow_pickle: Read pickle weights where there are no others; they can run code.
+        trust_remote_code: Run code of the repository.
+
+    Raises:
+        CheckpointNotFound: There is no such model, or no access to it.
+        NetworkError: The hub cannot be reached.
+        CorruptCheckpoint: The files are damaged.
+        UnsupportedCheckpoint: The weights are quantised, or transformers does not know the architecture.
+        UnsafeCheckpoint: Weights or architecture are code, and the option that accepts it is off.
+        MissingExtra: The file is GGUF, and the package gguf is not installed.
     """
     source, gguf_file = _find_source(str(name), revision)
     if gguf_file is not None:
@@ -107,7 +120,7 @@ def open_checkpoint(
 
 
 def _find_source(name: str, revision: str | None) -> tuple[Source, str | None]:
-    """The source, and the file in it where the name is that of a GGUF file."""
+    """Return the source, and the file in it where the name is that of a GGUF file."""
     if name == BUILTIN:
         return LocalFolder(Path(str(package_files("dimscope.builtin") / "model")), BUILTIN), None
     path = Path(name).expanduser()
@@ -120,7 +133,7 @@ def _find_source(name: str, revision: str | None) -> tuple[Source, str | None]:
     if is_file:
         if path.suffix == ".gguf":
             return LocalFolder(path.parent, name), path.name
-        raise CheckpointNotFound(f"{name}: this is a file; give the folder of the model, or a .gguf file")
+        raise CheckpointNotFound(f"{name}: this is a file; pass the folder of the model, or a .gguf file")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/", "~")):
         raise CheckpointNotFound(f"{name}: no such folder")
     return find_on_hub(name, revision), None
@@ -136,20 +149,20 @@ def _read_config(source: Source, trust_remote_code: bool) -> "PretrainedConfig":
         model_type = raw.get("model_type")
     except (ValueError, AttributeError) as e:
         raise CorruptCheckpoint(f"{source.name}: config.json is not valid JSON ({e})") from e
-    known = model_type in CONFIG_MAPPING
-    if not known and "auto_map" in raw and not trust_remote_code:
+    builtin = model_type in CONFIG_MAPPING  # transformers has the code
+    if not builtin and "auto_map" in raw and not trust_remote_code:
         raise UnsafeCheckpoint(
             f"{source.name}: its architecture {model_type!r} is code in the repository, which would run on this machine; "
             "pass `trust_remote_code` if you trust it"
         )
-    if not known and "auto_map" not in raw:
+    if not builtin and "auto_map" not in raw:
         raise UnsupportedCheckpoint(f"{source.name}: transformers does not know the model type {model_type!r}")
-    location = source.name if isinstance(source, HubRepository) and not known else str(path.parent)
+    location = source.name if isinstance(source, HubRepository) and not builtin else str(path.parent)
     try:
         return AutoConfig.from_pretrained(
             location,
             revision=source.revision if location == source.name else None,
-            trust_remote_code=trust_remote_code and not known,
+            trust_remote_code=trust_remote_code and not builtin,
         )
     except (ValueError, TypeError, KeyError, OSError) as e:
         raise CorruptCheckpoint(
@@ -175,7 +188,7 @@ def refuse_quantised(config: "PretrainedConfig", name: str) -> None:
             quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else type(quantised).__name__
         )
         raise UnsupportedCheckpoint(
-            f"{name}: its weights are quantised ({method}); give the checkpoint it was made from"
+            f"{name}: its weights are quantised ({method}); use the checkpoint they were quantised from"
         )
 
 

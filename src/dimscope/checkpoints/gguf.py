@@ -1,7 +1,7 @@
 """GGUF files, through the `gguf` extra: tensors listed by their GGUF names, rows dequantised as they are read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,17 +20,18 @@ OUTPUT_TABLE = "output.weight"
 class GgufReader:
     """Tensors of one GGUF file. Shapes are in torch's order (GGUF lists them reversed)."""
 
-    tensors: Mapping[str, TensorInfo]
-    _packed: Mapping[str, Any]  # name -> gguf.ReaderTensor
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    _packed: Mapping[str, Any] = field(repr=False)  # name -> gguf.ReaderTensor
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows `start` to `stop` of a matrix, dequantised."""
         from gguf.quants import dequantize
 
         tensor = self._packed[name]
         return torch.from_numpy(dequantize(tensor.data[start:stop], tensor.tensor_type)).clone()
 
     def prefetch(self, name: str) -> None:
-        """Nothing to do: the file is memory-mapped."""
+        """Do nothing: the file is memory-mapped."""
 
 
 def open_gguf(source: Source, file: str) -> GgufReader:

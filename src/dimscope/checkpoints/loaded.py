@@ -28,6 +28,7 @@ class LoadedModel:
     files: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
+        """Return the model in one line."""
         tokenizer = "no tokenizer" if self.tokenizer is None else type(self.tokenizer).__name__
         return f"LoadedModel({self.name!r}, {type(self.model).__name__}, {tokenizer})"
 

@@ -1,4 +1,4 @@
-"""The model without its weights: built on the meta device, it tells which tensor of the files is what.
+"""The model without its weights, built on the meta device: which tensor of the files is what.
 
 Embedding tables are found by asking the model (`get_input_embeddings`), never by a list of names, so that any
 architecture that transformers knows works, whatever prefix its files use.
@@ -7,7 +7,7 @@ architecture that transformers knows works, whatever prefix its files use.
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,27 +21,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """Parameter names, shapes and roles of a model of this config; no weights."""
+    """Parameter names, shapes and roles of a model; no weights.
 
-    shapes: dict[str, tuple[int, ...]]  # parameter name -> shape, tied parameters once
-    roles: dict[str, str]  # parameter name -> role, see `role_of`
+    Attributes:
+        shapes: The shape of each parameter, tied parameters once.
+        roles: The role of each parameter, see `role_of`.
+        input_name: The token-embedding table.
+        output_name: The output table; None where the model has none.
+        tied: Both are one.
+        causal: A causal language model, which needs an output table.
+        rename: Turns the name of a tensor in the files into the name of a parameter.
+        ignored: Patterns of tensors that files may have and the model does not load.
+    """
+
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    roles: dict[str, str] = field(repr=False)
     input_name: str
-    output_name: str | None  # None where the model has no output table
+    output_name: str | None
     tied: bool
-    causal: bool  # a causal language model, which cannot do without its output table
-    rename: Callable[[str], str]  # name in a file -> name in the model
-    ignored: tuple[str, ...]  # patterns of tensors that files may carry and the model does not load
+    causal: bool
+    rename: Callable[[str], str] = field(repr=False)
+    ignored: tuple[str, ...] = field(repr=False)
 
     def parameters_of(self, names: Iterable[str]) -> dict[str, str]:
-        """The parameter that each tensor of the files belongs to; several where loading merges them (experts)."""
+        """Return the parameter that each tensor of the files belongs to; several tensors share one where loading merges them."""
         renamed = {name: self.rename(name) for name in names}
         return {name: parameter for name, parameter in renamed.items() if parameter in self.shapes}
 
     def file_name(self, parameter: str, names: Iterable[str]) -> str | None:
-        """The tensor of the files that holds a parameter, or None."""
-        found = [name for name, own in self.parameters_of(names).items() if own == parameter]
-        if found:
-            return found[0]
+        """Return the tensor of the files that holds a parameter, or None."""
+        own = next((name for name, of in self.parameters_of(names).items() if of == parameter), None)
+        if own is not None:
+            return own
         # Multimodal checkpoints order their prefixes otherwise: the last two parts are enough where they are unique.
         tail = ".".join(parameter.split(".")[-2:])
         alike = [n for n in names if n == tail or n.endswith(f".{tail}")]
@@ -114,7 +125,7 @@ def _input_table(model: Any, name: str) -> nn.Parameter:
 
 
 def _is_causal(model: Any) -> bool:
-    """Whether the model predicts the next token: one of transformers' own, derived from one, or remote code that says so."""
+    """Whether the model predicts the next token: one of transformers' own, derived from one, or remote code that is declared so."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     own = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -123,7 +134,7 @@ def _is_causal(model: Any) -> bool:
 
 
 def _renamer(model: Any) -> Callable[[str], str]:
-    """How transformers itself turns a name in the files into a name in this model: renamed parts, added or missing prefix."""
+    """Return how transformers turns a name in the files into one of the model: renamed parts, added or missing prefix."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -135,7 +146,7 @@ def _renamer(model: Any) -> Callable[[str], str]:
 
 
 def role_of(name: str, owner: nn.Module | None = None) -> str:
-    """What a parameter is for, read off its module and path: the tables themselves are told apart by the caller.
+    """Return what a parameter is for, by its module and path. The caller knows the embedding tables.
 
     >>> role_of("model.layers.3.self_attn.q_proj.weight")
     'attention'
@@ -177,7 +188,7 @@ def _meta_model(config: "PretrainedConfig", name: str, trust_remote_code: bool) 
 
 
 def _output_embeddings(model: Any) -> nn.Module | None:
-    """The module whose weight turns hidden states into logits over the same vocabulary, if there is one."""
+    """Return the module whose weight turns hidden states into logits over the vocabulary, if there is one."""
     module = model.get_output_embeddings()
     weight = getattr(module, "weight", None)
     return module if isinstance(weight, nn.Parameter) and weight.ndim == 2 else None

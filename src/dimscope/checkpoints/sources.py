@@ -20,29 +20,43 @@ class Source(Protocol):
     """A set of files that can be listed, fetched whole (small ones) and read by byte range (weights)."""
 
     @property
-    def name(self) -> str: ...
-    @property
-    def revision(self) -> str | None: ...
-    @property
-    def files(self) -> frozenset[str]: ...
-
-    def fetch(self, file: str) -> Path:
-        """The local path of a file, downloaded whole if need be."""
+    def name(self) -> str:
+        """Return the name of the model, as the user wrote it."""
         ...
 
-    def size(self, file: str) -> int: ...
+    @property
+    def revision(self) -> str | None:
+        """Return the commit, where there is one."""
+        ...
+
+    @property
+    def files(self) -> frozenset[str]:
+        """Return the names of the files."""
+        ...
+
+    def fetch(self, file: str) -> Path:
+        """Return the local path of a file, downloaded whole if need be.
+
+        Raises:
+            CheckpointError: There is no such file, or it cannot be downloaded.
+        """
+        ...
+
+    def size(self, file: str) -> int:
+        """Return the bytes of a file."""
+        ...
 
     def read(self, file: str, begin: int, end: int) -> Tensor:
-        """Bytes `begin` to `end` as a uint8 tensor; fewer where the file ends."""
+        """Return bytes `begin` to `end` as a uint8 tensor; fewer where the file ends."""
         ...
 
     def keep(self, file: str, begin: int, end: int) -> None:
-        """Makes the range cheap to read from now on."""
+        """Make a range cheap to read from now on."""
         ...
 
 
 def read_range(path: Path, begin: int, end: int) -> Tensor:
-    """Bytes `begin` to `end` of a local file as a uint8 tensor; fewer where the file ends."""
+    """Return bytes `begin` to `end` of a local file as a uint8 tensor; fewer where the file ends."""
     with path.open("rb", buffering=0) as f:
         end = min(end, os.fstat(f.fileno()).st_size)
         buffer = torch.empty(max(0, end - begin), dtype=torch.uint8)
@@ -63,27 +77,40 @@ class LocalFolder:
 
     @property
     def files(self) -> frozenset[str]:
+        """Return the names of the files."""
         return frozenset(p.name for p in self.path.iterdir() if p.is_file())
 
     def fetch(self, file: str) -> Path:
+        """Return the path of a file.
+
+        Raises:
+            CorruptCheckpoint: There is no such file.
+        """
         path = self.path / file
         if not path.is_file():
             raise CorruptCheckpoint(f"{self.name}: the file {file} is missing")
         return path
 
     def size(self, file: str) -> int:
+        """Return the bytes of a file."""
         return self.fetch(file).stat().st_size
 
     def read(self, file: str, begin: int, end: int) -> Tensor:
+        """Return bytes `begin` to `end` as a uint8 tensor; fewer where the file ends."""
         return read_range(self.fetch(file), begin, end)
 
     def keep(self, file: str, begin: int, end: int) -> None:
-        """Nothing to do: the bytes are here."""
+        """Do nothing: the bytes are on this machine."""
 
 
 @contextmanager
 def hub_errors(name: str, revision: str | None) -> Generator[None]:
-    """Turns what huggingface_hub raises into one clear line."""
+    """Turn what huggingface_hub raises into one line.
+
+    Raises:
+        CheckpointNotFound: There is no such repository or revision, or no access to it.
+        NetworkError: The hub cannot be reached, or broke off.
+    """
     from huggingface_hub import errors
 
     # The bases are OSError and the HTTPError of the client that this huggingface_hub uses (httpx, later httpx2).
@@ -122,6 +149,12 @@ class HubRepository:
     files: frozenset[str]
 
     def fetch(self, file: str) -> Path:
+        """Return the path of a file in the hub's cache, downloaded if need be.
+
+        Raises:
+            CorruptCheckpoint: There is no such file.
+            NetworkError: The hub cannot be reached.
+        """
         from huggingface_hub import hf_hub_download
 
         if file not in self.files:
@@ -130,6 +163,11 @@ class HubRepository:
             return Path(hf_hub_download(self.name, file, revision=self.revision))
 
     def size(self, file: str) -> int:
+        """Return the bytes of a file, without downloading it.
+
+        Raises:
+            NetworkError: The hub cannot be reached, or gives no size.
+        """
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         if path := self._in_hub_cache(file):
@@ -137,10 +175,11 @@ class HubRepository:
         with hub_errors(self.name, self.revision):
             size = get_hf_file_metadata(hf_hub_url(self.name, file, revision=self.revision)).size
         if size is None:
-            raise NetworkError(f"{self.name}: the hub does not say how large {file} is")
+            raise NetworkError(f"{self.name}: the hub gives no size for {file}")
         return size
 
     def read(self, file: str, begin: int, end: int) -> Tensor:
+        """Return bytes `begin` to `end` as a uint8 tensor, from this machine where they are there already."""
         if path := self._in_hub_cache(file):
             return read_range(path, begin, end)
         for path, first, last in self._kept(file):
@@ -150,7 +189,11 @@ class HubRepository:
         return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.uint8)
 
     def keep(self, file: str, begin: int, end: int) -> None:
-        """Downloads the range once into the cache; a broken download goes on where it stopped."""
+        """Download the range once into the cache; a broken download is resumed.
+
+        Raises:
+            NetworkError: The hub cannot be reached, or broke off.
+        """
         from tqdm import tqdm
 
         path = self._range_folder() / f"{file}.{begin}-{end}"
@@ -175,7 +218,9 @@ class HubRepository:
             f.flush()
             os.fsync(f.fileno())
         if part.stat().st_size != end - begin:
-            raise NetworkError(f"{self.name}: the download of {file} broke off; run the same command to go on")
+            raise NetworkError(
+                f"{self.name}: the download of {file} broke off; run the same command again to resume it"
+            )
         part.replace(path)
 
     def _range_folder(self) -> Path:
@@ -217,7 +262,12 @@ class HubRepository:
 
 
 def find_on_hub(name: str, revision: str | None) -> Source:
-    """The repository `name` at a revision, or its copy in the hub's cache where the hub cannot be asked."""
+    """Return the repository `name` at a revision, or its copy in the hub's cache where the hub cannot be reached.
+
+    Raises:
+        CheckpointNotFound: There is no such repository or revision, or no access to it.
+        NetworkError: The hub cannot be reached, and there is no copy.
+    """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -33,7 +33,17 @@ HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor as its file declares it. `begin` and `end` are byte positions in the file (0 where it has none)."""
+    """A tensor as its file declares it.
+
+    Attributes:
+        name: Its name in the file.
+        shape: Rows first.
+        dtype: As safetensors (or GGUF) spells it, such as "BF16".
+        n_bytes: Its size.
+        file: The file, empty for a tensor in memory.
+        begin: Its first byte in the file (0 where the format has no byte range).
+        end: The byte after its last.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -45,29 +55,33 @@ class TensorInfo:
 
     @property
     def n_elements(self) -> int:
+        """Return how many numbers it has."""
         return math.prod(self.shape)
 
 
 @runtime_checkable
 class TensorReader(Protocol):
-    """One format of weight files. `tensors` costs the headers only; `read_rows` the rows asked for."""
+    """One format of weight files. Opening it reads headers; `read_rows` reads the rows it returns."""
 
     @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return what the files declare, by name."""
+        ...
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a matrix, in the dtype it is stored in (dequantised where it is packed)."""
+        """Return rows `start` to `stop` of a matrix, in the dtype it is stored in (dequantised where it is packed)."""
         ...
 
     def prefetch(self, name: str) -> None:
-        """Says that the whole tensor will be read, perhaps several times."""
+        """Prepare for reading the whole tensor, perhaps several times."""
         ...
 
 
 def parse_header(source: Source, file: str) -> dict[str, TensorInfo]:
-    """The tensors that one safetensors file declares, checked against the length of the file.
+    """Return the tensors that one safetensors file declares, checked against the length of the file.
 
-    Raises CorruptCheckpoint where the header is no header, or declares what the file cannot hold.
+    Raises:
+        CorruptCheckpoint: The header is damaged, or declares more than is in the file.
     """
     head = source.read(file, 0, HEADER_GUESS).numpy().tobytes()
     length = int.from_bytes(head[:8], "little")
@@ -102,12 +116,21 @@ def _declared(name: str, entry: dict, file: str, data_start: int) -> TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsReader:
-    """Single or sharded safetensors: headers when opened, rows by byte range."""
+    """Single or sharded safetensors: headers when opened, rows by byte range.
+
+    The header is read by hand because the `safetensors` package needs the whole file on this machine: byte ranges read
+    one table of a model on the hub, and rows of it block by block.
+    """
 
     source: Source
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows `start` to `stop` of a matrix.
+
+        Raises:
+            CorruptCheckpoint: The file is truncated.
+        """
         info = self.tensors[name]
         width = info.n_bytes // max(1, info.shape[0])
         stop = min(stop, info.shape[0])
@@ -117,22 +140,24 @@ class SafetensorsReader:
         return data.view(DTYPES[info.dtype]).view(stop - start, *info.shape[1:])
 
     def prefetch(self, name: str) -> None:
+        """Download the tensor into the cache, where it is on the hub."""
         info = self.tensors[name]
         self.source.keep(info.file, info.begin, info.end)
 
 
 @dataclass(frozen=True, slots=True)
 class StateDictReader:
-    """Tensors that are in memory already (or memory-mapped by torch)."""
+    """Tensors that are in memory already, or memory-mapped by torch."""
 
-    state: Mapping[str, Tensor]
-    tensors: Mapping[str, TensorInfo]
+    state: Mapping[str, Tensor] = field(repr=False)
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return a copy of rows `start` to `stop` of a matrix, in the memory of the CPU."""
         return self.state[name][start:stop].detach().to("cpu", copy=True)
 
     def prefetch(self, name: str) -> None:
-        """Nothing to do."""
+        """Do nothing: the tensor is in memory."""
 
 
 def read_state_dict(state: Mapping[str, Tensor], files: Mapping[str, str]) -> StateDictReader:
@@ -145,6 +170,11 @@ def read_state_dict(state: Mapping[str, Tensor], files: Mapping[str, str]) -> St
 
 
 def open_safetensors(source: Source, files: list[str]) -> SafetensorsReader:
+    """Open safetensors files.
+
+    Raises:
+        CorruptCheckpoint: A file is damaged.
+    """
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         tensors |= parse_header(source, file)
@@ -152,7 +182,11 @@ def open_safetensors(source: Source, files: list[str]) -> SafetensorsReader:
 
 
 def open_sharded(source: Source, index_file: str) -> SafetensorsReader:
-    """The shards that an index names; what it promises must be where it says."""
+    """Open the shards that an index names.
+
+    Raises:
+        CorruptCheckpoint: The index is damaged, a shard is missing, or a tensor is not in the shard that the index names.
+    """
     path = source.fetch(index_file)
     try:
         weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]

@@ -1,10 +1,10 @@
-"""What each row of an embedding table stands for: piece, bytes, a readable label, and a category."""
+"""What each row of an embedding table represents: piece, bytes, a readable label, and a category."""
 
 import json
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dimscope.checkpoints.loaded import LoadedModel
@@ -46,18 +46,27 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The tokens of a table, in the order of its rows."""
+    """The tokens of a table.
 
-    tokens: tuple[Token, ...]
-    tokenizer_size: int | None  # None where there is no tokenizer
-    encode: Callable[[str], list[int]] | None
-    missing: str | None = None  # why there is no tokenizer
+    Attributes:
+        tokens: In the order of its rows.
+        tokenizer_size: Tokens of the tokenizer; None where there is none.
+        encode: Returns the ids of a text; None where there is no tokenizer.
+        missing: Why there is no tokenizer.
+    """
+
+    tokens: tuple[Token, ...] = field(repr=False)
+    tokenizer_size: int | None
+    encode: Callable[[str], list[int]] | None = field(repr=False)
+    missing: str | None = None
 
     def ids(self, text: str) -> list[int]:
-        """The token that spells exactly this text, leading space and all, else the tokens that the text is split into.
+        """Return the token that spells exactly this text, leading space and all, else the tokens of the text.
 
-        Asking for the spelling first finds " water" also where the tokenizer puts a space of its own before a text.
-        Raises TokenizerMissing.
+        The spelling comes first so that " water" is one token also where the tokenizer puts a space before every text.
+
+        Raises:
+            TokenizerMissing: There is no tokenizer.
         """
         if self.encode is None:
             raise TokenizerMissing(f"{self.missing}, so text cannot be looked up; name tokens by id: '#123'")
@@ -94,7 +103,7 @@ def require_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
 
 
 def read_vocabulary(source: Source, n_rows: int) -> Vocabulary:
-    """Labels and categories for the `n_rows` rows of a table. Without a tokenizer every row is `#id`, ordinary."""
+    """Return labels and categories of the `n_rows` rows of a table. Without a tokenizer every row is `#id`, ordinary."""
     tokenizer, missing = _try_tokenizer(source)
     if tokenizer is None:
         tokens = tuple(Token(i, None, None, f"#{i}", "ordinary") for i in range(n_rows))
@@ -103,7 +112,7 @@ def read_vocabulary(source: Source, n_rows: int) -> Vocabulary:
 
 
 def _try_tokenizer(source: Source) -> "tuple[PreTrainedTokenizerBase | None, str]":
-    """The tokenizer, or why there is none: studies that need no text go on without, and say so."""
+    """Return the tokenizer, or None and the reason: studies that need no text work without one."""
     in_memory = isinstance(source, LoadedModel)
     missing = (
         "the model came without a tokenizer (pass the tokenizer)" if in_memory else "the checkpoint has no tokenizer"
@@ -117,7 +126,7 @@ def _try_tokenizer(source: Source) -> "tuple[PreTrainedTokenizerBase | None, str
 
 
 def describe_vocabulary(tokenizer: "PreTrainedTokenizerBase", n_rows: int) -> Vocabulary:
-    """Labels and categories of the rows of a table that is read with this tokenizer."""
+    """Return labels and categories of the rows of a table that is read with this tokenizer."""
     pieces: dict[int, str] = {i: p for p, i in tokenizer.get_vocab().items()}
     to_bytes = piece_decoder(tokenizer)
     added = tokenizer.added_tokens_decoder
@@ -158,22 +167,22 @@ def _decoded(data: bytes) -> str | None:
 
 
 def _reachable(tokenizer: Any, texts: dict[int, str]) -> set[int]:
-    """Ids that come out when their own text is encoded: alone, at the start of a line, beside or inside a word.
+    """Return the ids that come out when their own text is encoded: alone, at the start of a line, beside or inside a word.
 
     The test of Land & Bartolo 2024 (arXiv 2405.05417), in several contexts: tokenizers that mark word starts give
     the first word of a text a space of its own, and others split spaces differently where a word follows.
     """
-    found: set[int] = set()
+    reachable: set[int] = set()
     for before, after in (("", ""), ("\n", ""), ("a", ""), ("", "a"), ("a", "a")):
-        left = [i for i in texts if i not in found]
+        left = [i for i in texts if i not in reachable]
         for chunk in (left[n : n + CHUNK] for n in range(0, len(left), CHUNK)):
             encoded = tokenizer([before + texts[i] + after for i in chunk], add_special_tokens=False)["input_ids"]
-            found |= {i for i, ids in zip(chunk, encoded, strict=True) if i in ids}
-    return found
+            reachable |= {i for i, ids in zip(chunk, encoded, strict=True) if i in ids}
+    return reachable
 
 
 def label_of(data: bytes) -> str:
-    r"""A printable label: spaces at the ends visible, control characters escaped, stray bytes as <0xNN>.
+    r"""Return a printable label: spaces at the ends visible, control characters escaped, stray bytes as <0xNN>.
 
     >>> label_of(b" water"), label_of(b"\n\n"), label_of(b"\xf5"), label_of("été".encode())
     ('␣water', '\\n\\n', '<0xF5>', 'été')
@@ -197,7 +206,7 @@ def _visible(character: str) -> str:
 
 
 def piece_decoder(tokenizer: Any) -> Callable[[str], bytes]:
-    """How the pieces of this tokenizer spell bytes: byte-level, byte fallback with ▁, or WordPiece."""
+    """Return how the pieces of this tokenizer spell bytes: byte-level, byte fallback with ▁, or WordPiece."""
     kinds = _decoder_kinds(tokenizer)
     if "ByteLevel" in kinds:
         table = byte_level_alphabet()
@@ -223,7 +232,7 @@ def _sentencepiece_bytes(piece: str) -> bytes:
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """The printable stand-in of every byte in byte-level BPE (Radford et al. 2019): most bytes stand for themselves.
+    """Return the byte of every character of byte-level BPE (Radford et al. 2019): most bytes stand for themselves.
 
     >>> byte_level_alphabet()["Ġ"]
     32

@@ -75,7 +75,7 @@ def open_weights(source: Source, *, allow_pickle: bool) -> TensorReader:
 
 
 def _open_loose(source: Source, files: list[str]) -> SafetensorsReader:
-    """safetensors files without an index: one file under another name, or shards whose index is missing."""
+    """Open files without an index: one safetensors file under another name, or shards whose index is missing."""
     if len(files) > 1:
         raise CorruptCheckpoint(
             f"{source.name}: {len(files)} safetensors files but no model.safetensors.index.json; download the model again"

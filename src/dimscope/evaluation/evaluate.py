@@ -73,7 +73,7 @@ class Baseline:
         cache: Log-probabilities by batch and block of positions, or None.
     """
 
-    windows: tuple[Window, ...]
+    windows: tuple[Window, ...] = field(repr=False)
     batch: int
     states: tuple[Float[Tensor, "_ t d"], ...] = field(repr=False)
     head: OutputHead

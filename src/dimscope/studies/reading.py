@@ -1,4 +1,4 @@
-"""How the studies that run a model read: names of texts and models, and how much of a text at once."""
+"""What the studies that run a model read: texts by name, windows by length and number."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,21 @@ from dimscope.checkpoints.model import Placement, require_causal
 from dimscope.errors import InvalidArgument
 from dimscope.texts.texts import Text, open_text
 
-GENERATED = "generated"  # as a text: what the model writes itself
+GENERATED = "generated"  # the name of the text that the model generates itself
 CPU_BATCH, GPU_BATCH = 2048, 16384  # tokens at once
 
 
 def windows_at_once(placement: Placement, length: int) -> int:
-    """How many windows of this many tokens suit the device."""
+    """Return how many windows of this many tokens suit the device."""
     return max(1, (CPU_BATCH if placement.device == "cpu" else GPU_BATCH) // length)
 
 
 def distinct(names: Sequence[str], longer: Sequence[str]) -> list[str]:
-    """The names, or the longer ones where two are the same; numbered where those are too."""
+    """Return the names, or the longer ones where two are the same; numbered where those are too.
+
+    >>> distinct(["a", "b"], ["x/a", "x/b"]), distinct(["a", "a"], ["x/a", "y/a"]), distinct(["a", "a"], ["a", "a"])
+    (['a', 'b'], ['x/a', 'y/a'], ['a', 'a (2)'])
+    """
     chosen = list(names if len(set(names)) == len(names) else longer)
     return [
         name if chosen.index(name) == i else f"{name} ({chosen[:i].count(name) + 1})" for i, name in enumerate(chosen)
@@ -25,36 +29,49 @@ def distinct(names: Sequence[str], longer: Sequence[str]) -> list[str]:
 
 
 def named_texts(sources: Sequence[str]) -> dict[str, Text]:
-    """The texts at the sources, by the name that is shown. Raises InvalidArgument for none, and what `open_text` raises."""
+    """Return texts by the name that is shown.
+
+    Raises:
+        InvalidArgument: There are none, or one cannot be read.
+    """
     if not sources:
         raise InvalidArgument("`texts` is empty; pass a file, or builtin:prose")
     texts = [open_text(source) for source in sources]
     return dict(zip(distinct([t.name for t in texts], sources), texts, strict=True))
 
 
-def texts_or_written(sources: Sequence[str]) -> dict[str, Text | None]:
-    """The texts at the sources by the name that is shown; None for what the model writes itself, `GENERATED`.
+def texts_or_generated(sources: Sequence[str]) -> dict[str, Text | None]:
+    """Return texts by the name that is shown; None for the one that the model generates itself, `GENERATED`.
 
-    Raises InvalidArgument for none, and what `open_text` raises.
+    Raises:
+        InvalidArgument: There are none, or one cannot be read.
     """
     if not sources:
         raise InvalidArgument(f"`texts` is empty; pass a file, builtin:prose or {GENERATED}")
     others = [source for source in sources if source != GENERATED]
-    found: dict[str, Text | None] = {**named_texts(others)} if others else {}
-    return found | ({GENERATED: None} if GENERATED in sources else {})
+    texts: dict[str, Text | None] = {**named_texts(others)} if others else {}
+    return texts | ({GENERATED: None} if GENERATED in sources else {})
 
 
 def context_of(checkpoint: Checkpoint) -> int | None:
-    """How many tokens the model reads at once, where its config says so."""
+    """Return how many tokens the model reads at once; None where its config has no limit.
+
+    Raises:
+        UnsupportedCheckpoint: The checkpoint is not a causal language model.
+    """
     return getattr(require_causal(checkpoint).get_text_config(), "max_position_embeddings", None)
 
 
-def window_length(checkpoint: Checkpoint, asked: int | None, longest: int) -> int:
-    """Tokens of a window: as asked, else the context of the model, `longest` at most.
+def window_length(checkpoint: Checkpoint, length: int | None, longest: int) -> int:
+    """Return the tokens of a window: `length`, else the context of the model, `longest` at most.
 
-    Raises InvalidArgument where the model has no positions for as many as are asked for.
+    Raises:
+        InvalidArgument: `length` is larger than the context of the model.
+        UnsupportedCheckpoint: The checkpoint is not a causal language model.
     """
     context = context_of(checkpoint)
-    if asked is not None and context is not None and asked > context:
-        raise InvalidArgument(f"`length` must be at most {context}, the context of {checkpoint.title}, got {asked}")
-    return min(context or longest, longest) if asked is None else asked
+    if length is None:
+        return min(context or longest, longest)
+    if context is not None and length > context:
+        raise InvalidArgument(f"`length` must be at most {context}, the context of {checkpoint.title}, got {length}")
+    return length

@@ -1,7 +1,7 @@
 """Windows of tokens: a text as the sequences that a model reads, and their shuffles. Knows nothing of models."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -33,9 +33,9 @@ class Window:
     """
 
     index: int  # running number in the text
-    ids: Int[Tensor, " t"]
-    ends: Int[Tensor, " t"]
-    n_bytes: Int[Tensor, " t"]
+    ids: Int[Tensor, " t"] = field(repr=False)
+    ends: Int[Tensor, " t"] = field(repr=False)
+    n_bytes: Int[Tensor, " t"] = field(repr=False)
     n_prefix: int
 
     @property

@@ -24,7 +24,7 @@ from dimscope.evaluation.prompts import Prompt, Template, check_context, prepare
 from dimscope.interventions.table_summary import TableSummary, summarise_table
 from dimscope.studies.damage.plan import Point, Table, plan_points
 from dimscope.studies.damage.settings import DamageSettings
-from dimscope.studies.reading import GENERATED, context_of, texts_or_written, window_length, windows_at_once
+from dimscope.studies.reading import GENERATED, context_of, texts_or_generated, window_length, windows_at_once
 from dimscope.texts.texts import Text
 from dimscope.texts.windows import Window, middle_windows, require_rows, stream_windows, text_tokens
 from dimscope.vectors.embedding import open_table
@@ -92,7 +92,7 @@ def damage_inputs(checkpoint: Checkpoint, settings: DamageSettings) -> DamageInp
     check_context(prompts, settings.new_tokens, context_of(checkpoint))
     if GENERATED in settings.texts:
         text_tokens(begin_ids(tokenizer), length)  # raises now, not after a model is loaded
-    texts = texts_or_written(settings.texts)
+    texts = texts_or_generated(settings.texts)
     windows = {name: cut_windows(text, tokenizer, length, settings) for name, text in texts.items() if text is not None}
     largest_ids = [max(p.ids) for p in prompts] + [int(w.ids.max()) for group in windows.values() for w in group]
     require_rows(max(largest_ids, default=0), checkpoint.input_table.shape[0])

@@ -33,7 +33,7 @@ from dimscope.narrowing.projection import Cut, fitted_model, narrow_model, plan_
 from dimscope.narrowing.training import TOKENS, Point, Schedule, mean_distance
 from dimscope.studies.narrowing.settings import NarrowSettings
 from dimscope.studies.provenance import fingerprint
-from dimscope.studies.reading import texts_or_written, window_length, windows_at_once
+from dimscope.studies.reading import texts_or_generated, window_length, windows_at_once
 from dimscope.texts.windows import Window, middle_windows
 from dimscope.units import readable_duration
 from dimscope.vectors.embedding import open_table
@@ -115,7 +115,7 @@ class Bench:
                 "--device map: a model is calibrated and judged on one device; take cpu or cuda, or cut by the table alone: "
                 "--basis embedding --no-judge"
             )
-        self.texts = texts_or_written(settings.texts)
+        self.texts = texts_or_generated(settings.texts)
         self.reading = self._read()
         self.length = len(self.reading.judged[0].ids)
         self.batch = windows_at_once(self.placement, self.length)
