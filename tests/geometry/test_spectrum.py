@@ -147,7 +147,7 @@ def scored(x, *, centred=True):
 @pytest.mark.parametrize("standardised", [False, True])
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("kind", ["rows", "moments"])
-@pytest.mark.parametrize("shape", [*SHAPES, (40, 41), (41, 40)])
+@pytest.mark.parametrize("shape", [(200, 12), (12, 40), (40, 41), (2, 5), (50, 1)])
 def test_rows_and_moments_have_the_singular_values_of_the_svd(shape, kind, centred, standardised):
     x = gaussian(*shape) * torch.linspace(1, 4, shape[1]) + 0.5
     found = module.spectrum_of(held(x, kind), centred=centred, standardised=standardised)
@@ -244,8 +244,7 @@ def measured(x, *, centred):
     return spectrum(table_moments(blocks, *x.shape), centred=centred), blocks.passes
 
 
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("condition", [1.5, 25, 1e3])
+@pytest.mark.parametrize(("condition", "centred"), [(1.5, True), (25, True), (25, False), (1e3, True)])
 def test_every_singular_value_of_a_big_float32_table_is_accurate(monkeypatch, condition, centred):
     """The tolerance: float32 sums depend on the number of threads; 1.4e-6 with one, below 1e-6 with two."""
     monkeypatch.setattr(module, "SMALL", 0)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from matrices import DTYPES, gaussian, table_without
+from matrices import gaussian, table_without
 
 from dimscope.geometry.untrained import MIN_SEED, untrained_scores
 from dimscope.vectors.table import table_from_tensor
@@ -45,8 +45,11 @@ def pushed_together():
 KINDS = [near_zero, frozen, pushed_together]
 
 
-@pytest.mark.parametrize("make", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [*((make, torch.float32) for make in KINDS), (frozen, torch.float16), (near_zero, torch.bfloat16)],
+    ids=str,
+)
 def test_untrained_rows_are_found_and_no_others(make, dtype):
     found = untrained_scores(table_from_tensor(make().to(dtype)), SEED)
     assert found.n_seed == len(SEED)
@@ -78,15 +81,14 @@ def test_scores_ignore_scale_and_rows_can_be_in_any_order(make):
     np.testing.assert_array_equal(moved.flagged, found.flagged[order.numpy()])
 
 
-@pytest.mark.parametrize("n_seed", [3, 5, 10, 20, 200])
-@pytest.mark.parametrize("d", [16, 64, 256, 896])
+@pytest.mark.parametrize(("d", "n_seed"), [(16, 3), (16, 200), (64, 20), (256, 5), (512, 3)])
 def test_in_a_random_table_nothing_is_flagged(d, n_seed):
     """Seed rows lie nearer to their own centroid than others do; with few of them, that alone must not convict."""
     flagged = [
         int(untrained_scores(table_from_tensor(gaussian(1500, d, seed)), torch.arange(n_seed) * 7).flagged.sum())
-        for seed in range(4)
+        for seed in range(3)
     ]
-    assert flagged == [0, 0, 0, 0]
+    assert flagged == [0, 0, 0]
 
 
 def test_rows_close_to_seed_rows_that_are_all_equal_are_flagged():

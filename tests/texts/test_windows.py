@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import PROPERTY
 from models import TEXT, TOKENIZERS, write_tokenizer
@@ -27,6 +27,7 @@ from dimscope.texts.windows import (
     stream_windows,
 )
 
+FEW = settings(PROPERTY, max_examples=8)  # of examples that encode a whole text
 SIZES = {"byte_bpe": 512, "sentencepiece": 512, "wordpiece": 512}
 REAL = ("gpt2", "qwen2", "gpt_neox")
 FRAGMENTS = (
@@ -95,7 +96,7 @@ def pairs(window: Window) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("kind", list(TOKENIZERS))
-@PROPERTY
+@FEW
 @given(parts=st.lists(st.sampled_from(FRAGMENTS), min_size=150, max_size=300), size=st.integers(1, 300))
 def test_pieces_give_the_tokens_of_the_whole(kind, tokenizers, parts, size):
     whole = "".join(parts)
@@ -154,7 +155,7 @@ def test_wordpiece_counts_the_space_before_a_word_to_the_word(tokenizers):
 
 
 def test_a_word_longer_than_the_margins_loses_no_byte(tokenizers):
-    for whole in ("7" * 20_000, "🚢" * 6000, " " * 9000, "ab" * 9000):
+    for whole in ("7" * 6000, "🚢" * 4000, " " * 5000):
         for kind in ("byte_bpe", "sentencepiece"):
             ids, ends = encoded(text_of(whole, 2500), tokenizers[kind])
             assert ends == sorted(ends)
@@ -228,7 +229,7 @@ def test_the_prefix_is_what_the_tokenizer_puts_before_a_text(tokenizers, real):
 
 
 @pytest.mark.parametrize("kind", list(TOKENIZERS))
-@PROPERTY
+@FEW
 @given(length=st.integers(3, 90), size=st.integers(50, 9000))
 def test_windows_one_after_another_are_the_text(kind, tokenizers, length, size):
     tokenizer, prefix = tokenizers[kind], special_prefix(tokenizers[kind])
@@ -249,7 +250,7 @@ def test_windows_one_after_another_are_the_text(kind, tokenizers, length, size):
 
 
 @pytest.mark.parametrize("kind", list(TOKENIZERS))
-@PROPERTY
+@FEW
 @given(length=st.integers(3, 150), share=st.floats(0, 1), size=st.integers(50, 9000))
 def test_windows_lie_in_the_middle_of_equal_parts(kind, tokenizers, length, share, size):
     tokenizer = tokenizers[kind]
@@ -347,7 +348,7 @@ def test_a_short_text_fits_one_window_of_all_its_tokens(kind, tokenizers):
 
 def test_a_long_text_is_read_only_as_far_as_a_window_goes(tokenizers):
     pulled: list[int] = []
-    assert fitting_length(text_of(TEXT * 300, 20_000, pulled), tokenizers["byte_bpe"], 64) == 64
+    assert fitting_length(text_of(TEXT * 50, 20_000, pulled), tokenizers["byte_bpe"], 64) == 64
     assert pulled == [0]
 
 
@@ -373,7 +374,7 @@ def test_a_text_above_the_cap_is_streamed_only(tokenizers):
 # ---- shuffles ------------------------------------------------------------------------------------------------------
 
 
-@PROPERTY
+@FEW
 @given(kind=st.sampled_from(list(TOKENIZERS)), seed=st.integers(0, 2**63), draw=st.integers(0, 99))
 def test_a_shuffle_permutes_the_tokens_behind_the_prefix(kind, tokenizers, seed, draw):
     windows = list(stream_windows(text_of(TEXT), tokenizers[kind], length=40))
@@ -406,9 +407,9 @@ def test_a_shuffle_depends_on_seed_draw_and_index_only(tokenizers):
 
 
 def test_every_order_is_as_likely_as_another():
-    """Each of 4 tokens comes to each of 4 places about 500 times in 2,000 draws: five standard errors are 97."""
+    """Each of 4 tokens comes to each of 4 positions about 250 times in 1,000 draws: five standard errors are 68."""
     window = Window(0, torch.tensor([9, 0, 1, 2, 3]), torch.arange(5), torch.arange(5), 1)
     placed = np.zeros((4, 4))
-    for draw in range(2000):
+    for draw in range(1000):
         placed[range(4), shuffle_within(window, 0, draw).ids[1:]] += 1
-    assert np.abs(placed - 500).max() < 97
+    assert np.abs(placed - 250).max() < 68

@@ -122,8 +122,7 @@ def test_a_models_own_parameter_is_a_table():
 # ---- open_table ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize(("side", "dtype"), [("input", "float32"), ("output", "bfloat16"), ("input", "float16")])
 def test_a_checkpoints_tables_are_those_of_stock_transformers(checkpoint, side, dtype):
     folder = checkpoint("llama", tied=False, dtype=dtype)
     _, rows = open_table(open_checkpoint(folder), side).load()
