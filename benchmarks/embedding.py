@@ -30,8 +30,7 @@ from benchmarks.measure import (
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.geometry.neighbors import build_index
 from dimscope.geometry.pairs import LEADING, pairs_within
-from dimscope.geometry.spectrum import principal_components, spectrum
-from dimscope.studies.embedding.run import moments_of
+from dimscope.geometry.spectrum import moments_of, principal_components, spectrum
 from dimscope.vectors.embedding import open_table
 from dimscope.vectors.moments import Moments
 

@@ -27,7 +27,7 @@ _HOMES = {
     "table_from_tensor": ("dimscope.vectors.table", "table_from_tensor"),
     "Moments": ("dimscope.vectors.moments", "Moments"),
     "moments": ("dimscope.vectors.moments", "moments"),
-    "moments_of": ("dimscope.studies.embedding.run", "moments_of"),
+    "moments_of": ("dimscope.geometry.spectrum", "moments_of"),
     "Spectrum": ("dimscope.geometry.spectrum", "Spectrum"),
     "spectrum": ("dimscope.geometry.spectrum", "spectrum"),
     "principal_components": ("dimscope.geometry.spectrum", "principal_components"),

@@ -10,6 +10,7 @@ from dimscope.geometry.dimension_table import dimensions_of
 from dimscope.geometry.nulls import white_noise_spectrum
 from dimscope.geometry.spectrum import spectrum, spectrum_of
 from dimscope.vectors.moments import moments
+from dimscope.vectors.table import table_from_tensor
 
 NAMES = [
     "variance_count_80", "variance_count_90", "variance_count_95", "variance_count_99", "numerical_rank",
@@ -29,10 +30,12 @@ def test_values_are_those_of_the_family_and_nulls_those_of_white_noise(centred):
     assert (result.n_rows, result.dim, result.preprocess) == (300, 12, "centred" if centred else "uncentred")
 
 
-def test_rows_moments_and_spectrum_are_the_same_source():
+def test_rows_table_moments_and_spectrum_are_the_same_source():
     x = gaussian(60, 5)
-    rows, sums, measured = (dimensions_of(s) for s in (x, moments([x], dtype=torch.float64), spectrum_of(x)))
+    sums = moments([x], dtype=torch.float64)
+    rows, table, sums, measured = (dimensions_of(s) for s in (x, table_from_tensor(x), sums, spectrum_of(x)))
     for name in NAMES:
+        assert table[name].value == sums[name].value
         assert rows[name].value == pytest.approx(sums[name].value, rel=1e-12) == measured[name].value
 
 

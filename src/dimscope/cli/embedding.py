@@ -212,7 +212,7 @@ def spectrum(
     seed
         Seed of those draws.
     """
-    from dimscope.studies.embedding.run import moments_of
+    from dimscope.geometry.spectrum import moments_of
     from dimscope.studies.embedding.tables import dimensions_frame, spectrum_frame
 
     if permutations < 1:

@@ -15,8 +15,9 @@ from dimscope.errors import InvalidArgument
 from dimscope.geometry.dimension import THRESHOLDS, Dimension, linear_dimensions
 from dimscope.geometry.metrics import slug_of
 from dimscope.geometry.nulls import white_noise_spectrum
-from dimscope.geometry.spectrum import Spectrum, spectrum_of
+from dimscope.geometry.spectrum import Spectrum, moments_of, spectrum_of
 from dimscope.vectors.moments import Moments
+from dimscope.vectors.table import VectorTable
 
 if TYPE_CHECKING:
     import polars as pl
@@ -109,7 +110,7 @@ def _percent(share: float) -> str:
 
 
 def dimensions_of(
-    source: Float[Tensor, "n d"] | Moments | Spectrum,
+    source: Float[Tensor, "n d"] | VectorTable | Moments | Spectrum,
     *,
     centred: bool = True,
     thresholds: tuple[float, ...] = THRESHOLDS,
@@ -118,7 +119,8 @@ def dimensions_of(
     """Compute every linear dimension of vectors, beside its value for white noise of the same shape, in float64.
 
     Args:
-        source: The vectors, their moments or their spectrum.
+        source: The vectors, as a tensor or a table (which is streamed: d x d numbers in memory), their moments or their
+            spectrum.
         centred: Whether to subtract the mean first; a spectrum is centred already or not.
         thresholds: Shares of the variance for the variance counts, above 0 and at most 1.
         tolerance: Of the numerical rank, relative to the largest singular value; by default d eps(float32).
@@ -133,6 +135,8 @@ def dimensions_of(
     """
     if not all(0 < t <= 1 for t in thresholds):
         raise InvalidArgument(f"`thresholds` must be shares above 0 and at most 1, got {thresholds}")
+    if isinstance(source, VectorTable):
+        source = moments_of(source)
     measured = source if isinstance(source, Spectrum) else spectrum_of(source, centred=centred)
     if measured.max_rank < 1:
         raise InvalidArgument(f"dimensions need at least {1 + measured.centred} rows, got {measured.n_rows}")

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dimscope.vectors.moments import Moments, moments, upper_gram
+from dimscope.vectors.table import VectorTable
 
 SMALL = 10**11  # N x d x d up to which float64 products cost next to nothing
 CONDITION = 30.0  # largest singular value over the smallest, up to which float32 products keep 7 digits
@@ -96,6 +97,16 @@ def table_moments(blocks: Callable[[], Iterable[Float[Tensor, "_ d"]]], n_rows: 
     spectra = [spectrum(first, centred=centred).singular_values for centred in (True, False)]
     wide = any(bool(values[0] > CONDITION * values[-1]) for values in spectra)
     return moments(blocks(), dtype=torch.float64) if wide else first
+
+
+def moments_of(table: VectorTable) -> Moments:
+    """Compute the moments of all rows of a table, in one pass, or two where the spectrum is very wide.
+
+    >>> from dimscope.vectors.table import table_from_tensor
+    >>> moments_of(table_from_tensor(torch.eye(4)))
+    Moments(4 x 4)
+    """
+    return table_moments(lambda: (rows for _, rows in table.blocks()), table.n_used, table.dim)
 
 
 def principal_components(of: Moments, k: int, *, centred: bool = True) -> Float[Tensor, "d k"]:

@@ -16,7 +16,7 @@ from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.vocabulary import Vocabulary, read_vocabulary
 from dimscope.errors import InvalidArgument
 from dimscope.geometry.neighbors import NeighborIndex, NeighborMetric, build_index
-from dimscope.geometry.spectrum import principal_components, table_moments
+from dimscope.geometry.spectrum import moments_of, principal_components
 from dimscope.vectors.moments import Moments
 from dimscope.vectors.table import VectorTable
 
@@ -155,9 +155,7 @@ def neighbor_tables(
         (f"all {table.dim} dimensions", None, build_index(ids, rows, metric))
     ]
     if components:
-        projected = project(
-            table_moments(lambda: (r for _, r in table.blocks()), table.n_used, table.dim), rows, components
-        )
+        projected = project(moments_of(table), rows, components)
         spaces.append((f"first {components} components", projected, build_index(ids, projected.rows, metric)))
     found = {}
     for query in queries:

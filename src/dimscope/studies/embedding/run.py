@@ -20,7 +20,7 @@ from dimscope.errors import InvalidArgument
 from dimscope.geometry.correlation import correlated_blocks, correlation_matrix
 from dimscope.geometry.neighbors import NeighborIndex, build_index, hubness
 from dimscope.geometry.pairs import LEADING, connected_groups, pairs_within
-from dimscope.geometry.spectrum import principal_components, table_moments
+from dimscope.geometry.spectrum import moments_of, principal_components
 from dimscope.geometry.untrained import UntrainedScores
 from dimscope.storage import Store
 from dimscope.studies.embedding import tables
@@ -150,11 +150,6 @@ class EmbeddingWork:
                 space = f"first {tables.COMPONENTS} components"
                 frames.append(find_neighbors(query, projected.apply(vector), small, self.vocabulary, 8, space))
         return pl.concat(frames).with_columns(query=pl.col("query").str.replace("^ ", "␣"))
-
-
-def moments_of(table: VectorTable) -> Moments:
-    """Count, sum and Gram matrix of all rows of a table, in one pass, or two where the spectrum is very wide."""
-    return table_moments(lambda: (rows for _, rows in table.blocks()), table.n_used, table.dim)
 
 
 def run_embedding(checkpoint: Checkpoint, settings: EmbeddingSettings, store: Store, monitor: Monitor) -> RunOutput:
