@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,13 +50,10 @@ def run_pass(
 ) -> Collection:
     """Collect what a model shows on windows; the model is left as it was.
 
-    Batches hold the same windows whatever the shards, so that all shards together, or an interrupted pass, give the sums
-    of one pass to rounding.
-
     Args:
         model: A causal language model.
         sites: Where hidden states are read.
-        windows: The windows of a text.
+        windows: The windows of a text. Batches hold the same windows in all shards, so that these add up to one pass.
         settings: How they go through the model.
         state: A file from which the pass is resumed, and which is written now and then and at the end.
         progress: Called with the windows of each batch.
@@ -72,10 +70,8 @@ def run_pass(
     saver = _Saver(collection, state, settings.checkpoint_every)
     first, step = settings.shard
     with evaluating(model):  # once, not for every batch
-        for number, group in enumerate(grouped(windows, settings.batch)):
-            if number % step != first:
-                continue
-            if number // step >= collection.n_batches:  # the others are in the state
+        for number, group in enumerate(islice(grouped(windows, settings.batch), first, None, step)):
+            if number >= collection.n_batches:  # the others are in the state
                 _collect_batch(model, group, sites, collection, logits=settings.logits)
             progress(group)
             saver.save_if_due()

@@ -16,7 +16,7 @@ from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.loaded import LoadedModel
 from dimscope.checkpoints.sources import HubRepository
 from dimscope.checkpoints.tensors import StateDictReader
-from dimscope.errors import CorruptCheckpoint, InvalidArgument, MissingExtra, UnsupportedCheckpoint
+from dimscope.errors import CorruptCheckpoint, DimscopeError, InvalidArgument, MissingExtra, UnsupportedCheckpoint
 from dimscope.units import readable_bytes
 
 if TYPE_CHECKING:
@@ -86,9 +86,7 @@ def _same_device(requested: str, actual: str) -> bool:
 def load_model(
     checkpoint: Checkpoint, placement: Placement | None = None, *, trust_remote_code: bool = False
 ) -> "PreTrainedModel":
-    """Return the causal language model of a checkpoint, ready to run.
-
-    A model in memory is returned as it is: the same object, in whatever mode it is. Others are loaded in evaluation mode.
+    """Return the causal language model of a checkpoint: loaded in evaluation mode, or the very model in memory as it is.
 
     Args:
         checkpoint: What to load.
@@ -100,8 +98,6 @@ def load_model(
         CorruptCheckpoint: The weights do not fit the config.
         InvalidArgument: The weights do not fit into memory, or a model in memory has another dtype or device.
     """
-    from transformers import AutoModelForCausalLM
-
     require_causal(checkpoint)
     source = checkpoint.source
     if isinstance(source, LoadedModel):
@@ -114,30 +110,41 @@ def load_model(
     # accelerate may keep weights on disk; safetensors files it reads where they are, others it writes there
     offload = tempfile.mkdtemp(prefix="dimscope-") if placement.device == "map" else None
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location,
-            revision=source.revision if isinstance(source, HubRepository) else None,
-            dtype=DTYPES[placement.dtype],
-            device_map="auto" if placement.device == "map" else None,
-            offload_folder=offload,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=not isinstance(checkpoint.reader, StateDictReader),
-            output_loading_info=True,
-        )
-        model, loading = loaded
-        if offload is not None:
-            weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
-        model = model if placement.device == "map" else model.to(placement.device)
+        model = _from_pretrained(checkpoint, location, placement, offload, trust_remote_code)
     except (OSError, RuntimeError, ValueError, MemoryError) as e:
         if offload is not None:
             shutil.rmtree(offload, ignore_errors=True)
+        if isinstance(e, DimscopeError):
+            raise
         if is_out_of_memory(e):
             raise out_of_memory(checkpoint.name) from e
         reason = " ".join(str(e).split())[:200]
         raise CorruptCheckpoint(f"{checkpoint.name}: the weights cannot be loaded ({reason})") from e
-    if loading["missing_keys"]:  # transformers would go on with random weights there
-        raise CorruptCheckpoint(f"{checkpoint.name}: the weights hold no {sorted(loading['missing_keys'])[0]}")
+    if offload is not None:
+        weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
     return model.eval()
+
+
+def _from_pretrained(
+    checkpoint: Checkpoint, location: str, placement: Placement, offload: str | None, trust_remote_code: bool
+) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    source = checkpoint.source
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        location,
+        revision=source.revision if isinstance(source, HubRepository) else None,
+        dtype=DTYPES[placement.dtype],
+        device_map="auto" if placement.device == "map" else None,
+        offload_folder=offload,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=not isinstance(checkpoint.reader, StateDictReader),
+        output_loading_info=True,
+    )
+    model, loading = loaded
+    if loading["missing_keys"]:  # transformers would fill them with random weights
+        raise CorruptCheckpoint(f"{checkpoint.name}: the weights hold no {sorted(loading['missing_keys'])[0]}")
+    return model if placement.device == "map" else model.to(placement.device)
 
 
 def randomly_initialised(
