@@ -21,6 +21,7 @@ from matrices import PROPERTY
 
 from dimscope.errors import InvalidArgument, NetworkError
 from dimscope.texts import texts as module
+from dimscope.texts import urls
 from dimscope.texts.texts import open_text, text_from_string
 
 WORDS = "Die Möwe sah 7 Schiffe 🚢 und\r\nflog — ohne Eile — weiter.\n"
@@ -76,7 +77,7 @@ def test_standard_input_is_read_once_and_can_be_repeated():
 
 
 def test_standard_input_above_the_cap_is_refused(monkeypatch):
-    monkeypatch.setattr(module, "LARGEST", 10)
+    monkeypatch.setattr(urls, "LARGEST", 10)
     assert "standard input: more than" in refused("-", stdin=io.BytesIO(b"a" * 11))
     assert read(open_text("-", stdin=io.BytesIO(b"a" * 10))) == "a" * 10
 
@@ -408,21 +409,21 @@ def test_what_cannot_be_reached(serve, closed_endpoint):
 
 
 def test_a_server_that_says_nothing(serve, monkeypatch):
-    monkeypatch.setattr(module, "TIMEOUT", 0.2)
+    monkeypatch.setattr(urls, "TIMEOUT", 0.2)
     url = serve({"/slow": lambda h: h.server.over.wait(20), "/stuck": lambda h: (h.begin(200), h.server.over.wait(20))})
     assert "no answer for 0.2 s" in unreachable(f"{url}/slow")
     assert "no answer for 0.2 s" in unreachable(f"{url}/stuck")
 
 
 def test_a_server_that_drips_is_left_at_the_deadline(serve, monkeypatch):
-    monkeypatch.setattr(module, "DEADLINE", 0.3)
+    monkeypatch.setattr(urls, "DEADLINE", 0.3)
     url, begin = serve({"/drip": lambda h: h.drip(b"a", 0.02)}), time.monotonic()
     assert "not complete after 0.3 s" in unreachable(f"{url}/drip")
     assert time.monotonic() - begin < 5
 
 
 def test_bodies_above_the_cap(serve, monkeypatch):
-    monkeypatch.setattr(module, "LARGEST", 1 << 20)
+    monkeypatch.setattr(urls, "LARGEST", 1 << 20)
     url = serve(
         {"/endless": lambda h: h.drip(b"a" * 65_536, 0), "/said": lambda h: h.answer(200, b"a", length=1 << 40)}
     )

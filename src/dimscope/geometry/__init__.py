@@ -1,0 +1,1 @@
+"""Numbers from rows, moments and samples. Knows no model and no study."""

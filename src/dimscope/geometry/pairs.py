@@ -214,12 +214,16 @@ def _measure(rows: Float[Tensor, "n d"], first: Int[Tensor, " c"], second: Int[T
 # ---- groups ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Groups:
     """Rows linked by pairs: for each member its position and its group, groups by falling size, members by position."""
 
     position: Int[np.ndarray, " m"]
     group: Int[np.ndarray, " m"]
+
+    def __repr__(self) -> str:
+        """Return one line: how many groups and members."""
+        return f"Groups({len(np.unique(self.group)):,} of {len(self.position):,} rows)"
 
 
 def connected_groups(pairs: Pairs, n_rows: int) -> Groups:

@@ -7,28 +7,21 @@ import io
 import json
 import re
 import sys
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from http.client import HTTPException
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib import request
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit, urlunsplit
 
-from dimscope.errors import InvalidArgument, NetworkError
+from dimscope.errors import InvalidArgument
+from dimscope.texts import urls
 
 PIECE = 1 << 20  # characters
 READ_BYTES = 1 << 20  # bytes of a file read at once
 ROWS = 512  # of a Parquet file read at once
-LARGEST = 64 << 20  # bytes; what can be read only once is kept in memory
-TIMEOUT = 20.0  # seconds without a sign of the server
-DEADLINE = 300.0  # seconds for a whole download
 BUILTIN = {"prose": "prose.txt", "html": "page.html"}
 SUFFIXES = (".txt", ".md", ".html", ".htm")
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
@@ -114,7 +107,8 @@ def _open(source: str, stdin: io.BufferedIOBase | None) -> Text:
     if source == "-":
         return _from_bytes("standard input", _read_whole("standard input", (stdin or sys.stdin.buffer).read))
     if match := SCHEME.match(source):
-        return _url(source, match[1].lower())
+        document = urls.download(source, match[1].lower())
+        return _from_bytes(document.name, document.data)
     if not source:  # would be the current folder
         raise InvalidArgument(f"a text is empty; {SOURCES}")
     return _path(source)
@@ -133,14 +127,10 @@ def _from_bytes(name: str, data: bytes) -> Text:
 
 
 def _read_whole(label: str, read: Callable[[int], bytes]) -> bytes:
-    data = read(LARGEST + 1)
-    if len(data) > LARGEST:
-        raise InvalidArgument(f"{label}: {_too_large()}; save it to a file and pass that")
+    data = read(urls.LARGEST + 1)
+    if len(data) > urls.LARGEST:
+        raise InvalidArgument(f"{label}: {urls.too_large()}; save it to a file and pass that")
     return data
-
-
-def _too_large() -> str:
-    return f"more than {LARGEST / (1 << 20):g} MiB, the most that is kept in memory"
 
 
 # ---- files and folders ---------------------------------------------------------------------------------------------
@@ -317,82 +307,3 @@ def _parquet_errors(path: Path) -> Generator[None]:
         yield
     except PolarsError as e:
         raise InvalidArgument(f"{path}: no Parquet file, or a damaged one ({str(e).splitlines()[0]})") from e
-
-
-# ---- URLs ----------------------------------------------------------------------------------------------------------
-
-
-def _url(source: str, scheme: str) -> Text:
-    if scheme not in ("http", "https"):
-        raise InvalidArgument(f"texts are read from URLs that begin with http:// or https://, not {scheme}://")
-    try:
-        parts = urlsplit(source)
-    except ValueError as e:
-        raise InvalidArgument(f"{source}: no URL ({e})") from e
-    if "@" in parts.netloc:  # the standard library does not log in, and its errors would show the password
-        raise InvalidArgument(
-            "texts are read from URLs without user name and password; download the file and pass its path"
-        )
-    name = urlunsplit((scheme, parts.netloc, parts.path, "", ""))
-    try:
-        body, charset = _download(name, source)
-    except NetworkError:  # is an OSError too
-        raise
-    except (OSError, HTTPException, ValueError) as e:
-        raise NetworkError(f"{name}: cannot be read ({_reason(e)}); check the address and the connection") from e
-    return _from_bytes(name, _to_utf8(name, body, charset))
-
-
-def _opener() -> request.OpenerDirector:
-    """Return an opener without the standard one's file, data and ftp, which a redirect could lead to."""
-    opener = request.OpenerDirector()
-    for handler in (
-        request.ProxyHandler(),
-        request.HTTPHandler(),
-        request.HTTPSHandler(),
-        request.HTTPRedirectHandler(),
-        request.HTTPErrorProcessor(),
-        request.HTTPDefaultErrorHandler(),
-        request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
-def _download(name: str, url: str) -> tuple[bytes, str | None]:
-    """Return the body, and the charset that the header names."""
-    late = time.monotonic() + DEADLINE
-    query = request.Request(url, headers={"User-Agent": "dimscope"})
-    with _opener().open(query, timeout=TIMEOUT) as response:
-        expected, body = response.length, bytearray()
-        while expected is None or len(body) < expected:
-            if max(len(body), expected or 0) > LARGEST:
-                raise NetworkError(f"{name}: {_too_large()}; download it and pass the file")
-            if time.monotonic() > late:
-                raise NetworkError(f"{name}: not complete after {DEADLINE:g} s; download it and pass the file")
-            # read1 comes back with what has arrived; read would wait for the whole of it, past the deadline.
-            if not (chunk := response.read1(1 << 16)):
-                break
-            body += chunk
-        if expected is not None and len(body) < expected:
-            raise NetworkError(f"{name}: the download broke off after {len(body):,} of {expected:,} bytes; try again")
-        return bytes(body), response.headers.get_content_charset()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, HTTPError):
-        error.close()
-        return f"the server answers {error.code} {' '.join(str(error.reason).split())}"
-    cause = error.reason if isinstance(error, URLError) else error
-    if isinstance(cause, TimeoutError):
-        return f"no answer for {TIMEOUT:g} s"
-    return " ".join(str(cause).split()) or type(cause).__name__
-
-
-def _to_utf8(name: str, body: bytes, charset: str | None) -> bytes:
-    try:
-        if charset is None or codecs.lookup(charset).name == "utf-8":
-            return body
-        return body.decode(charset).encode()
-    except (LookupError, UnicodeError) as e:
-        raise InvalidArgument(f"{name}: the server calls it {charset}, but it does not decode as that ({e})") from e

@@ -22,7 +22,7 @@ LARGEST = 256 * 10**6  # bytes of text whose tokens are in memory at once, about
 FEWEST = 2  # tokens of the text in a window: one to read, one to predict
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Window:
     """Tokens as a model reads them: the tokenizer's prefix, then a stretch of the text. All three tensors are int64.
 
@@ -37,6 +37,10 @@ class Window:
     ends: Int[Tensor, " t"] = field(repr=False)
     n_bytes: Int[Tensor, " t"] = field(repr=False)
     n_prefix: int
+
+    def __repr__(self) -> str:
+        """Return one line: number, tokens and bytes."""
+        return f"Window({self.index}: {len(self.ids):,} tokens, {int(self.n_bytes.sum()):,} bytes)"
 
     @property
     def predicted_bytes(self) -> int:
