@@ -1,9 +1,9 @@
 """N x d vectors from the columns of a frame or Parquet file: one column of lists, or all numeric columns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -15,25 +15,40 @@ from dimscope.vectors.table import VectorTable
 if TYPE_CHECKING:
     import polars as pl
 
+    class _Column(Protocol):
+        def to_numpy(self) -> np.ndarray: ...
+
+    class Frame(Protocol):
+        """What polars and pandas frames have in common."""
+
+        @property
+        def columns(self) -> Iterable[str]:
+            """Return the names of the columns."""
+            ...
+
+        def __getitem__(self, name: str, /) -> _Column:
+            """Return a column."""
+            ...
+
+
 LABEL = "label"  # the column of labels where there are several of strings
 SPAN_BYTES = 256 << 20  # of a Parquet file that are decoded at once: a row group is decoded anew for every read
 
 
-def is_frame(source: Any) -> bool:
+def is_frame(source: object) -> "TypeGuard[Frame]":
     """Return whether this is a polars or pandas frame; neither package is imported for it."""
     package = type(source).__module__.partition(".")[0]
     return package in ("polars", "pandas") and type(source).__name__ in ("DataFrame", "LazyFrame")
 
 
-def table_from_frame(frame: Any, key: str | None) -> VectorTable:
+def table_from_frame(frame: "Frame", key: str | None) -> VectorTable:
     """Return the vectors of a polars or pandas frame, with its labels.
 
     Raises:
         InvalidArgument: for a frame without vectors, with several list columns and no `key`, or with ragged lists.
     """
-    if type(frame).__module__.startswith("pandas"):
-        frame = _from_pandas(frame)
-    return _table(frame.lazy(), "frame", key)
+    is_pandas = type(frame).__module__.startswith("pandas")
+    return _table(_from_pandas(frame).lazy() if is_pandas else cast("pl.DataFrame", frame).lazy(), "frame", key)
 
 
 def table_from_parquet(path: Path, key: str | None) -> VectorTable:
@@ -47,7 +62,7 @@ def table_from_parquet(path: Path, key: str | None) -> VectorTable:
     return _table(pl.scan_parquet(path, glob=False), str(path), key)
 
 
-def _from_pandas(frame: Any) -> "pl.DataFrame":
+def _from_pandas(frame: "Frame") -> "pl.DataFrame":
     import polars as pl
 
     columns = {str(name): frame[name].to_numpy() for name in frame.columns}
@@ -98,7 +113,7 @@ def _names(schema: "pl.Schema") -> str:
     return ", ".join(f"{name} ({dtype})" for name, dtype in list(schema.items())[:10]) or "none"
 
 
-def _number_type(dtype: Any) -> Any:
+def _number_type(dtype: "pl.DataType") -> "pl.DataType":
     """Return the type of the numbers in a column: that of the elements for a column of lists."""
     return getattr(dtype, "inner", dtype)
 

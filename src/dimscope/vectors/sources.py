@@ -25,7 +25,7 @@ KEYED = SUFFIXES[1:]  # several arrays may be in one such file
 
 
 def open_vectors(
-    source: Any,
+    source: object,
     *,
     key: str | None = None,
     labels: Sequence[str] | None = None,
@@ -65,7 +65,7 @@ def open_vectors(
     return require_finite(table, skip_nonfinite=skip_nonfinite)
 
 
-def is_vectors(source: Any) -> bool:
+def is_vectors(source: object) -> bool:
     """Return whether a source is vectors for `open_vectors`, and not the name or folder of a model.
 
     >>> is_vectors("vectors.parquet"), is_vectors("gpt2"), is_vectors(np.zeros((2, 3)))
@@ -88,7 +88,7 @@ def split_key(source: str | Path) -> tuple[Path, str | None]:
     return Path(source), None
 
 
-def _open(source: Any, key: str | None) -> VectorTable:
+def _open(source: object, key: str | None) -> VectorTable:
     if isinstance(source, str | Path):
         path, suffix_key = split_key(source)
         return _open_file(path, key or suffix_key)
