@@ -132,7 +132,7 @@ def test_what_is_not_there(tmp_path):
     assert refused(tmp_path / "none.txt").startswith(f"{tmp_path / 'none.txt'}: no such file or folder; pass a file")
     assert "no such file" in refused(tmp_path / "none.parquet:text")
     assert "cannot be read (File name too long)" in refused("a" * 300)
-    assert "a text is empty" in refused("")
+    assert "`texts` has an empty string" in refused("")
 
 
 @pytest.mark.parametrize("sentence", ["The cat sat.", "It was the best of times, " * 20, "Mr. Smith\nwent out"])

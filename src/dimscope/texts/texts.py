@@ -110,7 +110,7 @@ def _open(source: str, stdin: io.BufferedIOBase | None) -> Text:
         document = urls.download(source, match[1].lower())
         return _from_bytes(document.name, document.data)
     if not source:  # would be the current folder
-        raise InvalidArgument(f"a text is empty; {SOURCES}")
+        raise InvalidArgument(f"`texts` has an empty string; {SOURCES}")
     return _path(source)
 
 
