@@ -61,6 +61,11 @@ def test_a_frozen_head_holds_no_copy():
     assert output_head(model).frozen().weight is model.lm_head.weight
 
 
+def test_a_table_that_is_not_in_memory_cannot_be_frozen():
+    with pytest.raises(UnsupportedCheckpoint, match=r"^the output table is offloaded from memory"):
+        output_head(built("Llama").to("meta")).frozen()
+
+
 def test_a_model_without_an_output_table_is_refused():
     with pytest.raises(UnsupportedCheckpoint, match=r"^LlamaModel has no output table$"):
         output_head(built("Llama").model)

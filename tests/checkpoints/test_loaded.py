@@ -144,6 +144,19 @@ def state_of(model: Any) -> dict[str, Any]:
     }
 
 
+def test_what_is_made_of_a_model_prints_short(checkpoint):
+    model, tokenizer = load(checkpoint("llama"))
+    loaded = checkpoint_of(model, tokenizer)
+    windows = middle_windows(Text("page", lambda: iter([models.TEXT]), {}, None), tokenizer, length=16, count=2)
+    collection = run_pass(model, find_sites(model), windows)
+    shown = [
+        loaded, loaded.skeleton, loaded.reader, loaded.source, read_vocabulary(loaded.source, 512), windows[0],
+        collection, collection.reservoir.sample(), baseline(model, windows), find_sites(model),
+        open_checkpoint(checkpoint("llama")).reader,
+    ]  # fmt: skip
+    assert all(len(repr(value)) < 1500 and repr(value).count("\n") < 10 for value in shown)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_nothing_of_a_loaded_model_is_changed_bit_for_bit(checkpoint, family):
     model, tokenizer = load(checkpoint(family))

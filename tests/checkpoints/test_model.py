@@ -68,8 +68,9 @@ def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 # ---- loading -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, "float32") for family in CAUSAL), ("llama", "bfloat16"), ("gpt2", "float16")]
+)
 def test_a_loaded_model_is_that_of_stock_transformers(opened, checkpoint, digest, family, dtype):
     folder = checkpoint(family)
     before = digest(folder)
@@ -83,8 +84,9 @@ def test_a_loaded_model_is_that_of_stock_transformers(opened, checkpoint, digest
     assert digest(folder) == before
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")]
+)
 def test_any_stored_dtype_is_loaded_as_any_other(opened, stored, dtype):
     checkpoint = opened("qwen2", dtype=stored)
     model = load_model(checkpoint, Placement(dtype, "cpu"))
@@ -150,7 +152,7 @@ def test_the_device_that_is_there():
     assert (pick_device("cpu"), pick_device("map")) == ("cpu", "map")
 
 
-@pytest.mark.parametrize("dtype", ["", "fp16", "half", "float64", "int8", "Float32", "torch.float32"])
+@pytest.mark.parametrize("dtype", ["", "fp16", "float64", "torch.float32"])
 def test_an_unknown_dtype_is_one_line(opened, dtype):
     with pytest.raises(
         InvalidArgument, match=f"^`dtype` must be one of auto, float32, bfloat16, float16, got '{dtype}'$"
@@ -158,7 +160,7 @@ def test_an_unknown_dtype_is_one_line(opened, dtype):
         place(opened("gpt2"), dtype=dtype)
 
 
-@pytest.mark.parametrize("device", ["", "gpu", "0", "cuda:99", "tpu", "CPU", "cpu ", "cuda:-1", "xpu", "hpu", "meta"])
+@pytest.mark.parametrize("device", ["", "gpu", "cuda:99", "CPU", "meta"])
 def test_a_device_that_is_not_there_is_one_line(opened, device):
     message = f"^`device` {device}: there is no such device here; take cpu, cuda, mps or map$"
     with pytest.raises(InvalidArgument, match=message):
@@ -302,7 +304,7 @@ def test_a_twin_has_the_scale_that_training_starts_from(opened):
     assert torch.equal(twin.transformer.ln_f.weight, torch.ones(32))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_a_twin_is_the_same_for_the_same_seed(opened, dtype):
     placement = Placement(dtype, "cpu")
     first = weights(randomly_initialised(opened("llama"), placement, seed=3))
@@ -326,7 +328,7 @@ def test_a_twin_leaves_the_generators_of_other_devices_alone(opened, monkeypatch
     assert seeded == []
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_a_twin_leaves_the_checkpoint_and_the_default_dtype_alone(opened, dtype):
     checkpoint = opened("llama", dtype="float16")
     before, files = copy.deepcopy(checkpoint.config.to_dict()), dict(checkpoint.tensors)

@@ -47,7 +47,15 @@ class OutputHead:
         return bias if isinstance(bias, Tensor) else None
 
     def frozen(self) -> "OutputHead":
-        """Return a head over the present table, whatever is hooked to the model or replaced in it later. No copy."""
+        """Return a head over the present table, whatever is hooked to the model or replaced in it later. No copy.
+
+        Raises:
+            UnsupportedCheckpoint: The table is not in memory, because accelerate offloaded it.
+        """
+        if self.weight.is_meta:
+            raise UnsupportedCheckpoint(
+                "the output table is offloaded from memory; take `device` cpu or `dtype` bfloat16"
+            )
         vocab_size, dim = self.weight.shape
         module = nn.Linear(dim, vocab_size, bias=False, device="meta")
         module.weight, module.bias = (x if x is None else _parameter(x) for x in (self.weight, self.bias))  # ty: ignore
