@@ -123,15 +123,17 @@ def killed(clean_environment: dict[str, str]) -> Callable[..., None]:
 
 
 def refusal(result: Result[str], *named: object) -> str:
-    """Check that a command refused in one line that names what it is about, and return the line."""
+    """Check that a command refused in one line that names what it is about, and return the line.
+
+    Before it there may be lines about what was going to run, and about finished stages.
+    """
     assert result.returncode == 2, f"exit code {result.returncode}: {(result.stderr or result.stdout)[-300:]}"
     lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr[-600:]
-    assert lines[0].startswith("error: ")
+    assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True], result.stderr[-600:]
     assert result.stdout == ""
     for word in named:
-        assert str(word) in lines[0]
-    return lines[0]
+        assert str(word) in lines[-1]
+    return lines[-1]
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from dimscope.cli.studies import run_command, study_help
 from dimscope.cli.terminal import writing_table
 from dimscope.errors import InvalidArgument
 from dimscope.interventions.perturbations import PERTURBATIONS, Perturbation
-from dimscope.studies.damage.settings import DamageSettings
+from dimscope.studies.damage.settings import PRESETS, DamageSettings
 
 if TYPE_CHECKING:
     from dimscope.studies.damage.run import Writing
@@ -46,9 +46,10 @@ def damage_command(study: Study) -> Callable[..., None]:
     ) -> None:
         requested = {name: getattr(kinds, _field(name)) for name in PERTURBATIONS}
         added = changes_of({name: strengths for name, strengths in requested.items() if strengths}, rescaled=rescaled)
-        own = replace(settings, changes=(*added, *settings.changes)) if added else settings
-        with _shown(bool(own.prompts) and not common.json) as watch:
-            run_command(study, model, own, common, watch)
+        preset = PRESETS[settings.preset]["changes"] if settings.preset else ()
+        other = () if settings.changes == preset else settings.changes  # kinds replace the changes of a preset
+        own = replace(settings, changes=(*added, *other)) if added else settings
+        run_command(study, model, own, common, _shown(bool(own.prompts) and not common.json))
 
     damage.__annotations__["kinds"] = Annotated[options, Parameter(name="*")]  # ty: ignore[invalid-type-form]
     damage.__doc__ = study_help(study)

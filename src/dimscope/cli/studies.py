@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,10 @@ from dimscope.cli.terminal import Output
 
 if TYPE_CHECKING:
     from dimscope.studies.study import Study, StudyResult
+
+
+Watch = Callable[..., object]
+UNWATCHED = nullcontext()
 
 
 def study_command(study: Study) -> Callable[..., None]:
@@ -50,20 +55,24 @@ def study_help(study: Study) -> str:
 
 
 def run_command(
-    study: Study, model: str, settings: Any, common: Common, watch: Callable[..., object] | None = None
+    study: Study, model: str, settings: Any, common: Common, watching: AbstractContextManager[Watch | None] = UNWATCHED
 ) -> None:
-    """Open a model, run a study on it, and print its summary."""
+    """Open a model, run a study on it, and print its summary.
+
+    `watching` is open while the study runs, and closed before the summary is printed.
+    """
     from dimscope.report import run_studies
     from dimscope.studies.study import Monitor, run_study
 
     checkpoint = common.open(model)
     own = prepared(settings, common)
-    monitor = Monitor(announce, log_stage, watch)
-    if common.out is None:
-        study.load().check(checkpoint)
-        result = run_study(study, checkpoint, own, monitor=monitor)
-    else:
-        [result] = run_studies(checkpoint, {study: own}, common.out, monitor)
+    with watching as watch:
+        monitor = Monitor(announce, log_stage, watch)
+        if common.out is None:
+            study.load().check(checkpoint)
+            result = run_study(study, checkpoint, own, monitor=monitor)
+        else:
+            [result] = run_studies(checkpoint, {study: own}, common.out, monitor)
     common.print(result_output(result, common))
 
 

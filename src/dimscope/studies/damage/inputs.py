@@ -110,9 +110,9 @@ def _widths(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _template(settings: DamageSettings) -> Template:
-    if settings.chat is None and settings.system is None:
-        return "auto"
-    return "plain" if settings.chat is False else "chat"
+    if settings.chat is None:  # the system prompt of a preset is for the models that have a template
+        return "auto" if settings.system is None or settings.preset is not None else "chat"
+    return "chat" if settings.chat else "plain"
 
 
 def cut_windows(

@@ -108,6 +108,7 @@ _NOTEBOOK_STRENGTHS = {
 
 PRESETS = {
     "notebook": {
+        "preset": "notebook",
         "changes": (
             *(f"{kind}:{100 * k / _NOTEBOOK_DIM!r}%" for kind, dims in _NOTEBOOK_DIMS.items() for k in dims),
             *(f"{kind}:{s!r}" for kind, strengths in _NOTEBOOK_STRENGTHS.items() for s in strengths),

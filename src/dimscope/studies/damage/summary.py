@@ -22,7 +22,8 @@ def summarise(tables: Tables, facts: Facts) -> Summary:
     if "generations" in tables:
         continued = tables["generations"].partition_by("number", maintain_order=True)
         frames |= {f"generations {n}": _short_generations(frame) for n, frame in enumerate(continued, 1)}
-    return Summary(answer(tables), {name: frame for name, frame in frames.items() if frame.height})
+    shown = {name: frame for name, frame in frames.items() if frame.height}
+    return Summary(answer(tables), shown, files=tuple(tables))
 
 
 def change_frames(damage: pl.DataFrame) -> list[pl.DataFrame]:
