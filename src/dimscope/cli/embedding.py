@@ -86,6 +86,8 @@ def tokens(
 
 
 def neighbors(
+    model: str,
+    /,
     *query: str,
     k: Annotated[int, Parameter(name=["-k", "--k"])] = 20,
     metric: Literal["cosine", "centred cosine", "euclidean"] = "cosine",
@@ -96,15 +98,15 @@ def neighbors(
 ) -> None:
     """The nearest tokens of each query, in all dimensions and in the first components beside them.
 
-    `dimscope neighbors MODEL QUERY ...`; with one argument it is the query, and the model is builtin. A query is a text
-    (' water', with its leading space), an id ('#3015'), a phrase, or an expression ('king - man + woman').
+    A query is a text (' water', with its leading space), an id ('#3015'), a phrase, or an expression
+    ('king - man + woman').
 
     Example: `dimscope neighbors builtin ' water' ' king - man + woman'`
 
     Parameters
     ----------
     query
-        MODEL and queries.
+        One or more queries.
     k
         How many neighbours.
     metric
@@ -117,16 +119,20 @@ def neighbors(
     from dimscope.studies.embedding.neighbors import neighbor_tables
 
     if not query:
-        raise InvalidArgument("give a query: dimscope neighbors MODEL ' water'")
-    model, texts = (query[0], query[1:]) if len(query) > 1 else (BUILTIN, query)
+        hint = f"; to search the built-in model: dimscope neighbors builtin '{model}'" if _like_query(model) else ""
+        raise InvalidArgument(f"give at least one query after MODEL, such as ' water'{hint}")
     if k < 1:
         raise InvalidArgument(f"-k counts neighbours: at least 1, not {k}")
     checkpoint = common.open(model)
     frames = neighbor_tables(
-        checkpoint, which.open(checkpoint), texts, k=k, metric=metric, components=components, combine=combine
+        checkpoint, which.open(checkpoint), query, k=k, metric=metric, components=components, combine=combine
     )
     facts = {"model": checkpoint.name, "side": which.side, "metric": metric, "combine": combine}
-    common.show(Output(facts, {"neighbors": pl.concat(frames.values())}))
+    frame = pl.concat(frames.values())
+    closest = frame.group_by("query", maintain_order=True).first()
+    answer = "; ".join(f"nearest to '{q}': '{label}'" for q, label in closest.select("query", "label").iter_rows())
+    answer = answer[:1].upper() + answer[1:] + "." if answer else "No token is left to be a neighbour."
+    common.show(Output(facts, {"neighbors": frame}, answer=answer, split_by={"neighbors": "query"}))
 
 
 def pairs(
@@ -144,15 +150,22 @@ def pairs(
     from dimscope.studies.embedding.run import pair_tables
 
     checkpoint = common.open(model)
-    found, groups, used = pair_tables(checkpoint, which.open(checkpoint), radius)
+    result = pair_tables(checkpoint, which.open(checkpoint), radius)
+    n_groups = result.groups["group"].n_unique()
     facts = {
         "model": checkpoint.name,
         "side": which.side,
-        "radius": used,
-        "n_pairs": len(found),
-        "n_groups": groups["group"].n_unique(),
+        "radius": result.radius,
+        "closest": result.closest,
+        "n_pairs": len(result.pairs),
+        "n_groups": n_groups,
     }
-    common.show(Output(facts, {"groups": groups, "pairs": found}, hidden=["radius"]))
+    answer = f"{len(result.pairs):,} pairs of rows within {result.radius:.4g}, in {n_groups:,} groups."
+    if not len(result.pairs):
+        closest = "" if result.closest is None else f"; the closest are {result.closest:.4g} apart"
+        answer = f"No pair of rows within {result.radius:.4g}{closest}."
+    frames = {"groups": result.groups, "pairs": result.pairs}
+    common.show(Output(facts, frames, hidden=["radius"], answer=answer))
 
 
 def correlate(
@@ -229,7 +242,12 @@ def spectrum(
         "seed": seed,
     }
     common.show(
-        Output(facts, {"dimensions": family, "spectrum": values}, hidden=["table", "n_tokens", "dim", "permuted_sd"])
+        Output(
+            facts,
+            {"dimensions": family, "spectrum": values},
+            hidden=["table", "n_tokens", "dim", "permuted_sd"],
+            split_by={"dimensions": "preprocess", "spectrum": "preprocess"},
+        )
     )
 
 
@@ -248,6 +266,11 @@ def parse_range(text: str, n_rows: int) -> tuple[int, int]:
     if last > n_rows:
         raise InvalidArgument(f"--ids {text}: the table has rows 0 to {n_rows - 1}, so STOP is at most {n_rows}")
     return first, last
+
+
+def _like_query(text: str) -> bool:
+    """Return whether a text can only be meant as a query: no path and no name of a model holds a space or starts with #."""
+    return " " in text or text.startswith("#")
 
 
 def _tensor(ids: pl.Series):

@@ -24,15 +24,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a command found: `frames` are printed without their `hidden` columns, and written whole.
+    """The result of a command: `frames` are printed without their `hidden` columns, and written whole.
 
     No frame is named like a fact, since JSON puts both side by side.
+
+    Attributes:
+        facts: Names and values, printed before the frames.
+        frames: The tables. Empty ones are not printed.
+        hidden: Columns that are not printed.
+        files_only: Tables too large to print: JSON and Parquet only.
+        answer: The result in one sentence with number and unit, printed first.
+        split_by: Frame to column: one table per value of the column is printed, each with the limit of its own.
     """
 
     facts: Mapping[str, Any]
     frames: Mapping[str, pl.DataFrame] = field(default_factory=dict)
     hidden: Sequence[str] = ()
-    files_only: Mapping[str, pl.DataFrame] = field(default_factory=dict)  # too large to print: JSON and Parquet only
+    files_only: Mapping[str, pl.DataFrame] = field(default_factory=dict)
+    answer: str | None = None
+    split_by: Mapping[str, str] = field(default_factory=dict)
 
 
 def write(output: Output, folder: Path) -> None:
@@ -50,16 +60,22 @@ def print_json(output: Output) -> None:
 
 
 def print_tables(output: Output, limit: int) -> None:
-    """Facts and the first `limit` rows of each frame, for a reader."""
+    """Print the answer, the facts, and the first `limit` rows of each frame or of each of its groups."""
     console = Console(highlight=False)
+    if output.answer is not None:
+        console.print(escape(output.answer))
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for key, value in output.facts.items():
         facts.add_row(f"[bold]{key.replace('_', ' ')}[/bold]", _cell(value))
     console.print(facts)
-    for name, frame in output.frames.items():
-        console.print(_table(name, frame.drop(c for c in output.hidden if c in frame.columns), limit))
-        if len(frame) > limit:
-            console.print(f"{limit} of {len(frame):,} rows; --limit shows more, --json and --out give all")
+    for name, whole in output.frames.items():
+        column = output.split_by.get(name)
+        for frame in [whole] if column is None or whole.is_empty() else whole.partition_by(column, maintain_order=True):
+            if frame.is_empty():
+                continue
+            console.print(_table(name, frame.drop(c for c in output.hidden if c in frame.columns), limit))
+            if len(frame) > limit:
+                console.print(f"{limit} of {len(frame):,} rows; --limit shows more, --json and --out give all")
 
 
 def writing_table(writing: Writing) -> Table:

@@ -255,3 +255,11 @@ def test_ids_of_a_table_with_gaps_are_kept():
     expected = torch.nn.functional.cosine_similarity(x, x[3:4]).nan_to_num(-9)
     expected[3] = -9
     assert found["id"].to_list() == expected.topk(3).indices.tolist()
+
+
+def test_a_lone_string_is_one_query():
+    checkpoint = open_checkpoint("builtin")
+    table = open_table(checkpoint)
+    alone = neighbor_tables(checkpoint, table, " water", k=2)
+    assert list(alone) == [" water"]
+    assert alone[" water"].equals(neighbor_tables(checkpoint, table, [" water"], k=2)[" water"])

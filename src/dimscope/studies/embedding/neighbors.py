@@ -129,25 +129,33 @@ def find_neighbors(
 def neighbor_tables(
     checkpoint: Checkpoint,
     table: VectorTable,
-    texts: Sequence[str],
+    texts: str | Sequence[str],
     *,
     k: int = 20,
     metric: NeighborMetric = "cosine",
     components: int | None = None,
     combine: Combine = "mean",
 ) -> dict[str, pl.DataFrame]:
-    """Neighbours of each query in all dimensions and in the first `components`, as one table per query.
+    """Return the neighbours of each query in all dimensions and in the first components, as one table per query.
 
-    `components` is 10 where it is left out, or d where that is less; 0 leaves the projection out.
+    Args:
+        checkpoint: The model, for its vocabulary.
+        table: The vectors to search.
+        texts: The queries; a single string is one query.
+        k: Neighbours per query and space.
+        metric: The similarity or distance.
+        components: Dimensions of the projection: 10 by default, or d where that is less; 0 leaves the projection out.
+        combine: How the tokens of a phrase are combined.
 
-    Raises InvalidArgument for a query that names an excluded row, and what `parse_query` raises.
+    Raises:
+        InvalidArgument: A query names an excluded row, or `parse_query` refuses it.
     """
     if components is None:
         components = min(10, table.dim)
     if not 0 <= components <= table.dim:
         raise InvalidArgument(f"components go from 0 to {table.dim}, not {components}")
     vocabulary = read_vocabulary(checkpoint.source, table.n_rows)
-    queries = [parse_query(text, vocabulary) for text in texts]
+    queries = [parse_query(text, vocabulary) for text in ([texts] if isinstance(texts, str) else texts)]
     if bad := sorted(table.excluded & {i for q in queries for i in q.ids}):
         raise InvalidArgument(f"row {bad[0]} holds NaN or Inf, so it has no neighbours")
     ids, rows = table.load()
@@ -157,12 +165,12 @@ def neighbor_tables(
     if components:
         projected = project(moments_of(table), rows, components)
         spaces.append((f"first {components} components", projected, build_index(ids, projected.rows, metric)))
-    found = {}
+    results = {}
     for query in queries:
         vector = query_vector(query, table, combine)
         frames = [
             find_neighbors(query, vector if p is None else p.apply(vector), index, vocabulary, k, space)
             for space, p, index in spaces
         ]
-        found[query.text] = pl.concat(frames)
-    return found
+        results[query.text] = pl.concat(frames)
+    return results

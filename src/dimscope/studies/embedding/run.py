@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +35,7 @@ PROBES = (" water", " king", " London", " Monday", " red", " he", "1", "A", "$",
 CORRELATED = 0.99  # Pearson correlation from which two tokens count as near-perfectly correlated
 NEAR = 0.01  # radius of duplicates in units of the mean row norm
 LARGEST_MATRIX = 4096  # tokens
+PROBED_ROWS = 256  # whose nearest neighbours bound the closest distance
 
 
 class EmbeddingWork:
@@ -209,21 +210,54 @@ def token_table(checkpoint: Checkpoint, table: VectorTable, *, duplicates: bool)
     return tokens.filter(pl.col("id").is_in(groups["id"].to_list())), groups
 
 
-def pair_tables(
-    checkpoint: Checkpoint, table: VectorTable, radius: float | None
-) -> tuple[pl.DataFrame, pl.DataFrame, float]:
-    """Pairs within a radius (ids, labels, distance, nearest first), their groups, and the radius (1% of the mean norm if None)."""
+@dataclass(frozen=True, slots=True, eq=False)
+class PairTables:
+    """Pairs of rows within a radius.
+
+    Attributes:
+        pairs: Ids, labels and distance of each pair, nearest first.
+        groups: The groups that the pairs form, as `duplicates_frame` gives them.
+        radius: The largest distance of a pair.
+        closest: The smallest distance between two rows; None for fewer than two rows.
+    """
+
+    pairs: pl.DataFrame
+    groups: pl.DataFrame
+    radius: float
+    closest: float | None
+
+
+def pair_tables(checkpoint: Checkpoint, table: VectorTable, radius: float | None) -> PairTables:
+    """Return the pairs of rows within a radius, which is 1% of the mean row norm where it is None."""
     work = EmbeddingWork(checkpoint, EmbeddingSettings(), table)
     ids, rows = work.loaded
     used = work.default_radius() if radius is None else radius
-    found = pairs_within(rows, principal_components(work.moments, LEADING), used, progress=True)
+    components = principal_components(work.moments, LEADING)
+    within = pairs_within(rows, components, used, progress=True)
     labels = pl.Series([t.label for t in work.vocabulary.tokens], dtype=pl.String)
-    first, second = ids.numpy()[found.first], ids.numpy()[found.second]
-    frame = pl.DataFrame({"first": first, "second": second, "distance": found.distance})
+    first, second = ids.numpy()[within.first], ids.numpy()[within.second]
+    frame = pl.DataFrame({"first": first, "second": second, "distance": within.distance})
     frame = frame.with_columns(first_label=labels.gather(first), second_label=labels.gather(second)).sort(
         "distance", "first", "second"
     )
-    return frame, tables.duplicates_frame(connected_groups(found, len(rows)), ids, rows, work.vocabulary, used), used
+    closest = frame["distance"][0] if len(frame) else closest_distance(rows, components)
+    groups = tables.duplicates_frame(connected_groups(within, len(rows)), ids, rows, work.vocabulary, used)
+    return PairTables(frame, groups, used, closest)
+
+
+def closest_distance(rows: Float[Tensor, "n d"], components: Float[Tensor, "d k"]) -> float | None:
+    """Return the smallest distance between two rows, or None for fewer than two.
+
+    The nearest neighbours of a few rows bound it from above. The exact search for pairs within that bound is then
+    cheap, because few pairs are as close.
+    """
+    if len(rows) < 2:
+        return None
+    some = rows[:: max(1, len(rows) // PROBED_ROWS)]
+    distances = build_index(torch.arange(len(rows)), rows, "euclidean").search(some, 2)[1]
+    bound = float(distances[:, 1].min()) * (1 + 1e-4)  # the search rounds in float32
+    within = pairs_within(rows, components, bound)
+    return float(within.distance.min()) if len(within.distance) else bound
 
 
 def correlation_tables(
@@ -259,6 +293,7 @@ def _output(work: EmbeddingWork, done: dict[str, pl.DataFrame], given: dict[str,
     if work.vocabulary.missing:
         warnings.append(f"{work.vocabulary.missing}: tokens are shown by id, and which are unreachable is not known")
     facts = given | {
+        "radius": work.default_radius(),
         "tokenizer_size": work.vocabulary.tokenizer_size,
         "knn": {"k": work.settings.neighbors, "n_queries": knn["id"].n_unique(), "full": work.settings.full_knn},
     }

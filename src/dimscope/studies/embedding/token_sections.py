@@ -222,7 +222,7 @@ def duplicates_section(tables: Tables, facts: Facts) -> Section | None:
     return Section(
         anchor="duplicates",
         name="Duplicates",
-        title=_duplicates_finding(groups, _radius(groups, facts)),
+        title=_duplicates_finding(groups, facts.of("embedding").get("radius")),
         blocks=(grid,) if grid else (),
         how_to_read=(
             "Two rows are joined when their distance, measured in all dimensions, is at most the radius; a group is "
@@ -234,10 +234,6 @@ def duplicates_section(tables: Tables, facts: Facts) -> Section | None:
         ),
         tables=("duplicates",),
     )
-
-
-def _radius(groups: pl.DataFrame, facts: Facts) -> float | None:
-    return groups["radius"][0] if groups.height else None
 
 
 def _duplicates_finding(groups: pl.DataFrame, radius: float | None) -> str:

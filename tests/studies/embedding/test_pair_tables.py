@@ -1,0 +1,37 @@
+"""Pairs of rows within a radius, and the distance of the closest pair where none is within it."""
+
+import pytest
+import torch
+from matrices import gaussian
+
+from dimscope.checkpoints.checkpoint import open_checkpoint
+from dimscope.geometry.pairs import LEADING
+from dimscope.geometry.spectrum import principal_components
+from dimscope.studies.embedding.run import closest_distance, pair_tables
+from dimscope.vectors.embedding import open_table
+from dimscope.vectors.moments import moments
+
+
+@pytest.mark.parametrize("n", [2, 40, 700])
+def test_the_closest_distance_is_that_of_all_pairs(n):
+    rows = gaussian(n, 24)
+    components = principal_components(moments([rows], dtype=torch.float64), min(LEADING, 24))
+    assert closest_distance(rows, components) == pytest.approx(float(torch.pdist(rows.double()).min()), rel=1e-5)
+    assert closest_distance(rows[:1], components) is None
+
+
+def test_the_closest_distance_of_copies_is_zero():
+    rows = gaussian(600, 24)
+    rows[599] = rows[1]
+    components = principal_components(moments([rows], dtype=torch.float64), min(LEADING, 24))
+    assert closest_distance(rows, components) == 0
+
+
+def test_the_closest_pair_is_reported_where_none_is_within_the_radius():
+    checkpoint = open_checkpoint("builtin")
+    table = open_table(checkpoint)
+    none = pair_tables(checkpoint, table, 1e-4)
+    assert none.pairs.is_empty()
+    assert none.groups.is_empty()
+    some = pair_tables(checkpoint, table, none.closest * 1.001)
+    assert some.pairs["distance"][0] == some.closest == pytest.approx(none.closest)
