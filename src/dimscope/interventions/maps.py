@@ -1,4 +1,4 @@
-"""What can be done to the rows of an embedding table, and the exact error that it makes, told by the table's moments alone."""
+"""Maps of the rows of an embedding table, and the exact error of a linear one, from the moments of the table alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dimscope.vectors.moments import Moments
 
-SMALL = 1e-6  # share of the energy below which an error is not told by a difference of energies
+SMALL = 1e-6  # share of the energy below which a difference of energies is too inaccurate for an error
 
 
 @runtime_checkable
@@ -22,7 +22,7 @@ class RowMap(Protocol):
     """A change of rows. It may depend on which token a row belongs to, and on nothing else."""
 
     def __call__(self, rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """The changed rows, in the dtype of the rows; the rows given stay as they are."""
+        """Return the changed rows, in the dtype of the rows, which stay as they are."""
         ...
 
 
@@ -40,21 +40,21 @@ class LinearMap:
     orthonormal: bool = False
 
     def __call__(self, rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """The mapped rows; products in float32 at least."""
+        """Return the mapped rows; products in float32 at least."""
         wide = rows if rows.dtype == torch.float64 else rows.float()
         changed = wide @ self.left.to(wide)
         changed = changed if self.right is None else changed @ self.right.to(wide)
         return (changed if self.shift is None else changed + self.shift.to(wide)).to(rows.dtype)
 
     def transposed(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """M^T applied to what a table is multiplied with: h (W M)^T = (h M^T) W^T, without a changed table."""
+        """Return hidden states times M^T: h (W M)^T = (h M^T) W^T, so that no table is changed."""
         wide = hidden if hidden.dtype == torch.float64 else hidden.float()
         wide = wide if self.right is None else wide @ self.right.T.to(wide)
         return (wide @ self.left.T.to(wide)).to(hidden.dtype)
 
     @property
     def matrix(self) -> Float[Tensor, "d d"]:
-        """M = L R."""
+        """Return M = L R."""
         return self.left if self.right is None else self.left @ self.right
 
 
@@ -78,7 +78,7 @@ def projection(
 
 
 def exact_error(of: LinearMap, moments: Moments) -> float:
-    """||W - W'||_F of a table with these moments, in d x d work: no row is touched.
+    """Return ||W - W'||_F of a table with these moments, in d x d work: no row is read.
 
     With D = I - M: tr(D^T G D) - 2 s . (D^T sum w) + N s . s, G = W^T W. Exact to about 1e-10 relative; with
     a shift, of rows whose mean is no longer than a hundred times their spread.
@@ -102,7 +102,7 @@ def exact_error(of: LinearMap, moments: Moments) -> float:
 
 
 def mapped_moments(of: LinearMap, moments: Moments) -> Moments:
-    """The moments of the mapped rows, in d x d work: M^T G M, and what the shift adds to it."""
+    """Return the moments of the mapped rows, in d x d work: M^T G M, and what the shift adds to it."""
     matrix = of.matrix
     total, gram = moments.total @ matrix, matrix.T @ moments.gram @ matrix
     if of.shift is not None:
@@ -119,20 +119,20 @@ class Chain:
     maps: tuple[RowMap, ...]
 
     def __call__(self, rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """The rows after the last map."""
+        """Return the rows after the last map."""
         for change in self.maps:
             rows = change(rows, ids)
         return rows
 
 
 def compose(maps: Sequence[RowMap]) -> RowMap:
-    """The maps one after the other as one map: a linear one, with its exact error, where all are linear."""
+    """Return the maps one after the other as one map: a linear one, with its exact error, where all are linear."""
     linear = [change for change in maps if isinstance(change, LinearMap)]
     return reduce(_product, linear) if len(linear) == len(maps) > 0 else Chain(tuple(maps))
 
 
 def _product(first: LinearMap, second: LinearMap) -> LinearMap:
-    """w -> (w M1 + s1) M2 + s2, in the factors of the smaller rank."""
+    """Return w -> (w M1 + s1) M2 + s2, in the factors of the smaller rank."""
     shift = None
     if first.shift is not None or second.shift is not None:
         zero = torch.zeros(len(second.left), dtype=torch.float64)
@@ -151,7 +151,7 @@ class GaussianNoise:
     seed: int
 
     def __call__(self, rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """A generator for every different token: 10 microseconds each."""
+        """Return the rows with noise; every different token takes a generator of its own, 10 microseconds each."""
         tokens, places = ids.cpu().unique(return_inverse=True)
         dim = rows.shape[1]
         noise = (
@@ -175,7 +175,7 @@ class RowQuantisation:
     bits: int
 
     def __call__(self, rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """The nearest representable rows."""
+        """Return the nearest representable rows."""
         wide = rows.float()
         steps = 2 ** (self.bits - 1) - 1
         unit = wide.abs().amax(dim=1, keepdim=True) / steps

@@ -1,4 +1,4 @@
-"""What a random projection looks like as a matrix, beside theory."""
+"""The entries of a random projection as a matrix, compared with theory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ class OperatorStatistics:
 
 
 def operator_statistics(projector: Float[Tensor, "d d"], k: int) -> OperatorStatistics:
-    """The entries of a projector of rank k, against those of a random one. Raises ValueError for d < 2."""
+    """Return the statistics of a projector of rank k.
+
+    Raises:
+        ValueError: The projector has fewer than two dimensions.
+    """
     d = len(projector)
     if d < 2:
         raise ValueError("a projector of one dimension has nothing off its diagonal")

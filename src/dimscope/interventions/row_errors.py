@@ -22,7 +22,7 @@ Norm = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """||x - x'||_F / ||x||_F over some rows, and the standard error of its being told by a sample of them."""
+    """||x - x'||_F / ||x||_F over some rows, and its standard error where they are a sample."""
 
     value: float
     stderr: float
@@ -43,7 +43,15 @@ class RowErrors:
 def row_errors(
     rows: Float[Tensor, "n d"], ids: Int[Tensor, " n"], change: RowMap, dtype: torch.dtype, norm: Norm | None = None
 ) -> RowErrors:
-    """The errors of a map on these rows; `norm` is the first norm of the model, which gets them in its dtype."""
+    """Return the errors of a map on some rows.
+
+    Args:
+        rows: The rows.
+        ids: Their token ids.
+        change: The map.
+        dtype: Dtype of the model.
+        norm: The first norm of the model, which gets the rows in that dtype.
+    """
     changed = change(rows if rows.dtype == torch.float64 else rows.float(), ids)
     cast, stored = changed.to(dtype), rows.to(dtype)
     return RowErrors(
@@ -68,13 +76,13 @@ def _ratio(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"]) -> Ratio:
 
 
 def _cosines(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """NaN where one of the two rows is all zeros."""
+    """Return cosines by row; NaN where one of the two rows is all zeros."""
     product = before.norm(dim=1) * after.norm(dim=1)
     return torch.where(product > 0, (before * after).sum(dim=1) / product, math.nan)
 
 
 def token_errors(table: VectorTable, change: RowMap) -> pl.DataFrame:
-    """The error of every token, block by block: id, norm of its row, norm of the error, cosine (null for rows of zeros)."""
+    """Return the error of every token: id, norm of its row, norm of the error, cosine (null for rows of zeros)."""
     parts = []
     for ids, rows in table.blocks():
         changed = change(rows, ids).double()

@@ -66,9 +66,9 @@ def _gallery(rows: pl.DataFrame, *, opened: bool) -> Gallery:
 
 def _repetition(frame: pl.DataFrame) -> tuple[str, ...]:
     """Return how much the undamaged model repeats itself, beside the change after which it does most."""
-    known = finite(frame, "repetition")
-    own = known.filter(pl.col("kind") == UNDAMAGED)
-    damaged = known.filter(pl.col("kind") != UNDAMAGED)
+    repetitions = finite(frame, "repetition")
+    own = repetitions.filter(pl.col("kind") == UNDAMAGED)
+    damaged = repetitions.filter(pl.col("kind") != UNDAMAGED)
     if own.is_empty() or damaged.is_empty():
         return ()
     means = damaged.group_by("change", maintain_order=True).agg(pl.col("repetition").mean())

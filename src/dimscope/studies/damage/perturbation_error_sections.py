@@ -24,15 +24,15 @@ def error_section(tables: Tables, facts: Facts) -> Section | None:
     first = shown[0]
     by_error = figures.damage_by_error(first)
     plots = [Plot("damage-error", by_error, "loss by the relative error of the table", "Loss by relative error")]
-    known = finite(finite(frame.filter(pl.col("metric") == RELATIVE)), "null").filter(pl.col("null") > 0)
-    if known.height:
+    errors = finite(finite(frame.filter(pl.col("metric") == RELATIVE)), "null").filter(pl.col("null") > 0)
+    if errors.height:
         caption = "Measured error by the error that theory expects"
         plots.append(Plot("damage-closed", figures.closed_form(frame), "measured by expected errors", caption))
     return Section(
         anchor="perturbation_errors",
         name="Perturbation errors",
         title=_equal_error(first),
-        findings=_agreement(known),
+        findings=_agreement(errors),
         blocks=(*plots, _errors_grid(first)),
         how_to_read=(
             "In the first figure, changes at the same horizontal position move the table equally far. Where their losses "
@@ -82,11 +82,11 @@ def _equal_error(damage: Damage) -> str:
     )
 
 
-def _agreement(known: pl.DataFrame) -> tuple[str, ...]:
+def _agreement(errors: pl.DataFrame) -> tuple[str, ...]:
     """Return how far measured errors are from theory: of changes without randomness, and on average over seeds."""
     clauses = []
     for random, kind in ((False, "changes without randomness"), (True, "random changes")):
-        rows = known.filter(pl.col("seed").is_not_null() == random)
+        rows = errors.filter(pl.col("seed").is_not_null() == random)
         means = rows.group_by("change", "side", "table").agg(pl.col("value").mean(), pl.col("null").mean(), pl.len())
         if means.is_empty():
             continue
