@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import polars as pl
 import pytest
-from dimscope.report.sections import embedding_sections
 
 from dimscope.page.section import Facts, Section, Tables
 from dimscope.studies.embedding import spectrum_sections as directions
 from dimscope.studies.embedding import token_sections as rows
+from dimscope.studies.embedding.study import EMBEDDING
+
+embedding_sections = EMBEDDING.load().make_sections
 
 
 def _section(made: Section | None) -> Section:
@@ -128,10 +130,15 @@ def test_norms_rise_fall_or_neither(tables: Tables, facts: Facts, rho: float, wo
     assert "mean cosine is 0.31 (0.00 after centring)" in title
 
 
+def _with_knn(facts: Facts, knn: dict[str, object]) -> Facts:
+    study = facts.studies["embedding"]
+    return replace(facts, studies={"embedding": replace(study, facts={**study.facts, "knn": knn})})
+
+
 def test_map_says_which_neighbours_it_has(tables: Tables, facts: Facts) -> None:
     sample = _section(rows.map_section(tables, facts)).how_to_read
-    full = _section(rows.map_section(tables, replace(facts, knn={"n_queries": 8, "full": True}))).how_to_read
-    none = _section(rows.map_section(tables, replace(facts, knn={}))).how_to_read
+    full = _section(rows.map_section(tables, _with_knn(facts, {"n_queries": 8, "full": True}))).how_to_read
+    none = _section(rows.map_section(tables, _with_knn(facts, {}))).how_to_read
     assert "random sample of 2 tokens" in sample
     assert "all 8 tokens were computed (--full-knn)" in full
     assert "No neighbours were computed" in none
