@@ -12,6 +12,8 @@ from dimscope.page.section import Facts, Tables
 HOSTILE = "</script><script>alert(1)</script>"
 LABELS = ["<s>", "␣water", "Water", HOSTILE, "\"'`&amp;", "\u202eשלום", "<b>bold</b><0xFF>", "#7"]
 CATEGORIES = ["special", "ordinary", "ordinary", "ordinary", "undecodable", "ordinary", "unreachable", "beyond"]
+TABLES = ["budget", "tokens", "spectrum", "dimensions", "measures", "correlation", "correlation_blocks", "duplicates", "knn", "hubs",
+          "probes"]  # fmt: skip
 EMBEDDING_FACTS = {
     "side": "input",
     "radius": 0.001,
@@ -21,9 +23,7 @@ EMBEDDING_FACTS = {
 REPORT = {
     "model": "my model's <tiny>",
     "revision": None,
-    "studies": {
-        "embedding": {"facts": EMBEDDING_FACTS, "tables": ["tokens"], "warnings": ["a <warning>"], "seconds": 2.0}
-    },
+    "studies": {"embedding": {"facts": EMBEDDING_FACTS, "tables": TABLES, "warnings": ["a <warning>"], "seconds": 2.0}},
     "architecture": "LlamaForCausalLM",
     "vocab_size": 8,
     "hidden_size": 4,

@@ -9,8 +9,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dimscope.page.render import EMBED_LIMIT, write_page
+from dimscope.page.render import EMBED_LIMIT
 from dimscope.page.section import Tables
+from dimscope.report import rewrite_page
 
 Write = Callable[..., Path]
 
@@ -36,7 +37,7 @@ class Outline(HTMLParser):
 
 def test_page_is_one_whole_file(tables: Tables, run_folder: Write) -> None:
     folder = run_folder(tables)
-    path = write_page(folder)
+    path = rewrite_page(folder)
     assert path == folder / "index.html"
     assert sorted(p.name for p in folder.iterdir()) == ["index.html", "report.json", "tables"]
     text = path.read_text(encoding="utf-8")
@@ -46,20 +47,20 @@ def test_page_is_one_whole_file(tables: Tables, run_folder: Write) -> None:
 
 def test_page_is_the_same_for_the_same_run(tables: Tables, run_folder: Write) -> None:
     folder = run_folder(tables)
-    assert write_page(folder).read_bytes() == write_page(folder).read_bytes()
+    assert rewrite_page(folder).read_bytes() == rewrite_page(folder).read_bytes()
 
 
 def test_old_page_survives_a_failure(tables: Tables, run_folder: Write) -> None:
     folder = run_folder(tables)
-    before = write_page(folder).read_bytes()
+    before = rewrite_page(folder).read_bytes()
     (folder / "report.json").write_text("{")
     with pytest.raises(ValueError, match="Expecting"):
-        write_page(folder)
+        rewrite_page(folder)
     assert (folder / "index.html").read_bytes() == before
 
 
 def test_nothing_in_the_page_points_elsewhere(tables: Tables, run_folder: Write) -> None:
-    text = write_page(run_folder(tables)).read_text(encoding="utf-8")
+    text = rewrite_page(run_folder(tables)).read_text(encoding="utf-8")
     outline = Outline(text)
     elsewhere = [link for link in outline.links if not re.match(r"#|data:|tables/\w+\.parquet$", link)]
     assert elsewhere == []
@@ -68,7 +69,7 @@ def test_nothing_in_the_page_points_elsewhere(tables: Tables, run_folder: Write)
 
 def test_hostile_labels_are_text_and_nothing_else(tables: Tables, run_folder: Write) -> None:
     folder = run_folder(tables)
-    text = write_page(folder).read_text(encoding="utf-8")
+    text = rewrite_page(folder).read_text(encoding="utf-8")
     outline = Outline(text)
     # Theme choice, payload, plotly, page script: a label that broke out would add a fifth.
     assert outline.tags.count("script") == 4
@@ -79,7 +80,7 @@ def test_hostile_labels_are_text_and_nothing_else(tables: Tables, run_folder: Wr
 
 
 def test_headings_are_the_findings(tables: Tables, run_folder: Write) -> None:
-    headings = Outline(write_page(run_folder(tables)).read_text(encoding="utf-8")).headings
+    headings = Outline(rewrite_page(run_folder(tables)).read_text(encoding="utf-8")).headings
     assert len(headings) == 13
     assert headings[0] == "What is an effective dimension?"
     assert headings[-1] == "Made in 2 seconds from these arguments and versions"
@@ -87,16 +88,16 @@ def test_headings_are_the_findings(tables: Tables, run_folder: Write) -> None:
 
 def test_studies_that_did_not_run_are_not_told(tables: Tables, run_folder: Write) -> None:
     folder = run_folder(tables, {"study": {"unknown": {}}})
-    assert len(Outline(write_page(folder).read_text(encoding="utf-8")).headings) == 1
+    assert len(Outline(rewrite_page(folder).read_text(encoding="utf-8")).headings) == 1
 
 
 def test_page_without_any_table_still_opens(run_folder: Write) -> None:
-    assert "What is an effective dimension?" in write_page(run_folder({})).read_text(encoding="utf-8")
+    assert "What is an effective dimension?" in rewrite_page(run_folder({})).read_text(encoding="utf-8")
 
 
 def test_folder_without_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        write_page(tmp_path)
+        rewrite_page(tmp_path)
 
 
 def _vocabulary(size: int = 151_936) -> pl.DataFrame:
@@ -139,7 +140,7 @@ def test_page_of_a_whole_vocabulary_stays_small(tables: Tables, run_folder: Writ
     )
     large = {**tables, "tokens": _vocabulary(), "knn": _random_neighbours(queries), "correlation": correlation}
     folder = run_folder(large)
-    path = write_page(folder)
+    path = rewrite_page(folder)
     assert path.stat().st_size <= 25_000_000
     assert (folder / "tables" / "tokens.parquet").stat().st_size > EMBED_LIMIT
     assert 'id="table-tokens" href="tables/tokens.parquet"' in path.read_text(encoding="utf-8")
