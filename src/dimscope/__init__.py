@@ -2,11 +2,9 @@
 
     import dimscope
 
-    checkpoint = dimscope.open("builtin")                      # or a folder, or a hub id
-    table = dimscope.open_table(checkpoint)
-    moments = dimscope.moments_of(table)                       # one pass, float64, d x d
-    for d in dimscope.linear_dimensions(dimscope.spectrum(moments, centred=True)):
-        print(d.metric, d.value)
+    print(dimscope.dimensions("builtin"))                        # or a loaded model, or any N x d array
+    result = dimscope.layers(model, tokenizer, text="...")       # every layer; a StudyResult
+    small = dimscope.narrow(model, tokenizer, width=192).model   # an ordinary transformers model
 
 Names are loaded when they are first used, so that `import dimscope` alone costs nothing.
 """
@@ -16,62 +14,70 @@ from typing import Any
 
 __version__ = "0.2.0.dev0"
 
-_HOMES = {
-    "open": ("dimscope.checkpoints.checkpoint", "open_checkpoint"),
-    "Checkpoint": ("dimscope.checkpoints.checkpoint", "Checkpoint"),
-    "parameter_budget": ("dimscope.checkpoints.budget", "parameter_budget"),
-    "embedding_share": ("dimscope.checkpoints.budget", "embedding_share"),
-    "read_vocabulary": ("dimscope.checkpoints.vocabulary", "read_vocabulary"),
-    "VectorTable": ("dimscope.vectors.table", "VectorTable"),
-    "open_table": ("dimscope.vectors.embedding", "open_table"),
-    "table_from_tensor": ("dimscope.vectors.table", "table_from_tensor"),
-    "Moments": ("dimscope.vectors.moments", "Moments"),
-    "moments": ("dimscope.vectors.moments", "moments"),
-    "moments_of": ("dimscope.geometry.spectrum", "moments_of"),
-    "Spectrum": ("dimscope.geometry.spectrum", "Spectrum"),
-    "spectrum": ("dimscope.geometry.spectrum", "spectrum"),
-    "principal_components": ("dimscope.geometry.spectrum", "principal_components"),
-    "linear_dimensions": ("dimscope.geometry.dimension", "linear_dimensions"),
-    "load_model": ("dimscope.checkpoints.model", "load_model"),
-    "require_tokenizer": ("dimscope.checkpoints.vocabulary", "require_tokenizer"),
-    "open_text": ("dimscope.texts.texts", "open_text"),
-    "middle_windows": ("dimscope.texts.windows", "middle_windows"),
-    "stream_windows": ("dimscope.texts.windows", "stream_windows"),
-    "shuffle_within": ("dimscope.texts.windows", "shuffle_within"),
-    "find_sites": ("dimscope.activations.sites", "find_sites"),
-    "PassSettings": ("dimscope.activations.passes", "PassSettings"),
-    "run_pass": ("dimscope.activations.passes", "run_pass"),
-    "raw_spectra": ("dimscope.studies.layers.tables", "raw_spectra"),
-    "intrinsic_dimensions": ("dimscope.geometry.intrinsic", "intrinsic_dimensions"),
-    "white_noise_spectrum": ("dimscope.geometry.nulls", "white_noise_spectrum"),
-    "LayersSettings": ("dimscope.studies.layers.settings", "LayersSettings"),
-    "TableSummary": ("dimscope.interventions.table_summary", "TableSummary"),
-    "make_map": ("dimscope.interventions.perturbations", "make_map"),
-    "make_chain": ("dimscope.interventions.table_summary", "make_chain"),
-    "exact_error": ("dimscope.interventions.maps", "exact_error"),
-    "perturbed": ("dimscope.interventions.insertion", "perturbed"),
-    "baseline": ("dimscope.evaluation.evaluate", "baseline"),
-    "evaluate": ("dimscope.evaluation.evaluate", "evaluate"),
-    "Decoding": ("dimscope.evaluation.generation", "Decoding"),
-    "prepare_prompt": ("dimscope.evaluation.prompts", "prepare_prompt"),
-    "generate": ("dimscope.evaluation.generation", "generate"),
-    "DamageSettings": ("dimscope.studies.damage.settings", "DamageSettings"),
-    "NarrowSettings": ("dimscope.studies.narrowing.session", "NarrowSettings"),
-    "verify_rotation": ("dimscope.studies.narrowing.run", "verify_rotation"),
-    "narrow": ("dimscope.studies.narrowing.run", "narrow"),
-    "neighbor_tables": ("dimscope.studies.embedding.neighbors", "neighbor_tables"),
-    "EmbeddingSettings": ("dimscope.studies.embedding.run", "EmbeddingSettings"),
-    "DimscopeError": ("dimscope.errors", "DimscopeError"),
+_MODULES = {
+    # verbs
+    "dimscope.api": (
+        "damage",
+        "dimensions",
+        "evaluate",
+        "narrow",
+        "neighbors",
+        "perturbation",
+        "perturbed",
+        "spectrum",
+    ),
+    # checkpoints
+    "dimscope.checkpoints.checkpoint": ("Checkpoint",),
+    "dimscope.checkpoints.loaded": ("as_checkpoint", "checkpoint_of"),
+    "dimscope.checkpoints.budget": ("embedding_share", "parameter_budget"),
+    "dimscope.checkpoints.vocabulary": ("read_vocabulary", "require_tokenizer"),
+    "dimscope.checkpoints.model": ("load_model",),
+    # texts and vectors
+    "dimscope.texts.texts": ("open_text", "text_from_string"),
+    "dimscope.texts.windows": ("middle_windows", "shuffle_within", "stream_windows"),
+    "dimscope.vectors.embedding": ("open_table",),
+    "dimscope.vectors.sources": ("open_vectors",),
+    "dimscope.vectors.table": ("VectorTable",),
+    "dimscope.vectors.moments": ("Moments", "moments"),
+    # a running model
+    "dimscope.activations.sites": ("find_sites",),
+    "dimscope.activations.passes": ("PassSettings", "run_pass"),
+    # numbers
+    "dimscope.geometry.spectrum": ("Spectrum", "moments_of", "principal_components"),
+    "dimscope.geometry.dimension": ("linear_dimensions",),
+    "dimscope.geometry.dimension_table": ("Dimensions", "dimensions_of"),
+    "dimscope.geometry.intrinsic": ("intrinsic_dimensions",),
+    "dimscope.geometry.nulls": ("white_noise_spectrum",),
+    # changes of a table, and generation
+    "dimscope.interventions.maps": ("exact_error",),
+    "dimscope.evaluation.prompts": ("prepare_prompt",),
+    "dimscope.evaluation.generation": ("Decoding", "generate"),
+    # studies
+    "dimscope.studies.study": ("Monitor", "Study", "StudyResult"),
+    "dimscope.studies.embedding.settings": ("EmbeddingSettings",),
+    "dimscope.studies.layers.settings": ("LayersSettings",),
+    "dimscope.studies.damage.settings": ("DamageSettings",),
+    "dimscope.studies.narrowing.settings": ("NarrowSettings",),
+    "dimscope.errors": ("DimscopeError", "InvalidArgument"),
 }
-__all__ = sorted(_HOMES)
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_STUDIES = ("embedding", "layers")  # whose verb only runs the study
+__all__ = sorted([*_HOMES, *_STUDIES, "open"])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dimscope' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(import_module(module), attribute)
+    """Import a public name, or make the verb of a study, when it is first used."""
+    if name == "open":
+        return import_module("dimscope.checkpoints.checkpoint").open_checkpoint
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if not name.startswith("_"):
+        for study in import_module("dimscope.studies").STUDIES:
+            if study.name == name:
+                return import_module("dimscope.api").study_verb(study)
+    raise AttributeError(f"module 'dimscope' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
+    """List the public names."""
     return [*globals(), *__all__]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def run_studies(
     for study, own in settings.items():
         result = run_study(study, checkpoint, own, out=out, monitor=monitor)
         if not result.waiting:
-            with alone(out / STATE):  # shards that finish together
+            # A state folder that is still there belongs to shards, and two may finish together.
+            with alone(out / STATE) if (out / STATE).exists() else nullcontext():
                 _add(result, out)
         results.append(result)
     return results

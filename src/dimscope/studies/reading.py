@@ -28,19 +28,20 @@ def distinct(names: Sequence[str], longer: Sequence[str]) -> list[str]:
     ]
 
 
-def named_texts(sources: Sequence[str]) -> dict[str, Text]:
-    """Return texts by the name that is shown.
+def named_texts(sources: Sequence[str | Text]) -> dict[str, Text]:
+    """Return texts by the name that is shown: those of sources, and those that are texts already.
 
     Raises:
         InvalidArgument: There are none, or one cannot be read.
     """
     if not sources:
         raise InvalidArgument("`texts` is empty; pass a file, or builtin:prose")
-    texts = [open_text(source) for source in sources]
-    return dict(zip(distinct([t.name for t in texts], sources), texts, strict=True))
+    texts = [source if isinstance(source, Text) else open_text(source) for source in sources]
+    longer = [source if isinstance(source, str) else source.name for source in sources]
+    return dict(zip(distinct([text.name for text in texts], longer), texts, strict=True))
 
 
-def texts_or_generated(sources: Sequence[str]) -> dict[str, Text | None]:
+def texts_or_generated(sources: Sequence[str | Text]) -> dict[str, Text | None]:
     """Return texts by the name that is shown; None for the one that the model generates itself, `GENERATED`.
 
     Raises:
