@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dimscope.geometry.dimension_table import Dimensions
     from dimscope.geometry.spectrum import Spectrum
     from dimscope.interventions.maps import RowMap
-    from dimscope.studies.narrowing.run import NarrowResult  # ty: ignore[missing-module-member]
+    from dimscope.studies.narrowing.run import NarrowResult
     from dimscope.texts.texts import Text
 
 Side = Literal["input", "output"]
@@ -282,7 +282,7 @@ def narrow(
         InvalidArgument: The width does not fit the model, or a setting is out of range.
         UnsupportedCheckpoint: The family is not narrowed.
     """
-    from dimscope.studies.narrowing.run import narrow_in_memory  # ty: ignore[missing-module-member]
+    from dimscope.studies.narrowing.run import narrow_in_memory
 
     own = settings_of(studies.NARROWING, text, settings | {"widths": (width,), "bases": (basis,)})
     return narrow_in_memory(as_checkpoint(model, tokenizer), own, monitor)

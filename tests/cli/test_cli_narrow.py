@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 WIDE = {"hidden_size": 64, "layers": 3}
 READ = ("--length", 16, "--windows", 4)
 FEW = ("--length", 16, "--windows", 2)
-LEARNED = ("--basis", "learned", "--learn", 6, "--heal", 6)
+LEARNED = ("--basis", "learned", "--learn-steps", 6, "--heal-steps", 6)
 
 # In a fresh process, which knows nothing of dimscope: what is in a folder, and what it says.
 STOCK = """
@@ -118,7 +118,7 @@ def test_a_narrow_checkpoint_has_weights_config_tokenizer_and_a_card_of_what_was
 def test_a_cut_that_makes_nothing_smaller_says_so(checkpoint, cli, tmp_path):
     # A tied table of 512 rows outweighs what a width of 28 for 32 saves.
     ran = cli(
-        "narrow", checkpoint("qwen2"), "--width", 28, "--basis", "random", "--untied", "--no-judge", "-o", tmp_path / "n", "--json"
+        "narrow", checkpoint("qwen2"), "--width", 28, "--basis", "random", "--untied", "--no-evaluate", "-o", tmp_path / "n", "--json"
     )  # fmt: skip
     assert "not smaller" in json.loads(ran.stdout)["warning"]
     assert "Not smaller" in (tmp_path / "n" / "README.md").read_text()
@@ -126,7 +126,7 @@ def test_a_cut_that_makes_nothing_smaller_says_so(checkpoint, cli, tmp_path):
 
 def test_without_text_nothing_is_run_and_nothing_is_judged(checkpoint, cli, tmp_path):
     folder = checkpoint("llama", tokenizer=None)
-    ran = cli("narrow", folder, "--width", 16, "--basis", "embedding", "--no-judge", "-o", tmp_path / "n", "--json")
+    ran = cli("narrow", folder, "--width", 16, "--basis", "embedding", "--no-evaluate", "-o", tmp_path / "n", "--json")
     assert ran.returncode == 0, ran.stderr
     assert "measured" not in json.loads(ran.stdout)
     assert "KL |" not in (tmp_path / "n" / "README.md").read_text()
@@ -141,7 +141,7 @@ def test_the_same_seed_cuts_the_same_checkpoint(checkpoint, cli, tmp_path):
             16,
             "--basis",
             "random",
-            "--no-judge",
+            "--no-evaluate",
             "--seed",
             seed,
             "-o",
@@ -164,7 +164,7 @@ def test_verifying_says_that_a_rotation_changes_nothing_and_writes_nothing(check
 
 def test_kill_9_leaves_no_folder_that_looks_complete(checkpoint, cli, killed, tmp_path):
     folder, out = checkpoint("llama", hidden_size=256, vocab_size=40_000, tokenizer=None), tmp_path / "narrow"
-    arguments = (folder, "--width", 128, "--basis", "random", "--no-judge", "-o", out)
+    arguments = (folder, "--width", 128, "--basis", "random", "--no-evaluate", "-o", out)
     partial = tmp_path / ".narrow.partial"
     killed(("narrow", *arguments), lambda: list(partial.glob("*.safetensors")))
     assert not out.exists()
@@ -242,7 +242,7 @@ def test_healed_weights_are_what_is_written(checkpoint, narrows, tmp_path):
     cut = ("--width", 16, "--basis", "random")
     judged = {
         name: measured(narrows(checkpoint("llama"), *cut, *heal, "-o", tmp_path / name))
-        for name, heal in (("healed", ("--heal", 40)), ("not", ("--heal", 0)))
+        for name, heal in (("healed", ("--heal-steps", 40)), ("not", ("--heal-steps", 0)))
     }
     assert judged["healed"] < 0.95 * judged["not"]
 
@@ -252,7 +252,9 @@ def test_the_card_says_whether_weights_or_low_rank_changes_were_trained(checkpoi
     lora = ("--lora", 2) if what == "low-rank" else ()
     if lora:
         pytest.importorskip("peft")
-    told = narrows(checkpoint("qwen2"), "--width", 16, "--basis", "random", "--heal", 10, *lora, "-o", tmp_path / "n")
+    told = narrows(
+        checkpoint("qwen2"), "--width", 16, "--basis", "random", "--heal-steps", 10, *lora, "-o", tmp_path / "n"
+    )
     assert told["healed"] == "better on held-out text"
     card = (tmp_path / "n" / "README.md").read_text()
     assert ("low-rank changes (rank 2)" in card) == bool(lora)
@@ -274,7 +276,7 @@ def test_kill_9_while_healing_leaves_nothing_that_looks_complete_and_the_same_co
     checkpoint, cli, killed, prose, tmp_path
 ):
     def arguments(name: str) -> tuple[object, ...]:
-        cut = ("--width", 16, "--basis", "random", "--heal", 75, "--no-judge", "--text", prose, *FEW)
+        cut = ("--width", 16, "--basis", "random", "--heal-steps", 75, "--no-evaluate", "--text", prose, *FEW)
         return ("narrow", checkpoint("qwen2"), *cut, "-o", tmp_path / name, "--json")
 
     states = [
@@ -366,10 +368,10 @@ def test_a_qwen2_is_written_as_a_llama_and_a_gpt_neox_as_a_phi_that_say_the_same
     # At full width a cut is a rotation, which changes nothing: the other family must say what the dense model says.
     folders = [rough(editable(checkpoint(family), f"dense-{family}")) for family in ("qwen2", "gpt_neox")]
     outs = [tmp_path / "llama", tmp_path / "phi"]
-    whole = ("--width", 32, "--basis", "random", "--no-judge")
-    narrows(folders[0], *whole, "--untied", "--as", "llama", "-o", outs[0])
+    whole = ("--width", 32, "--basis", "random", "--no-evaluate")
+    narrows(folders[0], *whole, "--untied", "--export-as", "llama", "-o", outs[0])
     narrows(folders[1], *whole, "-o", outs[1])
-    narrows(folders[0], "--width", 16, "--as", "llama", "-o", tmp_path / "small-llama")
+    narrows(folders[0], "--width", 16, "--export-as", "llama", "-o", tmp_path / "small-llama")
     narrows(folders[1], "--width", 15, "-o", tmp_path / "small-phi")
     found = stock(*folders, *outs, tmp_path / "small-llama", tmp_path / "small-phi")
     for dense, other, small, kind in zip(found[:2], found[2:4], found[4:], ("llama", "phi"), strict=True):
@@ -387,7 +389,8 @@ def test_a_qwen2_is_written_as_a_llama_and_a_gpt_neox_as_a_phi_that_say_the_same
 
 
 @pytest.mark.parametrize(
-    ("family", "options"), [("qwen2", ("--as", "llama")), ("gpt_neox", ()), ("gpt_neox", ("--as", "phi")), ("phi", ())]
+    ("family", "options"),
+    [("qwen2", ("--export-as", "llama")), ("gpt_neox", ()), ("gpt_neox", ("--export-as", "phi")), ("phi", ())],
 )
 def test_verifying_holds_for_what_is_written_as_another_family(checkpoint, narrows, tmp_path, family, options):
     told = narrows(checkpoint(family), "--verify", *options)
@@ -420,41 +423,40 @@ def test_a_model_with_centred_norms_is_calibrated_cut_and_judged(checkpoint, nar
 @pytest.mark.parametrize(
     ("family", "arguments", "words"),
     [
-        ("llama", ("--width", 33), ["from 1 to 32", "not 33"]),
+        ("llama", ("--width", 33), ["from 1 to 32", "got 33"]),
         ("llama", ("--width", 0), ["from 1 to 32"]),
         ("llama", ("--width", -8), ["from 1 to 32"]),
         ("llama", ("--width", 30), ["28 or 32"]),
         ("llama", ("--width", 3), ["nearest are 4"]),
-        ("qwen2", ("--width", 30, "--as", "llama"), ["28 or 32"]),
+        ("qwen2", ("--width", 30, "--export-as", "llama"), ["28 or 32"]),
         ("llama", (), ["--width", "--plan", "--verify"]),
         ("llama", ("--width",), ["--width"]),
         ("llama", ("--width", 16, 24), ["one --width", "--plan"]),
         ("llama", ("--width", 16, "--basis", "raw", "random"), ["one --basis", "--plan"]),
-        ("llama", ("--width", 16, "--basis"), ["--basis", "none is given"]),
         ("llama", ("--width", 16, "--basis", "widest"), ["--basis", "widest", "normalised"]),
         ("gpt2", ("--width", 16), ["gpt2", "whole heads"]),
         ("olmo", ("--width", 16), ["olmo", "qwen2"]),
         ("phi", ("--width", 1), ["from 2 to 32"]),
         ("gpt_neox", ("--width", 1), ["from 2 to 32"]),
-        ("llama", ("--width", 16, "--windows", 0), ["at least 1"]),
+        ("llama", ("--width", 16, "--windows", 0), ["1 or more"]),
         ("llama", ("--width", 16, "--length", 65), ["at most 64"]),
         ("llama", ("--width", 16, "--text", "no-such.txt"), ["no-such.txt"]),
         ("llama", ("--width", 16, "--seed", -1), ["--seed"]),
-        ("llama", ("--width", 16, "--lora", 4), ["--lora", "--heal"]),
-        ("llama", ("--width", 16, "--lora", 4, "--heal", 0), ["--lora", "--heal"]),
-        ("llama", ("--width", 16, "--lora", 0, "--heal", 5), ["--lora", "at least 1"]),
-        ("llama", ("--width", 16, "--heal", -1), ["--heal", "at least 0", "-1"]),
-        ("llama", ("--width", 16, "--basis", "learned", "--learn", 0), ["--learn", "at least 1", "0"]),
+        ("llama", ("--width", 16, "--lora", 4), ["--lora", "--heal-steps"]),
+        ("llama", ("--width", 16, "--lora", 4, "--heal-steps", 0), ["--lora", "--heal-steps"]),
+        ("llama", ("--width", 16, "--lora", 0, "--heal-steps", 5), ["--lora", "1 or more"]),
+        ("llama", ("--width", 16, "--heal-steps", -1), ["--heal-steps", "0 or more", "-1"]),
+        ("llama", ("--width", 16, "--basis", "learned", "--learn-steps", 0), ["--learn-steps", "1 or more", "0"]),
         ("llama", ("--width", 16, "--prompt", "Hello"), ["--prompt", "--plan"]),
-        ("llama", ("--width", 16, "--as", "phi"), ["--as phi", "llama"]),
-        ("qwen2", ("--width", 16, "--as", "phi"), ["--as phi", "qwen2"]),
-        ("phi", ("--width", 16, "--as", "llama"), ["--as llama", "phi"]),
-        ("qwen2", ("--width", 16, "--as", "mistral"), ["--as", "mistral"]),
+        ("llama", ("--width", 16, "--export-as", "phi"), ["--export-as phi", "llama"]),
+        ("qwen2", ("--width", 16, "--export-as", "phi"), ["--export-as phi", "qwen2"]),
+        ("phi", ("--width", 16, "--export-as", "llama"), ["--export-as llama", "phi"]),
+        ("qwen2", ("--width", 16, "--export-as", "mistral"), ["--export-as", "mistral"]),
         ("llama", ("--width", 16, "--tied"), ["--tied", "two tables"]),
         ("phi", ("--width", 16, "--tied"), ["--tied", "two tables"]),
         ("llama", ("--plan", "--verify"), ["--plan", "--verify"]),
         ("llama", ("--verify", "--prompt", "Hello"), ["--prompt", "--plan"]),
-        ("llama", ("--verify", "--as", "phi"), ["--as phi", "llama"]),
+        ("llama", ("--verify", "--export-as", "phi"), ["--export-as phi", "llama"]),
     ],
 )
 def test_what_cannot_be_narrowed_is_one_line_and_nothing_is_written(
@@ -482,7 +484,7 @@ def test_a_folder_that_holds_something_and_no_folder_are_refused(checkpoint, cli
         (("-o", tmp_path / "full"), "not empty"), ((), "-o DIR"), (("-o", tmp_path / "full" / "notes.txt"), "is a file"),
         (("-o", tmp_path / "full" / "notes.txt" / "n"), "is a file"),
     ):  # fmt: skip
-        for basis in (("--basis", "random", "--no-judge"), ("--basis", "learned")):
+        for basis in (("--basis", "random", "--no-evaluate"), ("--basis", "learned")):
             refused(cli("narrow", checkpoint("llama"), "--width", 16, *basis, *arguments), words)
     assert digest(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
@@ -490,7 +492,7 @@ def test_a_folder_that_holds_something_and_no_folder_are_refused(checkpoint, cli
 
 def test_an_empty_folder_is_filled(checkpoint, cli, tmp_path):
     (tmp_path / "n").mkdir()
-    ran = cli("narrow", checkpoint("llama"), "--width", 16, "--basis", "random", "--no-judge", "-o", tmp_path / "n")
+    ran = cli("narrow", checkpoint("llama"), "--width", 16, "--basis", "random", "--no-evaluate", "-o", tmp_path / "n")
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "n" / "model.safetensors").exists()
 
@@ -502,7 +504,7 @@ def test_a_short_text_is_refused(checkpoint, cli, refused, tmp_path):
     (tmp_path / "windows.txt").write_text(sentences)
     for name, options, words in (
         ("short", (), "fewer than one window"), ("windows", ("--length", 30), "too few"),
-        ("windows", ("--length", 16, "--heal", 5), "hold out"), ("windows", ("--length", 16, "--basis", "learned"), "hold out"),
+        ("windows", ("--length", 16, "--heal-steps", 5), "hold out"), ("windows", ("--length", 16, "--basis", "learned"), "hold out"),
     ):  # fmt: skip
         path = tmp_path / f"{name}.txt"
         ran = cli("narrow", checkpoint("llama"), "--width", 16, "--text", path, *options, "-o", tmp_path / "n")

@@ -49,7 +49,7 @@ def plans(cli, prose) -> Callable[..., Ran]:
         ran = cli("narrow", model, "--plan", "--text", prose, *read, *arguments, "-o", out, "--json")
         assert ran.returncode == 0, ran.stderr[-1000:]
         told = json.loads(ran.stdout)
-        return Ran(told, told["plan"], out)
+        return Ran(told, pl.read_parquet(out / "tables" / "plan.parquet").to_dicts(), out)
 
     return run
 
@@ -149,7 +149,7 @@ def test_the_directions_make_no_difference_to_speed_and_rounding_none_that_is_me
         ("qwen2", {}, ()),
         ("qwen2", {"dtype": "bfloat16"}, ()),
         ("qwen2", {}, ("--untied",)),
-        ("qwen2", {}, ("--as", "llama")),
+        ("qwen2", {}, ("--export-as", "llama")),
         ("llama", {"dtype": "float16"}, ()),
         ("gemma", {}, ()),
         ("phi", {}, ()),
@@ -163,7 +163,9 @@ def test_parameters_and_bytes_are_those_of_a_checkpoint_that_is_really_cut(
     ran = plans(model, tmp_path / "plan", "--width", 16, 24, "--basis", "random", *options)
     for width in (16, 24):
         [row] = ran.of("narrow", width=width)
-        assert (row["parameters"], row["bytes"]) == cut(model, width, "--basis", "random", "--no-judge", *options)[:2]
+        assert (row["parameters"], row["bytes"]) == cut(model, width, "--basis", "random", "--no-evaluate", *options)[
+            :2
+        ]
     [dense], [rounded] = ran.of("dense"), ran.of("quantise")
     assert (dense["parameters"], dense["bytes"]) == counted(model)
     held = load_file(model / "model.safetensors")
@@ -174,10 +176,10 @@ def test_parameters_and_bytes_are_those_of_a_checkpoint_that_is_really_cut(
     assert rounded["bytes"] == sum(t.numel() + len(t) * size if t.ndim == 2 else t.nbytes for t in held.values())
 
 
-@pytest.mark.parametrize("options", [(), ("--untied",), ("--as", "llama")])
+@pytest.mark.parametrize("options", [(), ("--untied",), ("--export-as", "llama")])
 @pytest.mark.parametrize("basis", ["normalised", "learned"])
 def test_what_a_width_costs_in_a_plan_is_what_it_costs_when_it_is_cut(model, plans, cut, tmp_path, basis, options):
-    how = ("--basis", basis, "--learn", 3, *options)
+    how = ("--basis", basis, "--learn-steps", 3, *options)
     [row] = plans(model, tmp_path / "plan", "--width", 40, *how).of("narrow")
     judged = {r["metric"]: r for r in cut(model, 40, *how)[2]["measured"]}
     assert judged["KL"]["narrow"] == pytest.approx(row["kl"], rel=1e-3)
@@ -202,14 +204,16 @@ def test_what_dropping_layers_costs_at_the_same_size_is_on_the_line_to_the_dense
 
 
 def test_there_is_advice_of_a_few_sentences(usual, plans, tmp_path, checkpoint):
-    assert usual.told["advice"].startswith(("Narrow it to", "Do not narrow"))
-    assert "8 bits" in usual.told["advice"]
+    assert usual.told["answer"].startswith(("Narrow it to", "Do not narrow"))
+    assert "8 bits" in usual.told["answer"]
     untied = plans(checkpoint("qwen2"), tmp_path / "plan", "--width", 28, "--basis", "random", "--untied")
-    assert untied.told["advice"].startswith("Do not narrow")  # two tables outweigh what is saved
+    assert untied.told["answer"].startswith("Do not narrow")  # two tables outweigh what is saved
 
 
 def test_healing_adds_a_row_for_the_candidate_that_is_shown(model, plans, tmp_path):
-    ran = plans(model, tmp_path / "plan", "--width", 48, 32, "--basis", "learned", "--learn", 3, "--heal", 30)
+    ran = plans(
+        model, tmp_path / "plan", "--width", 48, 32, "--basis", "learned", "--learn-steps", 3, "--heal-steps", 30
+    )
     [healed], [cut] = ran.of("narrow, healed"), ran.of("narrow", width=32)
     assert (healed["width"], healed["basis"]) == (32, "learned")  # the smallest that is tolerable
     assert (healed["parameters"], healed["bytes"]) == (cut["parameters"], cut["bytes"])
@@ -217,7 +221,7 @@ def test_healing_adds_a_row_for_the_candidate_that_is_shown(model, plans, tmp_pa
 
 
 def test_healing_needs_no_learned_basis(model, plans, tmp_path):
-    ran = plans(model, tmp_path / "plan", "--width", 48, "--basis", "raw", "--heal", 5)
+    ran = plans(model, tmp_path / "plan", "--width", 48, "--basis", "raw", "--heal-steps", 5)
     assert len(ran.of("narrow, healed")) == 1
 
 
@@ -239,10 +243,10 @@ def test_the_folder_has_a_page_the_facts_and_the_tables_that_were_printed_and_no
     assert usual.told["page"] == str(usual.folder / "index.html")
     assert "<html" in (usual.folder / "index.html").read_text()[:1000]
     facts = json.loads((usual.folder / "report.json").read_text())
-    assert facts["tables"]["narrowing"] == ["plan"]
-    assert facts["study"]["narrowing"]["advice"][0] in usual.told["advice"]
-    assert facts["study"]["narrowing"]["widths"] == [56, 48, 40, 32]
-    assert pl.read_parquet(usual.folder / "tables" / "plan.parquet").to_dicts() == usual.rows
+    assert facts["studies"]["narrowing"]["tables"] == ["plan"]
+    assert facts["studies"]["narrowing"]["facts"]["advice"][0] in usual.told["answer"]
+    assert facts["studies"]["narrowing"]["facts"]["widths"] == [56, 48, 40, 32]
+    assert len(usual.told["candidates"]) == len(usual.rows)
     assert len(files(usual.folder)) == len(usual.rows)
     assert not list(usual.folder.rglob("*.safetensors"))
     assert not list(usual.folder.rglob("config.json"))
@@ -254,7 +258,7 @@ def test_without_a_folder_a_plan_is_told_and_nothing_is_written(cli, model, pros
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout)
     assert "page" not in told
-    assert len(told["plan"]) == 4
+    assert len(told["candidates"]) == 4
     assert list(tmp_path.iterdir()) == []
 
 
@@ -263,7 +267,7 @@ def test_the_same_command_uses_its_candidates_again_and_says_the_same(model, usu
     again = plans(model, usual.folder)
     assert files(usual.folder) == before
     assert again.rows == usual.rows
-    assert again.told["advice"] == usual.told["advice"]
+    assert again.told["answer"] == usual.told["answer"]
 
 
 def test_another_width_is_added_and_other_windows_are_judged_anew(model, plans, tmp_path):
@@ -291,15 +295,15 @@ def test_candidates_of_another_seed_are_not_used_again(model, plans, tmp_path):
 
 def test_a_learned_basis_added_later_is_judged_on_the_windows_of_the_others(model, plans, tmp_path):
     # Where something is trained the windows are dealt out otherwise, so nothing that was judged before can be used.
-    learned = ("--width", 40, "--learn", 3, "--basis", "random", "learned")
-    plans(model, tmp_path / "plan", "--width", 40, "--learn", 3, "--basis", "random", "raw")
+    learned = ("--width", 40, "--learn-steps", 3, "--basis", "random", "learned")
+    plans(model, tmp_path / "plan", "--width", 40, "--learn-steps", 3, "--basis", "random", "raw")
     later = plans(model, tmp_path / "plan", *learned)
     assert unspeeded(later.rows) == unspeeded(plans(model, tmp_path / "at-once", *learned).rows)
 
 
 def test_what_was_healed_by_weights_is_not_taken_for_healed_by_low_rank_changes(model, plans, tmp_path):
     pytest.importorskip("peft")
-    asked = ("--width", 40, "--basis", "learned", "--learn", 3, "--heal", 10)
+    asked = ("--width", 40, "--basis", "learned", "--learn-steps", 3, "--heal-steps", 10)
     [weights] = plans(model, tmp_path / "plan", *asked).of("narrow, healed")
     [low_rank] = plans(model, tmp_path / "plan", *asked, "--lora", 1).of("narrow, healed")
     assert low_rank["kl"] != weights["kl"]
@@ -322,7 +326,7 @@ def test_kill_9_in_the_middle_keeps_what_is_finished_and_the_same_command_goes_o
     after = files(out)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(usual.rows)
-    assert unspeeded(json.loads(ran.stdout)["plan"]) == unspeeded(usual.rows)
+    assert unspeeded(pl.read_parquet(out / "tables" / "plan.parquet").to_dicts()) == unspeeded(usual.rows)
     assert (out / "index.html").exists()
     assert not [p.name for p in out.rglob(".*")]
 
@@ -334,16 +338,14 @@ REFUSED = {
     "a width above the model's": ("qwen2", ("--width", 16, 33), ["from 1 to 32", "33"]),
     "an unknown basis": ("qwen2", ("--basis", "widest"), ["--basis", "widest"]),
     "a family that cannot be": ("gpt2", (), ["gpt2", "whole heads"]),
-    "another family that does not say the same": ("llama", ("--as", "phi"), ["--as phi", "llama"]),
+    "another family that does not say the same": ("llama", ("--export-as", "phi"), ["--export-as phi", "llama"]),
     "verifying too": ("llama", ("--verify",), ["--plan", "--verify"]),
-    "no prompt": ("llama", ("--prompt",), ["--prompt", "none is given"]),
     "a prompt without room to go on": ("llama", ("--prompt", "Hello " * 80), ["'Hello", "64"]),
-    "low-rank healing without healing": ("llama", ("--lora", 2), ["--lora", "--heal"]),
-    "negative healing": ("llama", ("--heal", -1), ["--heal", "-1"]),
-    "nothing learned": ("llama", ("--basis", "learned", "--learn", 0), ["--learn", "0"]),
-    "a window longer than the context": ("llama", ("--length", 65), ["--length 65", "64"]),
+    "low-rank healing without healing": ("llama", ("--lora", 2), ["--lora", "--heal-steps"]),
+    "negative healing": ("llama", ("--heal-steps", -1), ["--heal-steps", "-1"]),
+    "nothing learned": ("llama", ("--basis", "learned", "--learn-steps", 0), ["--learn-steps", "0"]),
+    "a window longer than the context": ("llama", ("--length", 65), ["--length", "65", "64"]),
     "a tie that is not there": ("llama", ("--tied",), ["--tied", "two tables"]),
-    "no width": ("llama", ("--width",), ["--width"]),
 }
 
 

@@ -140,13 +140,13 @@ def check_width(checkpoint: Checkpoint, layout: Layout, width: int, export: str 
     dim = checkpoint.input_table.shape[1]
     least = 2 if layout.centred else 1  # a LayerNorm takes one dimension for the mean
     if not least <= width <= dim:
-        raise InvalidArgument(f"--width goes from {least} to {dim}, the width of {checkpoint.title}, not {width}")
+        raise InvalidArgument(f"`widths` must be from {least} to {dim}, the width of {checkpoint.title}, got {width}")
     if not (step := width_step(checkpoint, export)) or not width % step:
         return
     low, high = width // step * step, -(-width // step) * step
     nearest = f"{high}" if not low else f"{low} or {high}"
     raise InvalidArgument(
-        f"--width {width}: the width of a llama model is a multiple of its {step} attention heads; the nearest are {nearest}"
+        f"`widths` {width}: the width of a llama model is a multiple of its {step} attention heads; the nearest are {nearest}"
     )
 
 

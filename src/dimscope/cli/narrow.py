@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from dimscope.checkpoints import BUILTIN
-from dimscope.cli.options import COMMON, Common, announce
+from dimscope.cli.options import COMMON, Common, announce, log_stage
 from dimscope.cli.studies import prepared, run_command
 from dimscope.cli.terminal import Output
 from dimscope.errors import InvalidArgument
@@ -83,7 +83,7 @@ def _check(settings: NarrowSettings, common: Common, *, plan: bool, verify: bool
 
 
 def _verified(checkpoint: Checkpoint, model: str, settings: NarrowSettings) -> Output:
-    from dimscope.studies.narrowing.run import verify_rotation
+    from dimscope.studies.narrowing.verification import verify_rotation
 
     found = verify_rotation(checkpoint, settings)
     if not found.holds:
@@ -100,22 +100,22 @@ def _verified(checkpoint: Checkpoint, model: str, settings: NarrowSettings) -> O
 
 def _cut(checkpoint: Checkpoint, settings: NarrowSettings, common: Common) -> None:
     from dimscope.narrowing.card import not_smaller
-    from dimscope.studies.narrowing.run import narrow as cut
+    from dimscope.studies.narrowing.run import narrow_to_folder
+    from dimscope.studies.study import Monitor
 
-    assert common.out is not None, "narrow() sees to it"
-    facts, tables = cut(
-        checkpoint, common.out, settings.widths[0], settings, shlex.join(["dimscope", *sys.argv[1:]]), announce
-    )
-    account = facts["account"]
-    told = {
+    assert common.out is not None, "_check refuses a cut without a folder"
+    command = shlex.join(["dimscope", *sys.argv[1:]])
+    result = narrow_to_folder(checkpoint, common.out, settings, command, Monitor(announce, log_stage))
+    facts, account = result.facts, result.account
+    rows = {
         "model": facts["model"], "checkpoint": common.out, "width": f"{facts['width']} of {facts['dim']}",
         "seconds": facts["seconds"], "tables": "one, tied" if facts["tied"] else "two",
-        "parameters_before": account["dense_parameters"], "parameters_after": account["narrow_parameters"],
-        "bytes_before": account["dense_bytes"], "bytes_after": account["narrow_bytes"],
+        "parameters_before": account.dense_parameters, "parameters_after": account.narrow_parameters,
+        "bytes_before": account.dense_bytes, "bytes_after": account.narrow_bytes,
     }  # fmt: skip
-    told |= {"tie_costs_kl": facts["tie_cost"]} if "tie_cost" in facts else {}
+    rows |= {"tie_costs_kl": facts["tie_cost"]} if "tie_cost" in facts else {}
     if settings.heal_steps:
-        told["healed"] = "better on held-out text" if facts["healed"] else "no better on held-out text, so left as cut"
+        rows["healed"] = "better on held-out text" if facts["healed"] else "no better on held-out text, so left as cut"
     if not_smaller(account):
-        told["warning"] = "not smaller than the dense model: untying its tables costs more than the cut saves"
-    common.print(Output(told, tables))
+        rows["warning"] = "not smaller than the dense model: untying its tables costs more than the cut saves"
+    common.print(Output(rows, result.tables))

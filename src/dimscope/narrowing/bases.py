@@ -102,4 +102,4 @@ def tied_to(basis: Float[Tensor, "d k"], gain: Float[Tensor, " d"]) -> tuple[Flo
 def check_basis(name: str) -> None:
     """Raises InvalidArgument for an unknown basis."""
     if name not in BASES:
-        raise InvalidArgument(f"--basis is one of {', '.join(BASES)}, not {name!r}")
+        raise InvalidArgument(f"`bases` must be {', '.join(BASES)}, got {name!r}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dimscope.narrowing.projection import Account
 
 GGUF_Q8, GGUF_K = 32, 256  # numbers in a block of the formats of llama.cpp
 TILE = 64  # that GPUs multiply at full speed
@@ -16,7 +19,7 @@ def hints(width: int, family: str) -> list[str]:
     """What engines beside transformers make of a width."""
     told = []
     if family in HARD_WIRED:
-        rather = " `--as llama` writes the same model in a family that has one." if family == "qwen2" else ""
+        rather = " `--export-as llama` writes the same model in a family that has one." if family == "qwen2" else ""
         told.append(
             "transformers takes the head size from the config (`head_dim`). Engines that compute it as width / heads for this "
             f"family (llama.cpp for Qwen2, vLLM for Phi) read the checkpoint wrong.{rather}"
@@ -31,14 +34,20 @@ def hints(width: int, family: str) -> list[str]:
     return told
 
 
-def not_smaller(account: Mapping[str, Any]) -> bool:
+def not_smaller(account: Account) -> bool:
     """Whether the files hold as much as before, or more: an untied model's second table may outweigh the cut."""
-    return account["narrow_parameters"] >= account["dense_parameters"]
+    return account.narrow_parameters >= account.dense_parameters
 
 
-def model_card(facts: Mapping[str, Any]) -> str:
-    """The text of README.md from what was measured; parts that were not measured are left out."""
-    account, dense = facts["account"], facts["model"]
+def model_card(facts: Mapping[str, Any], account: Account, measured: Sequence[Mapping[str, str]] = ()) -> str:
+    """Return the text of README.md.
+
+    Args:
+        facts: How the checkpoint was made; parts without facts are left out.
+        account: Parameters and bytes of the dense and of the narrow model.
+        measured: Further rows of the table: `metric`, `dense`, `narrow`.
+    """
+    dense = facts["model"]
     lines = [
         "---", "library_name: transformers", *([f"base_model: {dense}"] if facts["on_hub"] else []),
         "tags: [dimscope, narrowed]", "---", "",
@@ -46,15 +55,15 @@ def model_card(facts: Mapping[str, Any]) -> str:
         f"The hidden size of `{dense}` cut from {facts['dim']} to {facts['width']} by one orthonormal map on the residual stream, "
         "with the gains of its norms folded in. A standard checkpoint: stock `transformers` loads it, without custom code.", "",
         "| | dense | narrow |", "|---|---|---|",
-        f"| parameters in the files | {account['dense_parameters']:,} | {account['narrow_parameters']:,} |",
-        f"| bytes of weights | {account['dense_bytes']:,} | {account['narrow_bytes']:,} |",
-        *(f"| {row['metric']} | {row['dense']} | {row['narrow']} |" for row in facts.get("measured", ())), "",
+        f"| parameters in the files | {account.dense_parameters:,} | {account.narrow_parameters:,} |",
+        f"| bytes of weights | {account.dense_bytes:,} | {account.narrow_bytes:,} |",
+        *(f"| {row['metric']} | {row['dense']} | {row['narrow']} |" for row in measured), "",
     ]  # fmt: skip
     if facts.get("judged_on"):
         lines += [f"Measured on {facts['judged_on']}.", ""]
     if not_smaller(account):
         lines += ["**Not smaller than the dense model: do not use it for its size.**", ""]
-    lines += ["## How it was made", "", *_recipe(facts), "", *_tables(facts)]
+    lines += ["## How it was made", "", *_recipe(facts), "", *_tables(facts, account)]
     lines += [
         "Heads, head size, KV cache, rotary embeddings and the work of attention over positions are as before: only the width of "
         "the residual stream shrank.", "",
@@ -86,8 +95,7 @@ def _recipe(facts: Mapping[str, Any]) -> list[str]:
     return told
 
 
-def _tables(facts: Mapping[str, Any]) -> list[str]:
-    account = facts["account"]
+def _tables(facts: Mapping[str, Any], account: Account) -> list[str]:
     if facts.get("tied"):
         cost = facts.get("tie_cost")
         measured = (
@@ -96,9 +104,9 @@ def _tables(facts: Mapping[str, Any]) -> list[str]:
             else f"that costs {round(cost, 4) + 0.0:+.4f} nats of KL beside two tables, before any training"
         )
         return [f"One table for reading and predicting, as in the dense model; {measured}.", ""]
-    if account["untied"]:
+    if account.untied:
         return [
-            f"The dense model reads and predicts with one table; here they are two, of {account['table_parameters']:,} "
+            f"The dense model reads and predicts with one table; here they are two, of {account.table_parameters:,} "
             "parameters each, since the gain of the final norm is folded into one of them only.", "",
         ]  # fmt: skip
     return []

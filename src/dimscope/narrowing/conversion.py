@@ -144,9 +144,11 @@ def check_export(checkpoint: Checkpoint, export: str | None) -> str | None:
         return None
     if export not in known:
         others = f"as {', '.join(known)}" if known else f"as a {kind} only"
-        raise InvalidArgument(f"--as {export}: a {kind} model is written {others}")
+        raise InvalidArgument(f"`export_as` {export}: a {kind} model is written {others}")
     if export == "llama" and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise InvalidArgument(f"--as llama: {checkpoint.title} has layers with sliding windows, and a Llama has none")
+        raise InvalidArgument(
+            f"`export_as` llama: {checkpoint.title} has layers with sliding windows, and a Llama has none"
+        )
     return export
 
 
@@ -158,7 +160,7 @@ def keeps_tie(checkpoint: Checkpoint, layout: Layout, tied: bool | None) -> bool
     possible = checkpoint.tied and not layout.centred
     if tied and not possible:
         reason = "takes the mean out in its final norm, and its table does not" if checkpoint.tied else "has two tables"
-        raise InvalidArgument(f"--tied: {checkpoint.title} {reason}")
+        raise InvalidArgument(f"`tied`: {checkpoint.title} {reason}")
     return possible if tied is None else tied
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dimscope.checkpoints.families import Layout, layout_of
+from dimscope.checkpoints.loaded import LoadedModel
 from dimscope.checkpoints.writer import Planned, write_safetensors
 from dimscope.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from dimscope.narrowing.bases import tied_to
@@ -26,7 +28,7 @@ from dimscope.narrowing.calibration import final_temperature
 from dimscope.narrowing.conversion import Origin, Origins, origins_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
     from dimscope.checkpoints.checkpoint import Checkpoint
     from dimscope.checkpoints.model import Placement
@@ -38,6 +40,7 @@ BESIDE = (
     "tokenizer", "special_tokens_map", "vocab.", "merges.", "added_tokens", "chat_template", "generation_config", "LICENSE",
     "NOTICE",
 )  # fmt: skip
+GENERATION = "generation_config.json"
 
 Gains = Mapping[str, Tensor]
 
@@ -235,24 +238,9 @@ def _tied(cut: Cut) -> Cut:
     return replace(cut, basis=basis, gains={**cut.gains, final: values * cut.gains.get(final, usual) / table})
 
 
-def write_cut(cut: Cut, folder: Path, trained: Mapping[str, Tensor] | None = None) -> Account:
-    """Writes weights, config, tokenizer and generation config into a folder that is there, and counts what is in it.
-
-    `trained` gives tensors in the place of those of the cut.
-    """
+def account_of(cut: Cut) -> Account:
+    """Count the parameters and bytes of the dense and of the narrow checkpoint."""
     plan = cut.plan()
-    given = trained or {}
-    write_safetensors(
-        folder,
-        ((p, iter([given[p.name].detach().cpu()]) if p.name in given else cut.blocks(p.name)) for p in plan),
-        plan,
-    )
-    config = cut.config
-    config.dtype = next(t.dtype for t in plan)
-    config.save_pretrained(folder)
-    source = cut.checkpoint.source
-    for file in sorted(f for f in source.files if f.startswith(BESIDE) and not f.endswith(".py")):
-        (folder / file).write_bytes(source.fetch(file).read_bytes())
     skeleton = cut.checkpoint.skeleton
     assert skeleton is not None, cut.checkpoint.name
     dense = [cut.files[parameter] for parameter in skeleton.shapes]  # no buffers, and no table twice
@@ -264,25 +252,91 @@ def write_cut(cut: Cut, folder: Path, trained: Mapping[str, Tensor] | None = Non
     )  # fmt: skip
 
 
-def assemble(config: PretrainedConfig, state: Mapping[str, Tensor], placement: Placement) -> PreTrainedModel:
-    """The model of a config with these weights, by transformers, in memory."""
-    from transformers import AutoModelForCausalLM
+def write_cut(cut: Cut, folder: Path, trained: Mapping[str, Tensor] | None = None) -> Account:
+    """Write weights, config, tokenizer and generation config into an existing folder, and count what is in it.
 
+    Args:
+        cut: The narrow checkpoint.
+        folder: An existing folder.
+        trained: Weights by name that replace those of the cut.
+    """
+    plan = cut.plan()
+    replaced = trained or {}
+    write_safetensors(
+        folder,
+        ((p, iter([replaced[p.name].detach().cpu()]) if p.name in replaced else cut.blocks(p.name)) for p in plan),
+        plan,
+    )
+    config = cut.config
+    config.dtype = plan[0].dtype
+    config.save_pretrained(folder)
+    source = cut.checkpoint.source
+    if isinstance(source, LoadedModel):
+        if source.tokenizer is not None:
+            source.tokenizer.save_pretrained(folder)
+        if (generation := generation_config_of(cut.checkpoint)) is not None:
+            generation.save_pretrained(folder)
+    for file in sorted(f for f in source.files if f.startswith(BESIDE) and not f.endswith(".py")):
+        (folder / file).write_bytes(source.fetch(file).read_bytes())
+    return account_of(cut)
+
+
+def generation_config_of(checkpoint: Checkpoint) -> GenerationConfig | None:
+    """Return a copy of the settings of generation that come with a model, if any."""
+    from transformers import GenerationConfig
+
+    source = checkpoint.source
+    if isinstance(source, LoadedModel):
+        return deepcopy(source.model.generation_config)
+    if GENERATION not in source.files:
+        return None
+    return GenerationConfig.from_pretrained(source.fetch(GENERATION).parent)
+
+
+def assemble(config: PretrainedConfig, state: Mapping[str, Tensor], placement: Placement) -> PreTrainedModel:
+    """Return the model of a config with these weights, made by transformers, in evaluation mode."""
     from dimscope.checkpoints.model import DTYPES
+
+    return _assembled(config, state, DTYPES[placement.dtype], placement.device)
+
+
+def _assembled(
+    config: PretrainedConfig, state: Mapping[str, Tensor], dtype: torch.dtype, device: str
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
 
     kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
     model, info = kind.from_pretrained(
-        None, config=config, state_dict=dict(state), dtype=DTYPES[placement.dtype], output_loading_info=True
+        None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True
     )
     assert not info["missing_keys"], info
-    return model.to(placement.device).eval()
+    return model.to(device).eval()
+
+
+def stored_model(cut: Cut, trained: Mapping[str, Tensor], device: str) -> PreTrainedModel:
+    """Return the narrow model in the dtype in which it is stored, as transformers would load what `write_cut` writes.
+
+    Args:
+        cut: The narrow checkpoint.
+        trained: Weights by name that replace those of the cut.
+        device: A torch device.
+    """
+    state = {
+        p.name: trained[p.name].detach().cpu().to(p.dtype) if p.name in trained else _tensor(cut, p) for p in cut.plan()
+    }
+    model = _assembled(cut.config, state, cut.plan()[0].dtype, device)
+    if (generation := generation_config_of(cut.checkpoint)) is not None:
+        model.generation_config = generation
+    return model
+
+
+def _tensor(cut: Cut, planned: Planned) -> Tensor:
+    return torch.cat([block.to(planned.dtype) for block in cut.blocks(planned.name)])
 
 
 def narrow_model(cut: Cut, placement: Placement) -> PreTrainedModel:
     """The narrow model in memory, as `write_cut` would write it and transformers load it."""
-    return assemble(
-        cut.config, {p.name: torch.cat([b.to(p.dtype) for b in cut.blocks(p.name)]) for p in cut.plan()}, placement
-    )
+    return assemble(cut.config, {p.name: _tensor(cut, p) for p in cut.plan()}, placement)
 
 
 def fitted_model(

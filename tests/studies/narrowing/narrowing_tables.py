@@ -5,7 +5,7 @@ from typing import Any
 
 import polars as pl
 
-from dimscope.page.section import Facts
+from dimscope.page.section import Facts, StudyFacts
 from dimscope.studies.narrowing.advice import (
     DENSE,
     DROP,
@@ -98,5 +98,7 @@ def facts(table: pl.DataFrame | None = None, **changes: Any) -> Facts:
         "n_layers": LAYERS, "n_windows": {"calibration": 8, "judged": 8, "training": 8}, "heal": 0,
         "shown": {"basis": shown["basis"], "width": shown["width"]}, "kv_bytes_per_token": CACHE, **changes,
     }  # fmt: skip
-    study = {"narrowing": {name: value for name, value in told.items() if value is not None}}
-    return Facts("toy", vocab_size=1000, hidden_size=DIM, n_parameters=PARAMETERS, tied=False, study=study)
+    study = StudyFacts({name: value for name, value in told.items() if value is not None}, ("plan",))
+    return Facts(
+        "toy", vocab_size=1000, hidden_size=DIM, n_parameters=PARAMETERS, tied=False, studies={"narrowing": study}
+    )

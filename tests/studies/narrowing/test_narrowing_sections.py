@@ -1,24 +1,21 @@
 """What the page says about narrowing follows from the plan: figures, numbers, and the candidate that is shown."""
 
-import json
 from collections.abc import Callable
-from html.parser import HTMLParser
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import narrowing_tables as made
 import plotly.graph_objects as go
 import polars as pl
 import pytest
-from dimscope.report.sections import narrowing_sections
 
 from dimscope.narrowing.bases import BASES
 from dimscope.page import theme
-from dimscope.page.render import write_page
 from dimscope.page.section import Grid, Plot, Section, Tables
 from dimscope.studies.narrowing import figures
 from dimscope.studies.narrowing import sections as narrowing
 from dimscope.studies.narrowing.advice import DROP, HEALED, NARROW
+from dimscope.studies.narrowing.study import NARROWING
 
 FIGURES = {"parameters": "narrowing-size", "prefill_ratio": "narrowing-speed"}
 STAR = ("normalised", 56)  # which is shown and healed: of the best basis the widest that is a tenth smaller
@@ -101,7 +98,7 @@ def _expected(plan: pl.DataFrame, x: str) -> dict[str, list[tuple[float, float]]
 
 
 def test_a_plan_is_two_sections():
-    sections = narrowing_sections(_tables(texts=made.texts()), made.facts())
+    sections = NARROWING.load().make_sections(_tables(texts=made.texts()), made.facts())
     assert [(s.anchor, s.tables) for s in sections] == [("narrowing", ("plan",)), ("narrow", ("plan", "narrow_texts"))]
 
 
@@ -121,14 +118,14 @@ def test_a_plan_is_two_sections():
     ],
 )
 def test_what_is_missing_leaves_its_section_out_and_the_other_in(tables, changes, expected):
-    sections = narrowing_sections(tables, made.facts(**changes))
+    sections = NARROWING.load().make_sections(tables, made.facts(**changes))
     assert [section.anchor for section in sections] == expected
     assert all(section.tables == ("plan",) for section in sections)
 
 
-def test_a_run_that_planned_nothing_has_none_of_them(facts):
-    assert "narrowing" not in facts.study
-    assert narrowing_sections(_tables(texts=made.texts()), facts) == []
+def test_a_run_that_planned_nothing_has_none_of_them():
+    facts = replace(made.facts(), studies={})
+    assert NARROWING.load().make_sections(_tables(texts=made.texts()), facts) == []
 
 
 def test_the_first_sentence_of_the_advice_is_the_title_and_the_others_stand_under_it():
@@ -363,77 +360,6 @@ def test_texts_stand_side_by_side_where_prompts_were_given():
     assert list(grid.rows) == said
     assert not grid.numeric
     assert section.tables == ("plan", "narrow_texts")
-
-
-# ---- the page ------------------------------------------------------------------------------------------------------
-
-HOSTILE = ("<b>Once</b> & \"'`", "</script><script>alert(1)</script>", "<img src=x onerror=alert(2)></td></table><hr>")
-
-
-class _Seen(HTMLParser):
-    """What a browser would make of a page: tags, and the text of the cells of every section."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.cells: dict[str, list[str]] = {}
-        self.titles: dict[str, str] = {}
-        self._section, self._inside = "", ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag == "section":
-            self._section = dict(attrs)["id"] or ""
-        if tag in ("td", "h2"):
-            self._inside = tag
-            if tag == "td":
-                self.cells.setdefault(self._section, []).append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == self._inside:
-            self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "td":
-            self.cells[self._section][-1] += data
-        elif self._inside == "h2":
-            self.titles[self._section] = self.titles.get(self._section, "") + data
-
-
-def _written(folder: Path, tables: Tables, **changes: Any) -> str:
-    """Return the page of a run of these tables, as `write_page` writes it."""
-    (folder / "tables").mkdir()
-    for name, frame in tables.items():
-        frame.write_parquet(folder / "tables" / f"{name}.parquet")
-    study = {name: dict(said) for name, said in made.facts(tables["plan"], **changes).study.items()}
-    report = {"model": "toy", "vocab_size": 1000, "hidden_size": 64, "n_parameters": 9, "tied": True, "warnings": []}
-    (folder / "report.json").write_text(json.dumps(report | {"study": study, "tables": {"narrowing": [*tables]}}))
-    return write_page(folder).read_text(encoding="utf-8")
-
-
-def test_the_page_shows_texts_as_they_are_and_runs_none_of_them(tmp_path: Path):
-    advice = ["Do <i>not</i>", "</ul><script>alert(3)</script>"]
-    html = _written(tmp_path, _tables(texts=made.texts(HOSTILE)), advice=advice, texts=["<s>mine</s>.txt"])
-    seen = _Seen(html)
-    assert seen.cells["narrow"][-3:] == list(HOSTILE)
-    assert seen.titles["narrowing"] == "Do <i>not</i>"
-    assert not {"img", "hr", "i", "s"} & set(seen.tags)
-    for number in (1, 2, 3):
-        assert f"<script>alert({number})" not in html
-        assert f"alert({number})" in html
-    assert "<b>Once</b>" not in html
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_every_plan_becomes_a_page_with_both_sections(name, tmp_path: Path):
-    plan = PLANS[name]()
-    html = _written(tmp_path, _tables(plan))
-    seen = _Seen(html)
-    assert [anchor for anchor in seen.titles if anchor.startswith("narrow")] == ["narrowing", "narrow"]
-    assert len(seen.cells["narrowing"]) == 10 * plan.height
-    for anchor in FIGURES.values():
-        assert f'id="{anchor}"' in html
 
 
 def test_a_plan_that_no_longer_holds_what_was_shown_is_told_without_it():

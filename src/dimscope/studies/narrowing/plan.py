@@ -24,7 +24,7 @@ from dimscope.evaluation.prompts import Prompt, prepare_prompt
 from dimscope.evaluation.throughput import Throughput, throughput
 from dimscope.narrowing.bases import LEARNED, check_basis
 from dimscope.narrowing.conversion import check_export
-from dimscope.storage import ResultFolder
+from dimscope.storage import Store
 from dimscope.studies.narrowing.advice import (
     DENSE,
     DROP,
@@ -101,7 +101,8 @@ def run_plan(checkpoint: Checkpoint, settings: NarrowSettings, store: Any, monit
         )
     else:
         folder.drop("narrow_texts")
-    shutil.rmtree(work.store, ignore_errors=True)  # nothing is left to resume
+    if work.store is not None:
+        shutil.rmtree(work.store, ignore_errors=True)  # nothing is left to resume
     plan = tables["plan"]
     told = {
         "advice": list(advice(plan)), "texts": list(bench.texts), "window_length": bench.length, "tied": bench.tied,
@@ -131,8 +132,9 @@ def _dropped(n_layers: int) -> list[int]:
 class _Candidates:
     """Makes, judges and times one candidate after the other; each is on disk before the next begins."""
 
-    def __init__(self, bench: Bench, folder: ResultFolder) -> None:
-        self.bench, self.folder, self.store = bench, folder, folder.path / "training"
+    def __init__(self, bench: Bench, folder: Store) -> None:
+        self.bench, self.folder = bench, folder
+        self.store = None if folder.folder is None else folder.folder / "training"
 
     def given(self, basis: str, width: int, *, healed: bool = False) -> dict[str, Any]:
         """What a narrow model depends on, beside what all depend on."""
@@ -167,7 +169,7 @@ class _Candidates:
         return rows
 
     def made(self, basis: str, width: int) -> Candidate:
-        return self.bench.candidate(basis, width, store=self.store / f"{basis}-{width}")
+        return self.bench.candidate(basis, width, store=self.store and self.store / f"{basis}-{width}")
 
     def healed(self, shown: Mapping[str, Any]) -> pl.DataFrame:
         """The row of a candidate after healing; it is as fast as it was."""
@@ -181,7 +183,7 @@ class _Candidates:
         """The narrow model that is shown, healed where that is asked; made twice, training is resumed at its end."""
         made = self.made(basis, width)
         return (
-            self.bench.heal(made.cut, store=self.store / "healing").model
+            self.bench.heal(made.cut, store=self.store and self.store / "healing").model
             if self.bench.settings.heal_steps
             else made.model
         )
@@ -222,7 +224,7 @@ def _prompts(bench: Bench) -> list[Prompt]:
     for prompt in prompts:
         if context is not None and len(prompt.ids) >= context:
             raise InvalidArgument(
-                f"--prompt: {prompt.text[:40]!r} has {len(prompt.ids)} tokens, and the model reads {context} at most; shorten it"
+                f"`prompts`: {prompt.text[:40]!r} has {len(prompt.ids)} tokens, and the model reads {context} at most; shorten it"
             )
     return prompts
 

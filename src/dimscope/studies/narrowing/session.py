@@ -72,7 +72,7 @@ def deal(windows: Sequence[Window], each: int, trains: bool, names: Sequence[str
         )
         raise InvalidArgument(
             f"{', '.join(names)}: {len(windows)} windows of {len(windows[0].ids)} tokens are too few ({wanted}): give a "
-            "longer text or a smaller --length"
+            "longer text or a smaller `length`"
         )
     picked = [(2 * i + 1) * len(windows) // (2 * kinds * each) for i in range(kinds * each)]
     judged, held_out = (picked[n::kinds] if n < kinds else [] for n in (1, 2))
@@ -112,8 +112,8 @@ class Bench:
         self.placement = place(checkpoint, dtype=settings.dtype, device=settings.device)
         if self.placement.device == "map":
             raise InvalidArgument(
-                "--device map: a model is calibrated and judged on one device; take cpu or cuda, or cut by the table alone: "
-                "--basis embedding --no-judge"
+                "`device` map: a model is calibrated and evaluated on one device; take cpu or cuda, or use the table alone: "
+                "`bases` embedding without `evaluate`"
             )
         self.texts = texts_or_generated(settings.texts)
         self.reading = self._read()

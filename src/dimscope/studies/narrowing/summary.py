@@ -13,4 +13,5 @@ def summarise(tables: Tables, facts: Facts) -> Summary:
     names = pl.Series("candidate", [candidate_name(row) for row in plan.iter_rows(named=True)])
     columns = ("parameters", "loss_rise", "kl", "top_1", "prefill_ratio", "kl_dropping")
     advice = ". ".join(line.rstrip(".") for line in facts.of("narrowing")["advice"]) + "."
-    return Summary(advice, {"candidates": plan.select(names, *columns)})
+    texts = {"narrow_texts": tables["narrow_texts"]} if "narrow_texts" in tables else {}
+    return Summary(advice, {"candidates": plan.select(names, *columns), **texts})
