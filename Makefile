@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: report test check bench clean
 
 report: .venv/ready
-	$(BIN)/dimscope report builtin --with embedding layers damage narrowing --out report
+	$(BIN)/dimscope report builtin --studies embedding layers damage narrowing --out report
 	@echo "open report/index.html"
 
 test: .venv/dev

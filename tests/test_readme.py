@@ -9,12 +9,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_five_lines_run_and_print_dimensions(run_python):
+def test_the_example_in_python_runs_and_prints_dimensions(run_python):
     code = re.search(r"```python\n(.*?)```", README, re.S)
     assert code is not None
     done = run_python("-c", code[1])
     assert done.returncode == 0, done.stderr
-    assert "participation ratio" in done.stdout
+    assert "participation_ratio" in done.stdout
 
 
 def test_every_command_of_the_table_exists(run_cli):
@@ -27,6 +27,7 @@ def test_every_command_of_the_table_exists(run_cli):
         "pairs",
         "correlate",
         "spectrum",
+        "embedding",
         "layers",
         "damage",
         "narrow",

@@ -211,7 +211,7 @@ def settings_of(study: Study, text: str | Sequence[str] | None, settings: dict[s
     Raises:
         InvalidArgument: A name is unknown, a value is out of range, or both `text` and `texts` are given.
     """
-    names = study.settings.__dataclass_fields__  # ty: ignore[unresolved-attribute]
+    names = study.settings.__dataclass_fields__  # ty: ignore[missing-attribute]
     if unknown := [name for name in settings if name not in names]:
         raise InvalidArgument(f"{study.name} has no setting `{unknown[0]}`; its settings are {', '.join(names)}")
     if text is not None:
