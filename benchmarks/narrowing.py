@@ -4,8 +4,8 @@
     python -m benchmarks.narrowing --quick                            (seconds: does it run? nothing is written)
     python -m benchmarks.narrowing --only speed memory
 
-Quality is held-out KL on text that each model writes itself, with windows of their own to calibrate and train, to choose
-(the best look of a training) and to judge; every seed has its own text, random subspace and order. Ratios are of one run.
+Quality is KL on text that each model generates itself, with separate windows to calibrate and train, to choose the best state
+of a training, and to evaluate; every seed has its own text, random subspace and order. Ratios are of one run.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,24 +26,23 @@ from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen2ForCaus
 
 from benchmarks.measure import VOCAB_SIZE, in_child
 from benchmarks.slicegpt import n_parameters, sliced
-from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from dimscope.checkpoints.families import layout_of
+from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.model import Placement, load_model
 from dimscope.checkpoints.vocabulary import require_tokenizer
-from dimscope.checkpoints.writer import Planned, write_safetensors
+from dimscope.checkpoints.writer import PlannedTensor, write_safetensors
+from dimscope.evaluation.evaluate import baseline
 from dimscope.evaluation.generated_text import sample_windows
 from dimscope.evaluation.throughput import throughput
-from dimscope.narrowing.bases import FROM_TABLE, make_basis
-from dimscope.narrowing.calibration import Calibration, calibrate, calibrated_gains
-from dimscope.narrowing.healing import heal, heal_rate
-from dimscope.narrowing.layer_dropping import least_blocks, without_blocks
-from dimscope.narrowing.learning import RATE, learn_basis
-from dimscope.narrowing.projection import Cut, fitted_model, narrow_model, plan_cut
-from dimscope.narrowing.training import Point, Schedule, mean_distance
+from dimscope.narrowing.calibration import calibrate
+from dimscope.narrowing.target import resolve_target
+from dimscope.narrowing.training import mean_kl
 from dimscope.studies.narrowing.advice import between
+from dimscope.studies.narrowing.candidates import heal_candidate, initial_candidate, make_candidate, shallower_model
 from dimscope.studies.narrowing.plan import default_widths
-from dimscope.studies.narrowing.session import table_summary
-from dimscope.texts.windows import Window
+from dimscope.studies.narrowing.session import NarrowingSession, table_summary
+from dimscope.studies.narrowing.settings import NarrowSettings
+from dimscope.studies.narrowing.windows import SplitWindows
+from dimscope.studies.study import SILENT
 
 CPU = Placement("float32", "cpu")
 BASES = ("random", "raw", "normalised", "learned")
@@ -73,74 +73,53 @@ QUICK = Size(
 # ---- quality --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Lab:
-    """A model and text of its own by what it is for."""
-
-    checkpoint: Checkpoint
-    dense: PreTrainedModel
-    training: Sequence[Window]
-    chosen_on: Sequence[Window]
-    judged_on: Sequence[Window]
-    calibration: Calibration
-    seed: int
-    size: Size
-
-    def kl(self, model: PreTrainedModel) -> float:
-        return mean_distance(model, self.dense, self.judged_on, self.size.batch)
-
-    def cut(self, basis: str, width: int, *, tied: bool | None = None) -> Cut:
-        """Gains calibrated, the final one fitted; nothing is trained."""
-        checkpoint, layout = self.checkpoint, layout_of(self.checkpoint)
-        known = table_summary(checkpoint) if basis in FROM_TABLE else self.calibration
-        directions = make_basis(basis, known, width, centred=layout.centred, seed=self.seed)
-        keep = checkpoint.tied if tied is None else tied
-        cut = plan_cut(checkpoint, directions, calibrated_gains(self.calibration, directions), tied=keep)
-        return fitted_model(cut, self.dense, self.training[: self.size.others], CPU, self.size.batch)[0]
-
-    def schedule(self, steps: int, rate: float) -> Schedule:
-        return Schedule(steps, rate, max(1, steps // 6), batch=self.size.batch, seed=self.seed)
-
-    def learned(self, width: int, *, tied: bool | None = None) -> tuple[Cut, list[Point]]:
-        begun = self.cut("learned", width, tied=tied)
-        return learn_basis(self.dense, begun, self.training, self.chosen_on, self.schedule(self.size.learn, RATE), CPU)
-
-    def healed(self, cut: Cut) -> PreTrainedModel:
-        schedule = self.schedule(self.size.heal, heal_rate(cut.basis.shape[1], None))
-        return heal(narrow_model(cut, CPU), self.dense, self.training, self.chosen_on, schedule).model
-
-
-def make_lab(name: str, seed: int, size: Size) -> Lab:
+def open_generated(name: str, seed: int, size: Size) -> NarrowingSession:
+    """Open a session on text that the model generates: windows to evaluate, to choose and to train on."""
     checkpoint = open_checkpoint(name)
-    dense = load_model(checkpoint, CPU)
-    windows = sample_windows(
-        dense,
-        require_tokenizer(checkpoint.source),
-        count=size.training + 2 * size.others,
-        length=size.length,
-        seed=seed,
+    target, dense = resolve_target(checkpoint), load_model(checkpoint, CPU)
+    count = size.training + 2 * size.others
+    tokenizer = require_tokenizer(checkpoint.source)
+    windows = sample_windows(dense, tokenizer, count=count, length=size.length, seed=seed)
+    training = windows[2 * size.others :]
+    split = SplitWindows(
+        calibration=training[: size.others],
+        evaluation=windows[: size.others],
+        held_out=windows[size.others : 2 * size.others],
+        training=training,
     )
-    judged_on, chosen_on, training = (
-        windows[: size.others],
-        windows[size.others : 2 * size.others],
-        windows[2 * size.others :],
+    return NarrowingSession(
+        target=target,
+        settings=NarrowSettings(learn_steps=size.learn, heal_steps=size.heal, seed=seed),
+        monitor=SILENT,
+        placement=CPU,
+        trains=True,
+        texts={},
+        windows=split,
+        dense=lambda: dense,
+        calibration=cache(lambda: calibrate(dense, target.layout, split.calibration, size.batch)),
+        table=cache(lambda: table_summary(checkpoint)),
+        baseline=cache(lambda: baseline(dense, split.evaluation, size.batch)),
     )
-    calibration = calibrate(dense, layout_of(checkpoint), training[: size.others], size.batch)
-    return Lab(checkpoint, dense, training, chosen_on, judged_on, calibration, seed, size)
+
+
+def kl(session: NarrowingSession, model: PreTrainedModel) -> float:
+    """KL to the dense model on the windows that nothing was fitted to, in nats."""
+    return mean_kl(model, session.dense(), session.windows.evaluation, session.batch)
 
 
 def bench_quality(name: str, size: Size) -> dict[str, Any]:
     """KL by basis and width, untrained and after healing of equal steps, over seeds; the curve of each learned basis."""
     rows, curves = [], []
     for seed in size.seeds:
-        lab = make_lab(name, seed, size)
-        for width in default_widths(lab.checkpoint):
+        session = open_generated(name, seed, size)
+        for width in default_widths(session.target):
             for basis in BASES:
                 began = time.monotonic()
-                cut, points = lab.learned(width) if basis == "learned" else (lab.cut(basis, width), [])
-                plain, healed = lab.kl(narrow_model(cut, CPU)), lab.kl(lab.healed(cut))
+                candidate = make_candidate(session, basis, width)
+                points, plain = candidate.points, kl(session, candidate.model)
+                healed = kl(session, heal_candidate(session, candidate.narrowing).model)
                 row = {
-                    "model": lab.checkpoint.title,
+                    "model": session.target.checkpoint.title,
                     "seed": seed,
                     "width": width,
                     "basis": basis,
@@ -187,38 +166,39 @@ def bench_size(name: str, size: Size) -> dict[str, Any]:
 
     Learned bases of the first seed are those of `bench_quality`, on the same windows, where that has been run.
     """
-    lab = make_lab(name, 0, size)
-    count = n_parameters
-    widths = default_widths(lab.checkpoint)
-    known = _known(lab.checkpoint.title, "learned") if size.layers > 1 else {}
-    curves: dict[str, list[tuple[int, float]]] = {"layers left out": [(count(lab.dense), 0.0)]}
+    session = open_generated(name, 0, size)
+    target, whole, count = session.target, session.dense(), n_parameters
+    widths = default_widths(target)
+    known = _known(session.target.checkpoint.title, "learned") if size.layers > 1 else {}
+    curves: dict[str, list[tuple[int, float]]] = {"layers left out": [(count(whole), 0.0)]}
 
     def add(way: str, model: PreTrainedModel) -> None:
-        curves.setdefault(way, []).append((count(model), lab.kl(model)))
+        curves.setdefault(way, []).append((count(model), kl(session, model)))
         print(json.dumps([way, *curves[way][-1]]), flush=True)
 
     for width in widths:
-        add("narrow, normalised", narrow_model(lab.cut("normalised", width), CPU))
+        add("narrow, normalised", initial_candidate(session, "normalised", width).model)
         if width in known:
             curves.setdefault("narrow, learned", []).append((curves["narrow, normalised"][-1][0], known[width]))
         else:
-            add("narrow, learned", narrow_model(lab.learned(width)[0], CPU))
-        if lab.checkpoint.tied:
-            add("narrow, normalised, two tables", narrow_model(lab.cut("normalised", width, tied=False), CPU))
-    dim = lab.checkpoint.input_table.shape[1]
-    exact = lab.kl(sliced(lab.dense, lab.training[: size.others], dim))
+            add("narrow, learned", make_candidate(session, "learned", width).model)
+        if target.tied:
+            two = initial_candidate(session, "normalised", width, tied=False).model
+            add("narrow, normalised, two tables", two)
+    dim, calibration = target.dim, session.windows.calibration
+    exact = kl(session, sliced(whole, calibration, dim))
     assert exact < 1e-6, f"SliceGPT at full width is not the dense model: KL {exact}"
     for width in sorted({*widths, *(round(dim * share) for share in (0.95, 0.8, 0.7, 0.4, 0.3))}, reverse=True):
-        add("SliceGPT", sliced(lab.dense, lab.training[: size.others], width))
-    for n in range(1, lab.dense.config.num_hidden_layers // 2 + 1):
-        add("layers left out", without_blocks(lab.dense, least_blocks(lab.calibration, n), CPU))
-    dense = count(lab.dense)
+        add("SliceGPT", sliced(whole, calibration, width))
+    for n in range(1, whole.config.num_hidden_layers // 2 + 1):
+        add("layers left out", shallower_model(session, n))
+    dense = count(whole)
     places = [n for n, _ in curves["narrow, normalised"]]
     equal = [
         {"parameters": n, "share": n / dense, **{way: between(sorted(curve), n) for way, curve in curves.items()}}
         for n in places
     ]
-    return {"model": lab.checkpoint.title, "dense": dense, "curves": curves, "equal": equal}
+    return {"model": session.target.checkpoint.title, "dense": dense, "curves": curves, "equal": equal}
 
 
 def _known(model: str, basis: str) -> dict[int, float]:
@@ -273,7 +253,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 began = time.monotonic()
-code = main(["narrow", sys.argv[1], "--width", sys.argv[2], "--basis", sys.argv[3], "--no-judge", "-o", sys.argv[4], "--json"])
+code = main(["narrow", sys.argv[1], "--width", sys.argv[2], "--basis", sys.argv[3], "--no-evaluate", "-o", sys.argv[4], "--json"])
 done = True
 watcher.join()
 print(json.dumps({"peak_anonymous_gb": peak, "seconds": time.monotonic() - began, "code": code}))
@@ -286,7 +266,7 @@ def random_checkpoint(folder: Path, config: Any) -> tuple[int, int]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    plan = [Planned(name, tuple(p.shape), torch.bfloat16) for name, p in model.named_parameters()]
+    plan = [PlannedTensor(name, tuple(p.shape), torch.bfloat16) for name, p in model.named_parameters()]
     generator = torch.Generator().manual_seed(0)
 
     def rows(shape: tuple[int, ...]) -> Any:

@@ -504,7 +504,7 @@ def test_a_short_text_is_refused(checkpoint, cli, refused, tmp_path):
     (tmp_path / "windows.txt").write_text(sentences)
     for name, options, words in (
         ("short", (), "fewer than one window"), ("windows", ("--length", 30), "too few"),
-        ("windows", ("--length", 16, "--heal-steps", 5), "hold out"), ("windows", ("--length", 16, "--basis", "learned"), "hold out"),
+        ("windows", ("--length", 16, "--heal-steps", 5), "held-out"), ("windows", ("--length", 16, "--basis", "learned"), "held-out"),
     ):  # fmt: skip
         path = tmp_path / f"{name}.txt"
         ran = cli("narrow", checkpoint("llama"), "--width", 16, "--text", path, *options, "-o", tmp_path / "n")

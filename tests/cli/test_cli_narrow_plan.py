@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dimscope.studies.narrowing.session import deal
+from dimscope.studies.narrowing.windows import split_windows
 from dimscope.texts.texts import open_text
 from dimscope.texts.windows import middle_windows
 
-SPEEDS = ("prefill", "decode", "prefill_ratio", "decode_ratio")
+SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio")
 READ = ("--length", 16, "--windows", 2)
 BASES = ("random", "raw", "normalised")  # of a plan that is asked for none
 
@@ -125,13 +125,13 @@ def test_judged_is_on_windows_that_nothing_was_calibrated_on(model, usual, prose
     dense, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     assert tokenizer is not None
     windows = middle_windows(open_text(str(prose)), tokenizer, length=16, count=4)
-    reading = deal(windows, 2, False, ["prose"])
+    reading = split_windows(windows, 2, False, ["prose"])
     mean = {}
-    for name, dealt in (("judged", reading.judged), ("calibration", reading.calibration)):
+    for name, dealt in (("evaluation", reading.evaluation), ("calibration", reading.calibration)):
         ids = torch.stack([window.ids for window in dealt])
         mean[name] = float(dense(ids, labels=ids).loss.detach())
-    assert usual.of("dense")[0]["loss"] == pytest.approx(mean["judged"], abs=1e-4)
-    assert abs(mean["judged"] - mean["calibration"]) > 1e-3
+    assert usual.of("dense")[0]["loss"] == pytest.approx(mean["evaluation"], abs=1e-4)
+    assert abs(mean["evaluation"] - mean["calibration"]) > 1e-3
 
 
 def test_the_directions_make_no_difference_to_speed_and_rounding_none_that_is_measured(usual):

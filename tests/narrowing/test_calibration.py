@@ -113,5 +113,5 @@ def test_gains_are_one_at_full_width_and_make_up_for_what_is_cut_below_it(found)
 
 
 def test_an_unknown_basis_is_refused():
-    with pytest.raises(InvalidArgument, match="not 'best'"):
+    with pytest.raises(InvalidArgument, match="got 'best'"):
         check_basis("best")

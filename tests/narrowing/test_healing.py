@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from narrowings import healed_model, narrowing_of
 from strong_models import random_windows, strengthen
 from transformers import AutoModelForCausalLM
 
@@ -14,10 +15,12 @@ from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.families import LAYOUTS
 from dimscope.checkpoints.model import Placement
 from dimscope.narrowing import training
-from dimscope.narrowing.bases import fitted
-from dimscope.narrowing.healing import heal, heal_rate
-from dimscope.narrowing.projection import Cut, narrow_model, plan_cut, write_cut
-from dimscope.narrowing.training import Point, Schedule, best_point, mean_distance
+from dimscope.narrowing.assembly import narrow_model, write_narrowing
+from dimscope.narrowing.bases import orthonormal
+from dimscope.narrowing.healing import heal_rate
+from dimscope.narrowing.projection import Narrowing
+from dimscope.narrowing.training import Schedule, mean_kl
+from dimscope.narrowing.training_state import Point, best_point
 
 # peft asks transformers by a name that is to go; neither is ours.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -36,17 +39,17 @@ SCHEDULE = Schedule(20, 3e-3, 4, batch=4)  # four steps of the norms, and sixtee
 @pytest.fixture(autouse=True)
 def kept_at_every_look(monkeypatch):
     """Writing small states would take a large share of such short runs, and most looks would not be kept."""
-    monkeypatch.setattr(training, "KEEPING", 0)
+    monkeypatch.setattr(training, "WRITING_PAUSE", 0)
 
 
 TRAINING, HELD_OUT = random_windows(12, 1), random_windows(5, 2)
 
 
 @pytest.fixture
-def made(checkpoint, editable) -> Callable[[str], tuple[Cut, Any]]:
+def made(checkpoint, editable) -> Callable[[str], tuple[Narrowing, Any]]:
     """Return `made(kind)`: a cut to a random basis and the dense model, whose large matrices make a large KL."""
 
-    def make(kind: str) -> tuple[Cut, Any]:
+    def make(kind: str) -> tuple[Narrowing, Any]:
         family, arguments, options = KINDS[kind]
         folder = editable(checkpoint(family, **arguments), f"{family}-dense")
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
@@ -54,13 +57,13 @@ def made(checkpoint, editable) -> Callable[[str], tuple[Cut, Any]]:
         strengthen(model, generator)
         model.save_pretrained(folder)
         centred = LAYOUTS[family].centred
-        basis = fitted(torch.randn(D, K - centred, dtype=torch.float64, generator=generator), centred)
-        return plan_cut(open_checkpoint(folder), basis, **options), model.eval()
+        basis = orthonormal(torch.randn(D, K - centred, dtype=torch.float64, generator=generator), centred)
+        return narrowing_of(open_checkpoint(folder), basis, **options), model.eval()
 
     return make
 
 
-def student_of(cut: Cut) -> Any:
+def student_of(cut: Narrowing) -> Any:
     return narrow_model(cut, Placement("float32", "cpu"))
 
 
@@ -92,14 +95,14 @@ def test_a_healed_model_is_nearer_and_is_what_its_points_tell_of(made, kind, lor
     cut, dense = made(kind)
     student, whole = student_of(cut), weights(dense)
     before = weights(student)
-    start = mean_distance(student, dense, HELD_OUT, 4)
+    start = mean_kl(student, dense, HELD_OUT, 4)
     schedule = Schedule(20, heal_rate(K, lora), 4, batch=4)
-    healed = heal(student, dense, TRAINING, HELD_OUT, schedule, lora=lora)
+    healed = healed_model(student, dense, TRAINING, HELD_OUT, schedule, lora=lora)
     assert healed.before == pytest.approx(start, rel=1e-6)
     assert healed.after < 0.99 * start
     assert healed.after == best_point(healed.weights).held_out < best_point(healed.norms).held_out
     assert healed.model is student
-    assert mean_distance(student, dense, HELD_OUT, 4) == pytest.approx(healed.after, rel=1e-5)
+    assert mean_kl(student, dense, HELD_OUT, 4) == pytest.approx(healed.after, rel=1e-5)
     assert [p.step for p in healed.norms] == [0, 4]
     assert [p.step for p in healed.weights] == [0, 4, 8, 12, 16]
     assert healed.weights[0].held_out == pytest.approx(best_point(healed.norms).held_out, rel=1e-6)
@@ -113,11 +116,11 @@ def test_a_healed_model_is_nearer_and_is_what_its_points_tell_of(made, kind, lor
 
 def test_what_is_trained_can_be_written_and_read_as_any_model(made, tmp_path):
     cut, dense = made("gemma tied")
-    healed = heal(student_of(cut), dense, TRAINING, HELD_OUT, SCHEDULE)
-    write_cut(cut, tmp_path, healed.trained)
+    healed = healed_model(student_of(cut), dense, TRAINING, HELD_OUT, SCHEDULE)
+    write_narrowing(cut, tmp_path, healed.trained)
     read = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert not changed(weights(healed.model), weights(read))
-    assert mean_distance(read, dense, HELD_OUT, 4) == pytest.approx(healed.after, rel=1e-5)
+    assert mean_kl(read, dense, HELD_OUT, 4) == pytest.approx(healed.after, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,7 +128,7 @@ def test_the_norms_come_first_and_alone(made, kind):
     cut, dense = made(kind)
     student = student_of(cut)
     watch = Watch(student)
-    healed = heal(student, dense, TRAINING, HELD_OUT, SCHEDULE, announce=watch)
+    healed = healed_model(student, dense, TRAINING, HELD_OUT, SCHEDULE, announce=watch)
     assert watch.points == [*healed.norms, *healed.weights]
     norms = {name for name in watch.held[0] if "norm" in name}
     assert len(norms) == (6 if kind == "phi" else 5)
@@ -142,7 +145,7 @@ def test_with_one_step_only_the_norms_are_trained(made):
     cut, dense = made("phi")
     student = student_of(cut)
     before = weights(student)
-    healed = heal(student, dense, TRAINING, HELD_OUT, Schedule(1, 1e-2, 20, batch=4))
+    healed = healed_model(student, dense, TRAINING, HELD_OUT, Schedule(1, 1e-2, 20, batch=4))
     assert [p.step for p in healed.norms] == [0, 1]
     assert healed.weights == []
     assert healed.steps == 1
@@ -156,7 +159,7 @@ def test_where_nothing_helps_nothing_is_trained_and_every_bit_stays(made, lora):
     _, dense = made("llama")
     student, before = deepcopy(dense), weights(dense)
     watch = Watch(student)
-    healed = heal(student, dense, TRAINING, HELD_OUT, SCHEDULE, lora=lora, announce=watch)
+    healed = healed_model(student, dense, TRAINING, HELD_OUT, SCHEDULE, lora=lora, announce=watch)
     assert healed.before == healed.after == 0
     assert max(p.held_out for p in watch.points) > 1e-5  # it was tried
     assert healed.trained == {}
@@ -168,10 +171,10 @@ def test_weights_that_training_ruins_leave_what_the_norms_gained(made):
     cut, dense = made("llama")
     student = student_of(cut)
     before = weights(student)
-    healed = heal(student, dense, TRAINING, HELD_OUT, Schedule(20, 50.0, 4, batch=4))
+    healed = healed_model(student, dense, TRAINING, HELD_OUT, Schedule(20, 50.0, 4, batch=4))
     assert healed.after == healed.weights[0].held_out == best_point(healed.norms).held_out < healed.before
     assert changed(before, dict(healed.trained)) == {name for name in before if "norm" in name}
-    assert mean_distance(student, dense, HELD_OUT, 4) == pytest.approx(healed.after, rel=1e-5)
+    assert mean_kl(student, dense, HELD_OUT, 4) == pytest.approx(healed.after, rel=1e-5)
 
 
 # ---- low-rank changes -----------------------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ def test_lora_adds_matrices_of_its_rank_to_the_linear_maps_and_to_nothing_else(m
     student = student_of(cut)
     before = weights(student)
     modules = [name for name, _ in student.named_modules()]
-    healed = heal(student, dense, TRAINING, HELD_OUT, Schedule(20, heal_rate(K, 2), 4, batch=4), lora=2)
+    healed = healed_model(student, dense, TRAINING, HELD_OUT, Schedule(20, heal_rate(K, 2), 4, batch=4), lora=2)
     after = weights(student)
     linear = {
         f"{name}.weight"
@@ -205,7 +208,7 @@ def test_lora_depends_on_its_seed_alone(made):
 
     def run(seed: int) -> dict[str, torch.Tensor]:
         schedule = Schedule(10, heal_rate(K, 2), 4, batch=12, seed=seed)
-        return dict(heal(student_of(cut), dense, TRAINING, HELD_OUT, schedule, lora=2).trained)
+        return dict(healed_model(student_of(cut), dense, TRAINING, HELD_OUT, schedule, lora=2).trained)
 
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -229,7 +232,7 @@ def test_computing_in_bfloat16_ends_near_what_float32_ends_at(made, lora):
     cut, dense = made("llama")
     schedule = Schedule(20, heal_rate(K, lora), 4, batch=4)
     exact, low = (
-        heal(student_of(cut), dense, TRAINING, HELD_OUT, schedule, lora=lora, low=dtype)
+        healed_model(student_of(cut), dense, TRAINING, HELD_OUT, schedule, lora=lora, low=dtype)
         for dtype in (None, torch.bfloat16)
     )
     assert low.before == exact.before  # what is held out is always judged in float32
@@ -252,13 +255,11 @@ def test_interrupted_in_any_stage_it_goes_on_to_the_same_weights(made, tmp_path,
         if len(seen) == look + 1:
             raise KeyboardInterrupt
 
-    whole = heal(student_of(cut), dense, TRAINING, HELD_OUT, schedule, lora=lora)
+    whole = healed_model(student_of(cut), dense, TRAINING, HELD_OUT, schedule, lora=lora)
     assert whole.trained
 
     def run(folder: Path, **options: Any) -> Any:
-        return heal(
-            student_of(cut), dense, TRAINING, HELD_OUT, schedule, lora=lora, store=folder, recipe="a", **options
-        )
+        return healed_model(student_of(cut), dense, TRAINING, HELD_OUT, schedule, lora=lora, store=folder, **options)
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, announce=stop)

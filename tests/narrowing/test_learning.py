@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from narrowings import learn, narrowing_of
 from strong_models import random_windows, strengthen
 from transformers import AutoModelForCausalLM
 
@@ -15,11 +16,12 @@ from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.families import LAYOUTS
 from dimscope.checkpoints.model import Placement
 from dimscope.narrowing import training
-from dimscope.narrowing.bases import fitted, make_basis
+from dimscope.narrowing.assembly import narrow_model
+from dimscope.narrowing.bases import make_basis, orthonormal
 from dimscope.narrowing.calibration import final_temperature
-from dimscope.narrowing.learning import learn_basis
-from dimscope.narrowing.projection import Cut, narrow_model, plan_cut
-from dimscope.narrowing.training import LONGEST_NORM, Point, Schedule, best_point, mean_distance
+from dimscope.narrowing.projection import Narrowing
+from dimscope.narrowing.training import LONGEST_NORM, Schedule, mean_kl
+from dimscope.narrowing.training_state import Point, best_point
 from dimscope.studies.narrowing.session import table_summary
 
 D, K = 32, 16
@@ -45,7 +47,7 @@ TRAINING, HELD_OUT = random_windows(12, 1), random_windows(5, 2)
 
 def random_basis(centred: bool, k: int = K, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return fitted(torch.randn(D, k - centred, dtype=torch.float64, generator=generator), centred)
+    return orthonormal(torch.randn(D, k - centred, dtype=torch.float64, generator=generator), centred)
 
 
 @pytest.fixture
@@ -71,17 +73,17 @@ def dense(checkpoint, editable) -> Callable[..., tuple[Path, Any]]:
 
 
 @pytest.fixture
-def made(dense) -> Callable[[str], tuple[Cut, Any]]:
+def made(dense) -> Callable[[str], tuple[Narrowing, Any]]:
     """Return `made(kind)`: a cut of that kind to a random basis, with a gain of its own for some norm, and the dense model."""
 
-    def make(kind: str) -> tuple[Cut, Any]:
+    def make(kind: str) -> tuple[Narrowing, Any]:
         family, arguments, options = KINDS[kind]
         folder, model = dense(family, **arguments)
         layout = LAYOUTS[family]
-        first = next(name for name, _ in model.named_parameters() if layout.part(name)[0] == "gain")
+        first = next(name for name, _ in model.named_parameters() if layout.part(name) == "gain")
         basis = random_basis(layout.centred)
         gains = {first: torch.tensor(1.1), f"{layout.final_norm}.weight": torch.tensor(1.3)}
-        return plan_cut(open_checkpoint(folder), basis, gains, **options), model
+        return narrowing_of(open_checkpoint(folder), basis, gains, **options), model
 
     return make
 
@@ -91,7 +93,7 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=torch.stack([w.ids for w in HELD_OUT])).logits.double()
 
 
-def check_orthonormal(cut: Cut) -> None:
+def check_orthonormal(cut: Narrowing) -> None:
     basis, centred, k = cut.basis, cut.layout.centred, cut.basis.shape[1]
     expected = torch.eye(k, dtype=torch.float64) - centred / k
     torch.testing.assert_close(basis.T @ basis, expected, rtol=0, atol=1e-10)
@@ -105,8 +107,8 @@ def test_it_begins_with_the_very_model_of_the_cut(made, kind):
     """At a rate of nothing what comes back is the cut, but for the signs of columns, which no model feels."""
     cut, model = made(kind)
     before = narrow_model(cut, PLACEMENT)
-    same, points = learn_basis(model, cut, TRAINING, HELD_OUT, Schedule(1, 0.0, 1, batch=2), PLACEMENT)
-    kl = mean_distance(before, model, HELD_OUT, 2)
+    same, points = learn(model, cut, TRAINING, HELD_OUT, Schedule(1, 0.0, 1, batch=2))
+    kl = mean_kl(before, model, HELD_OUT, 2)
     assert kl > 0.1
     assert points[0].held_out == pytest.approx(kl, rel=2e-5)
     assert points[1].held_out == points[0].held_out
@@ -122,15 +124,13 @@ def test_what_comes_back_is_the_model_that_the_points_tell_of(made, kind):
     cut, model = made(kind)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     told: list[Point] = []
-    learned, points = learn_basis(
-        model, cut, TRAINING, HELD_OUT, Schedule(8, 5e-3, 3, batch=4), PLACEMENT, announce=told.append
-    )
+    learned, points = learn(model, cut, TRAINING, HELD_OUT, Schedule(8, 5e-3, 3, batch=4), announce=told.append)
     assert told == points
     assert [p.step for p in points] == [0, 3, 6, 8]
     best = best_point(points)
     assert best.held_out < 0.99 * points[0].held_out
     narrow = narrow_model(learned, PLACEMENT)
-    assert mean_distance(narrow, model, HELD_OUT, 4) == pytest.approx(best.held_out, rel=2e-5)
+    assert mean_kl(narrow, model, HELD_OUT, 4) == pytest.approx(best.held_out, rel=2e-5)
     check_orthonormal(learned)
     assert float((learned.basis - cut.basis).abs().max()) > 1e-3
     assert learned.origins == cut.origins
@@ -164,7 +164,7 @@ def test_its_first_step_is_that_of_adam_along_the_gradient_by_hand(made):
     cut, model = made("llama")
     schedule = Schedule(1, 0.05, 1, batch=len(TRAINING))
     # Held-out text is that of training, so that the one step is better than none, and kept.
-    learned, points = learn_basis(model, cut, TRAINING, TRAINING, schedule, PLACEMENT)
+    learned, points = learn(model, cut, TRAINING, TRAINING, schedule)
     assert points[1].held_out < points[0].held_out
 
     raw = cut.basis.clone().requires_grad_()
@@ -172,7 +172,7 @@ def test_its_first_step_is_that_of_adam_along_the_gradient_by_hand(made):
     norms = [name for name, _ in model.named_parameters() if "norm" in name]
     gains = {name: cut.gains.get(name, usual).double().clone().requires_grad_() for name in norms}
     narrow, wide = narrow_model(cut, PLACEMENT).double(), deepcopy(model).double()
-    weights = by_hand(model, fitted(raw, False), gains)
+    weights = by_hand(model, orthonormal(raw, False), gains)
     assert weights.keys() == dict(narrow.named_parameters()).keys()
     ids = torch.stack([w.ids for w in TRAINING])
     log_q = torch.func.functional_call(narrow, weights, kwargs={"input_ids": ids}).logits.flatten(0, 1).log_softmax(1)
@@ -188,7 +188,7 @@ def test_its_first_step_is_that_of_adam_along_the_gradient_by_hand(made):
         for leaf, gradient in zip(leaves, gradients, strict=True):
             clipped = gradient * min(1.0, LONGEST_NORM / float(length))
             leaf -= rate * clipped / (clipped.abs() + 1e-8)
-        basis = fitted(raw, False)
+        basis = orthonormal(raw, False)
     for name, gain in gains.items():
         torch.testing.assert_close(learned.gains[name], gain.detach(), rtol=1e-5, atol=0)
     # A number of the gradient near 0 may have another sign in float32: a few steps of some 0.005 to the other side.
@@ -204,7 +204,7 @@ def test_a_basis_is_found_where_the_stream_truly_lies_in_few_dimensions(dense):
 
     def planted(model: Any) -> None:
         for name, parameter in model.named_parameters():
-            part = LAYOUTS["llama"].part(name)[0]
+            part = LAYOUTS["llama"].part(name)
             if part == "table":
                 parameter.copy_(parameter @ inside)
             elif part == "writer":
@@ -213,34 +213,32 @@ def test_a_basis_is_found_where_the_stream_truly_lies_in_few_dimensions(dense):
     folder, model = dense("llama", planted)
     opened = open_checkpoint(folder)
     basis = make_basis("random", table_summary(opened), K, centred=False, seed=1)
-    learned, points = learn_basis(
-        model, plan_cut(opened, basis), random_windows(40, 3), HELD_OUT, Schedule(60, 5e-2, 20, batch=4), PLACEMENT
+    learned, points = learn(
+        model, narrowing_of(opened, basis), random_windows(40, 3), HELD_OUT, Schedule(60, 5e-2, 20, batch=4)
     )
     assert best_point(points).held_out < 0.5 * points[0].held_out
     # The span itself loses nothing, whatever is beside it: this is what was to be found, and it is nearer now.
     beside = torch.linalg.qr(torch.cat([span, basis], dim=1))[0][:, :K]
-    assert mean_distance(narrow_model(plan_cut(opened, beside), PLACEMENT), model, HELD_OUT, 4) < 1e-5
+    assert mean_kl(narrow_model(narrowing_of(opened, beside), PLACEMENT), model, HELD_OUT, 4) < 1e-5
     near, far = (float((b.T @ span).square().sum()) / 8 for b in (learned.basis, basis))
     assert far < 0.6
     assert near > 0.85
 
 
 def test_an_interrupted_learning_goes_on_to_the_same_cut(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "KEEPING", 0)  # of the time: a state is written at every look
+    monkeypatch.setattr(training, "WRITING_PAUSE", 0)  # of the time: a state is written at every look
     cut, model = made("phi")
     schedule = Schedule(6, 5e-3, 2, batch=4)
-    whole, expected = learn_basis(model, cut, TRAINING, HELD_OUT, schedule, PLACEMENT)
+    whole, expected = learn(model, cut, TRAINING, HELD_OUT, schedule)
 
     def stop(point: Point) -> None:
         if point.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        learn_basis(model, cut, TRAINING, HELD_OUT, schedule, PLACEMENT, store=tmp_path, announce=stop)
+        learn(model, cut, TRAINING, HELD_OUT, schedule, store=tmp_path, announce=stop)
     told: list[Point] = []
-    again, points = learn_basis(
-        model, cut, TRAINING, HELD_OUT, schedule, PLACEMENT, store=tmp_path, announce=told.append
-    )
+    again, points = learn(model, cut, TRAINING, HELD_OUT, schedule, store=tmp_path, announce=told.append)
     assert [p.step for p in told] == [4, 6]
     assert points == expected
     assert torch.equal(again.basis, whole.basis)
@@ -250,11 +248,11 @@ def test_an_interrupted_learning_goes_on_to_the_same_cut(made, tmp_path, monkeyp
 
 def test_where_training_only_hurts_the_cut_is_what_it_was(made):
     cut, model = made("llama")
-    same, points = learn_basis(model, cut, TRAINING, HELD_OUT, Schedule(2, 100.0, 1, batch=4), PLACEMENT)
+    same, points = learn(model, cut, TRAINING, HELD_OUT, Schedule(2, 100.0, 1, batch=4))
     assert best_point(points) is points[0]
     assert len(points) == 3
-    kl = mean_distance(narrow_model(same, PLACEMENT), model, HELD_OUT, 4)
-    assert kl == pytest.approx(mean_distance(narrow_model(cut, PLACEMENT), model, HELD_OUT, 4), rel=2e-5)
+    kl = mean_kl(narrow_model(same, PLACEMENT), model, HELD_OUT, 4)
+    assert kl == pytest.approx(mean_kl(narrow_model(cut, PLACEMENT), model, HELD_OUT, 4), rel=2e-5)
 
 
 # ---- the temperature of the final norm ------------------------------------------------------------------------------
@@ -301,5 +299,5 @@ def test_the_temperature_is_where_the_kl_is_least(made, kind):
     final = f"{cut.layout.final_norm}.weight"
     better = narrow_model(replace(cut, gains={**cut.gains, final: cut.gains[final] * found}), PLACEMENT)
     n = sum(len(w.ids) for w in HELD_OUT)
-    assert mean_distance(better, model, HELD_OUT, 2) == pytest.approx(kl(found) / n, rel=1e-4)
+    assert mean_kl(better, model, HELD_OUT, 2) == pytest.approx(kl(found) / n, rel=1e-4)
     assert kl(found) < kl(1.0)

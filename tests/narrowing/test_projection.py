@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from narrowings import narrowing_of
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dimscope.checkpoints import writer as writing
 from dimscope.checkpoints.checkpoint import open_checkpoint
-from dimscope.checkpoints.families import LAYOUTS, check_width, layout_of
+from dimscope.checkpoints.families import LAYOUTS, layout_of
 from dimscope.checkpoints.model import Placement
-from dimscope.checkpoints.writer import Planned, write_safetensors
+from dimscope.checkpoints.writer import PlannedTensor, write_safetensors
 from dimscope.errors import InvalidArgument, UnsupportedCheckpoint
-from dimscope.narrowing.bases import fitted
-from dimscope.narrowing.projection import narrow_model, plan_cut, write_cut
+from dimscope.narrowing.assembly import narrow_model, write_narrowing
+from dimscope.narrowing.bases import orthonormal as orthonormal_basis
+from dimscope.narrowing.target import check_width, resolve_target
 
 FAMILIES = sorted(LAYOUTS)
 IDS = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -33,7 +35,7 @@ def basis_for(family: str, d: int, k: int, seed: int = 0) -> torch.Tensor:
     """Return a random basis: orthonormal, or what takes the mean out for families with LayerNorm."""
     generator = torch.Generator().manual_seed(seed)
     centred = LAYOUTS[family].centred
-    return fitted(torch.randn(d, k - centred, dtype=torch.float64, generator=generator), centred)
+    return orthonormal_basis(torch.randn(d, k - centred, dtype=torch.float64, generator=generator), centred)
 
 
 def spoilt(folder: Path, seed: int = 0) -> Any:
@@ -70,7 +72,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def cut(folder: Path, out: Path, basis: torch.Tensor, **options: Any) -> Any:
     out.mkdir()
-    account = write_cut(plan_cut(open_checkpoint(folder), basis, **options), out)
+    account = write_narrowing(narrowing_of(open_checkpoint(folder), basis, **options), out)
     return AutoModelForCausalLM.from_pretrained(out).eval(), account
 
 
@@ -101,10 +103,10 @@ def test_a_widened_model_narrowed_again_is_what_it_was(dense, tmp_path, family, 
     model = AutoModelForCausalLM.from_config(config)
     held = {name: p.detach().double() for name, p in small.named_parameters()}
     generator = torch.Generator().manual_seed(5)
-    shifts = {n: torch.randn(d, dtype=torch.float64, generator=generator) for n in held if layout.part(n)[0] == "shift"}
+    shifts = {n: torch.randn(d, dtype=torch.float64, generator=generator) for n in held if layout.part(n) == "shift"}
 
     def widened(name: str) -> torch.Tensor:
-        part, norm = layout.part(name)
+        part, norm = layout.part(name), layout.norm_before(name)
         value = held[name]
         if part == "table":
             # A mean of any size in every row: a LayerNorm does not see it.
@@ -188,7 +190,7 @@ def test_in_memory_it_is_what_is_on_disk(dense, tmp_path, family):
     folder, _ = dense(family)
     basis = basis_for(family, 32, 16)
     written, _ = cut(folder, tmp_path / "out", basis)
-    held = narrow_model(plan_cut(open_checkpoint(folder), basis), Placement("float32", "cpu"))
+    held = narrow_model(narrowing_of(open_checkpoint(folder), basis), Placement("float32", "cpu"))
     assert torch.equal(logits(written), logits(held))
 
 
@@ -273,11 +275,11 @@ def test_a_sharded_checkpoint_is_read_as_one(checkpoint, tmp_path):
 
 
 def test_blocks_that_are_not_what_was_planned_are_a_bug_that_is_seen(tmp_path):
-    planned = Planned("a", (4, 2), torch.float32)
+    planned = PlannedTensor("a", (4, 2), torch.float32)
     with pytest.raises(ValueError, match="16 bytes where 32 were planned"):
         write_safetensors(tmp_path, [(planned, iter([torch.zeros(2, 2)]))], [planned])
-    with pytest.raises(ValueError, match="b is given where a is"):
-        write_safetensors(tmp_path, [(Planned("b", (4, 2), torch.float32), iter([]))], [planned])
+    with pytest.raises(ValueError, match="b is written where a was planned"):
+        write_safetensors(tmp_path, [(PlannedTensor("b", (4, 2), torch.float32), iter([]))], [planned])
 
 
 @pytest.mark.parametrize(
@@ -290,22 +292,17 @@ def test_families_that_are_not_narrowed_are_refused_with_the_reason(checkpoint, 
 
 
 def test_widths_that_a_family_cannot_have_are_refused_with_the_nearest(checkpoint):
-    llama, qwen = open_checkpoint(checkpoint("llama")), open_checkpoint(checkpoint("qwen2"))
-    check_width(qwen, layout_of(qwen), 17)
-    check_width(llama, layout_of(llama), 16)
-    with pytest.raises(InvalidArgument, match="the nearest are 16 or 20"):
-        check_width(llama, layout_of(llama), 17)
-    with pytest.raises(InvalidArgument, match=r"the nearest are 4$"):
-        check_width(llama, layout_of(llama), 3)
-    with pytest.raises(InvalidArgument, match="the nearest are 16 or 20"):
-        check_width(qwen, layout_of(qwen), 17, "llama")
-    phi = open_checkpoint(checkpoint("phi"))
-    check_width(phi, layout_of(phi), 17)
-    with pytest.raises(InvalidArgument, match="goes from 2 to 32"):
-        check_width(phi, layout_of(phi), 1)
-    for width in (0, 33, -1):
-        with pytest.raises(InvalidArgument, match="goes from 1 to 32"):
-            check_width(qwen, layout_of(qwen), width)
+    targets = {family: resolve_target(open_checkpoint(checkpoint(family))) for family in ("llama", "qwen2", "phi")}
+    as_llama = resolve_target(open_checkpoint(checkpoint("qwen2")), export="llama")
+    for target, width in ((targets["qwen2"], 17), (targets["llama"], 16), (targets["phi"], 17)):
+        check_width(target, width)
+    for target, width, reason in (
+        (targets["llama"], 17, "the nearest are 16 or 20"), (targets["llama"], 3, r"the nearest are 4$"),
+        (as_llama, 17, "the nearest are 16 or 20"), (targets["phi"], 1, "from 2 to 32"), (targets["qwen2"], 0, "from 1 to 32"),
+        (targets["qwen2"], 33, "from 1 to 32"), (targets["qwen2"], -1, "from 1 to 32"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidArgument, match=reason):
+            check_width(target, width)
 
 
 def test_what_a_family_is_not_written_as_is_refused(checkpoint):
@@ -315,13 +312,13 @@ def test_what_a_family_is_not_written_as_is_refused(checkpoint):
         ("llama", "phi", "as a llama only"),
     ]:
         with pytest.raises(InvalidArgument, match=reason):
-            plan_cut(open_checkpoint(checkpoint(family)), basis, export=export)
+            narrowing_of(open_checkpoint(checkpoint(family)), basis, export=export)
     with pytest.raises(InvalidArgument, match="sliding windows"):
-        plan_cut(
+        narrowing_of(
             open_checkpoint(checkpoint("qwen2", use_sliding_window=True, max_window_layers=0)), basis, export="llama"
         )
     with pytest.raises(InvalidArgument, match="has two tables"):
-        plan_cut(open_checkpoint(checkpoint("llama")), basis, tied=True)
+        narrowing_of(open_checkpoint(checkpoint("llama")), basis, tied=True)
 
 
 def test_a_neox_whose_mlp_comes_after_its_attention_is_refused(checkpoint):

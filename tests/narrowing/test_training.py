@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from narrowings import minimise
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
 
 from dimscope.activations import output_head
 from dimscope.errors import InvalidArgument
-from dimscope.narrowing import training
-from dimscope.narrowing.training import Goal, Point, Schedule, best_point, distance, mean_distance, minimise
+from dimscope.narrowing import training, training_state
+from dimscope.narrowing.training import Objective, Schedule, kl_divergence, mean_kl
+from dimscope.narrowing.training_state import Point, best_point
 from dimscope.texts.windows import Window
 
 IDS = torch.randint(3, 400, (3, 14), generator=torch.Generator().manual_seed(0))
@@ -40,7 +42,7 @@ TRANSFORMED = {
 @pytest.fixture(autouse=True)
 def kept_at_every_look(monkeypatch):
     """Writing small states would take a large share of such short runs, and most looks would not be kept."""
-    monkeypatch.setattr(training, "KEEPING", 0)
+    monkeypatch.setattr(training, "WRITING_PAUSE", 0)
 
 
 def window(ids: torch.Tensor, index: int = 0) -> Window:
@@ -105,7 +107,7 @@ def test_the_distance_and_its_gradients_are_those_of_all_logits_at_once(pair, mo
     assert float(loss.detach()) > 0.02
     assert all(g is not None and bool(g.abs().max() > 0) for name, g in expected.items() if "k_proj.bias" not in name)
     student.zero_grad()
-    assert distance(student, teacher, IDS) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert kl_divergence(student, teacher, IDS) == pytest.approx(float(loss.detach()), rel=1e-5)
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, p in student.named_parameters():
         # float32 sums in another order; the bias of keys has no gradient but for that
@@ -116,9 +118,9 @@ def test_the_distance_and_its_gradients_are_those_of_all_logits_at_once(pair, mo
 def test_without_gradients_none_are_left_and_the_value_is_the_same(pair):
     student, teacher = pair("phi")
     with torch.no_grad():
-        alone = distance(student, teacher, IDS)
+        alone = kl_divergence(student, teacher, IDS)
     assert all(p.grad is None for p in (*student.parameters(), *teacher.parameters()))
-    assert alone == distance(student, teacher, IDS)
+    assert alone == kl_divergence(student, teacher, IDS)
 
 
 def test_gradients_add_up_over_calls_as_those_of_torch_do(pair):
@@ -128,7 +130,7 @@ def test_gradients_add_up_over_calls_as_those_of_torch_do(pair):
     expected = [p.grad for p in student.parameters()]
     student.zero_grad()
     for _ in range(2):
-        distance(student, teacher, IDS)
+        kl_divergence(student, teacher, IDS)
     for p, gradient in zip(student.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=2e-4, atol=1e-6)
 
@@ -136,8 +138,8 @@ def test_gradients_add_up_over_calls_as_those_of_torch_do(pair):
 def test_a_model_is_at_no_distance_from_itself_and_the_distance_has_a_direction(pair):
     student, teacher = pair("llama")
     with torch.no_grad():
-        assert distance(teacher, deepcopy(teacher), IDS) == 0
-        there, back = distance(student, teacher, IDS), distance(teacher, student, IDS)
+        assert kl_divergence(teacher, deepcopy(teacher), IDS) == 0
+        there, back = kl_divergence(student, teacher, IDS), kl_divergence(teacher, student, IDS)
         assert there == pytest.approx(float(naive(student, teacher, IDS)), rel=1e-5)
         assert back == pytest.approx(float(naive(teacher, student, IDS)), rel=1e-5)
     assert abs(there - back) > 1e-3 * there
@@ -145,12 +147,12 @@ def test_a_model_is_at_no_distance_from_itself_and_the_distance_has_a_direction(
 
 def test_in_bfloat16_the_distance_stays_near_and_gradients_are_float32(pair):
     student, teacher = pair("llama")
-    exact = distance(student, teacher, IDS)
+    exact = kl_divergence(student, teacher, IDS)
     expected = torch.cat([p.grad.flatten() for p in student.parameters()])
     student.zero_grad()
     dtypes = []
     hook = student.get_output_embeddings().register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
-    low = distance(student, teacher, IDS, low=torch.bfloat16)
+    low = kl_divergence(student, teacher, IDS, low=torch.bfloat16)
     hook.remove()
     assert dtypes == [torch.bfloat16]  # the head too, which takes the most time
     found = torch.cat([p.grad.flatten() for p in student.parameters()])
@@ -167,7 +169,7 @@ def test_the_mean_over_windows_weighs_a_short_last_batch_right(pair):
     groups = [sum(each[:4]) / 4, each[4]]
     assert abs(sum(groups) / 2 - sum(each) / 5) > 1e-3 * each[0]  # what a mean of means would give is told apart
     for batch in (1, 2, 4, 5, 8):
-        assert mean_distance(student, teacher, windows, batch) == pytest.approx(sum(each) / 5, rel=1e-5)
+        assert mean_kl(student, teacher, windows, batch) == pytest.approx(sum(each) / 5, rel=1e-5)
     assert all(p.grad is None for p in student.parameters())
 
 
@@ -231,8 +233,8 @@ class Scripted:
         return self.held[-1] if self.looks is None else self.looks[len(self.held) - 1]
 
     @property
-    def goal(self) -> Goal:
-        return Goal([self.x], self.backward, self.look)
+    def goal(self) -> Objective:
+        return Objective([self.x], self.backward, self.look)
 
 
 @pytest.mark.parametrize("gradient", [lambda i: 1.0, lambda i: 1.0 if i % 2 else 1e6], ids=["even", "with outbursts"])
@@ -274,7 +276,7 @@ def test_a_quadratic_is_brought_to_its_minimum():
         loss().backward()
         return float(loss().detach())
 
-    points = minimise(Goal(leaves, backward, lambda: float(loss().detach())), TEXT, Schedule(300, 0.1, 50))
+    points = minimise(Objective(leaves, backward, lambda: float(loss().detach())), TEXT, Schedule(300, 0.1, 50))
     assert points[0].held_out > 1
     assert points[-1].held_out < 1e-6
     for x, y in zip(leaves, target, strict=True):
@@ -354,7 +356,7 @@ class Noisy:
             return abs(float(self.loss(torch.stack([w.ids for w in TEXT[:3]]))) - 0.6)  # the best lies on the way
 
     def run(self, schedule: Schedule, **options: Any) -> list[Point]:
-        return minimise(Goal(self.leaves, self.backward, self.look), TEXT, schedule, **options)
+        return minimise(Objective(self.leaves, self.backward, self.look), TEXT, schedule, **options)
 
 
 SCHEDULE = Schedule(23, 0.3, 4, patience=100, batch=4, seed=2)
@@ -412,13 +414,13 @@ def test_a_run_that_ended_is_not_run_again(tmp_path, whole):
     again = Noisy()
     assert same(again, again.run(SCHEDULE, store=tmp_path, recipe="a"), whole)
     assert again.steps == 0
-    assert [p.name for p in tmp_path.iterdir()] == [training.STATE]
+    assert [p.name for p in tmp_path.iterdir()] == [training_state.FILE]
 
 
 def test_states_are_written_only_as_often_as_there_is_time_for_and_what_follows_them_is_done_again(
     tmp_path, monkeypatch, whole
 ):
-    monkeypatch.setattr(training, "KEEPING", 1e9)
+    monkeypatch.setattr(training, "WRITING_PAUSE", 1e9)
     first = Noisy()
     with pytest.raises(Interrupted):
         Noisy(14).run(SCHEDULE, store=tmp_path, recipe="a")
@@ -460,7 +462,7 @@ def test_the_state_of_another_recipe_is_not_gone_on_from(tmp_path, recipe, sched
 def test_a_damaged_state_is_not_gone_on_from_and_is_replaced(tmp_path, whole, damage):
     with pytest.raises(Interrupted):
         Noisy(9).run(SCHEDULE, store=tmp_path, recipe="a")
-    state = tmp_path / training.STATE
+    state = tmp_path / training_state.FILE
     data = state.read_bytes()
     if damage == "bare":  # tensors of another program, and no word of where they come from
         save_file({"x": torch.zeros(3)}, state)
@@ -478,9 +480,9 @@ def test_a_damaged_state_is_not_gone_on_from_and_is_replaced(tmp_path, whole, da
 def test_a_state_that_lacks_a_tensor_is_not_gone_on_from(tmp_path, whole, missing):
     with pytest.raises(Interrupted):
         Noisy(9).run(SCHEDULE, store=tmp_path, recipe="a")
-    with safe_open(tmp_path / training.STATE, "pt") as held:
+    with safe_open(tmp_path / training_state.FILE, "pt") as held:
         told, tensors = held.metadata(), {name: held.get_tensor(name) for name in held.keys() if name != missing}  # noqa: SIM118
-    save_file(tensors, tmp_path / training.STATE, metadata=told)
+    save_file(tensors, tmp_path / training_state.FILE, metadata=told)
     again = Noisy()
     assert same(again, again.run(SCHEDULE, store=tmp_path, recipe="a"), whole)
     assert again.steps == 23
@@ -496,14 +498,14 @@ def test_a_full_disk_is_told_in_one_line_and_the_state_before_it_stays(tmp_path,
     """A limit on the size of files stands for the full disk: the same call of the system fails in the same place."""
     with pytest.raises(Interrupted):
         Noisy(9).run(SCHEDULE, store=tmp_path, recipe="a")
-    before, limits = (tmp_path / training.STATE).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, limits = (tmp_path / training_state.FILE).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # Python ignores the signal, so that writes fail
     try:
         with pytest.raises(InvalidArgument, match="cannot be written"):
             Noisy().run(SCHEDULE, store=tmp_path, recipe="a")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (tmp_path / training.STATE).read_bytes() == before
+    assert (tmp_path / training_state.FILE).read_bytes() == before
     again = Noisy()
     assert same(again, again.run(SCHEDULE, store=tmp_path, recipe="a"), whole)
 

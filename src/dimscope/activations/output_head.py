@@ -108,8 +108,3 @@ def position_blocks(positions: Int[Tensor, " n"], vocab_size: int) -> Sequence[I
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-
-
-def logit_transform(model: "PreTrainedModel") -> Callable[[Tensor], Tensor]:
-    """Return what follows the output table of a model; superseded by `output_head`."""
-    return output_head(model).transform

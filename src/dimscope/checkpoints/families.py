@@ -1,6 +1,7 @@
 """Which weights of a family read the residual stream, and which write it.
 
-A layout is a table of patterns over the module names of transformers. Everything that no pattern names stays as it is.
+A layout is a table of patterns over the module names of transformers. A weight that no pattern names is not changed.
+To add a family, add its layout to LAYOUTS.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from dimscope.errors import InvalidArgument, UnsupportedCheckpoint
+from dimscope.errors import UnsupportedCheckpoint
 
 if TYPE_CHECKING:
     from dimscope.checkpoints.checkpoint import Checkpoint
@@ -20,10 +21,19 @@ Part = Literal["table", "head", "reader", "reader bias", "writer", "gain", "shif
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a family of pre-norm models touches the stream; patterns of modules, with the block's number as {0}.
+    """How a family of pre-norm models reads and writes the residual stream, as patterns of module names.
 
-    `readers` have weights (out x d), and the norm through which they read; `writers` weights (d x in) and biases (d) that
-    add to the stream. With `centred` norms (LayerNorm) a norm has a shift beside its gain, and the mean is taken out.
+    Attributes:
+        readers: Modules with weights (out x d), and the norm before each; {0} is the number of the block.
+        writers: Modules with weights (d x in), and biases (d), that add to the stream.
+        norms: The norms inside blocks.
+        table: The input table.
+        head: The output table.
+        final_norm: The norm before the output table.
+        eps: The name of the norms' epsilon in the config.
+        centred: Whether norms take out the mean and have a shift beside their gain (LayerNorm).
+        gain_offset: A stored gain w multiplies by w + offset.
+        scaled_table: Whether rows of the table are multiplied by sqrt(hidden_size) when they are looked up.
     """
 
     readers: Mapping[str, str]
@@ -32,26 +42,27 @@ class Layout:
     table: str = "model.embed_tokens"
     head: str = "lm_head|embed_out"  # as older versions of transformers call that of a GPT-NeoX
     final_norm: str = "model.norm"
-    eps: str = "rms_norm_eps"  # the entry of the config
+    eps: str = "rms_norm_eps"
     centred: bool = False
-    gain_offset: float = 0.0  # a stored gain w acts as w + offset
-    scaled_table: bool = False  # the looked-up row is multiplied by sqrt(hidden_size)
+    gain_offset: float = 0.0
+    scaled_table: bool = False
 
-    def part(self, name: str) -> tuple[Part, str | None]:
-        """What a parameter is, and the norm through which it reads."""
+    def part(self, name: str) -> Part:
+        """Return what a parameter is."""
         module, _, kind = name.rpartition(".")
         if module == self.table:
-            return "table", None
-        if norm := self._read_through(module):
-            part: Part = "head" if re.fullmatch(self.head, module) else "reader"
-            return (part, norm) if kind == "weight" else ("reader bias", norm)
+            return "table"
+        if self.norm_before(name) is not None:
+            return "reader bias" if kind != "weight" else "head" if re.fullmatch(self.head, module) else "reader"
         if any(re.fullmatch(pattern, module) for pattern in self.writers):
-            return "writer", None
+            return "writer"
         if module == self.final_norm or any(re.fullmatch(pattern, module) for pattern in self.norms):
-            return ("gain" if kind == "weight" else "shift"), None
-        return "kept", None
+            return "gain" if kind == "weight" else "shift"
+        return "kept"
 
-    def _read_through(self, module: str) -> str | None:
+    def norm_before(self, name: str) -> str | None:
+        """Return the norm through which a parameter reads the stream, or None for one that does not read it."""
+        module = name.rpartition(".")[0]
         if re.fullmatch(self.head, module):
             return self.final_norm
         for pattern, norm in self.readers.items():
@@ -112,7 +123,11 @@ REFUSED = {
 
 
 def layout_of(checkpoint: Checkpoint) -> Layout:
-    """The layout of a checkpoint's family. Raises UnsupportedCheckpoint, with the reason, where it is not narrowed."""
+    """Return the layout of a checkpoint's family.
+
+    Raises:
+        UnsupportedCheckpoint: The family, or this model of it, is not narrowed; the message has the reason.
+    """
     from dimscope.checkpoints.model import require_causal
 
     config = require_causal(checkpoint)
@@ -135,28 +150,6 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
     return LAYOUTS[kind]
 
 
-def check_width(checkpoint: Checkpoint, layout: Layout, width: int, export: str | None = None) -> None:
-    """Raises InvalidArgument for a width above the model's, too small, or that the architecture does not allow."""
-    dim = checkpoint.input_table.shape[1]
-    least = 2 if layout.centred else 1  # a LayerNorm takes one dimension for the mean
-    if not least <= width <= dim:
-        raise InvalidArgument(f"`widths` must be from {least} to {dim}, the width of {checkpoint.title}, got {width}")
-    if not (step := width_step(checkpoint, export)) or not width % step:
-        return
-    low, high = width // step * step, -(-width // step) * step
-    nearest = f"{high}" if not low else f"{low} or {high}"
-    raise InvalidArgument(
-        f"`widths` {width}: the width of a llama model is a multiple of its {step} attention heads; the nearest are {nearest}"
-    )
-
-
-def width_step(checkpoint: Checkpoint, export: str | None = None) -> int | None:
-    """What every width is a multiple of, where the config of the family is refused otherwise."""
-    config = checkpoint.config
-    assert config is not None, checkpoint.name
-    return int(config.num_attention_heads) if "llama" in (export, config.model_type) else None
-
-
 def head_size(config: Any) -> int:
-    """Numbers of a head; where the config does not say so, the width is that of all heads."""
+    """Return the dimensions of an attention head; without an entry in the config, the width over the number of heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

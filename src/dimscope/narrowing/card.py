@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dimscope.narrowing.projection import Account
+    from dimscope.narrowing.assembly import Account
 
 GGUF_Q8, GGUF_K = 32, 256  # numbers in a block of the formats of llama.cpp
 TILE = 64  # that GPUs multiply at full speed
@@ -59,8 +59,8 @@ def model_card(facts: Mapping[str, Any], account: Account, measured: Sequence[Ma
         f"| bytes of weights | {account.dense_bytes:,} | {account.narrow_bytes:,} |",
         *(f"| {row['metric']} | {row['dense']} | {row['narrow']} |" for row in measured), "",
     ]  # fmt: skip
-    if facts.get("judged_on"):
-        lines += [f"Measured on {facts['judged_on']}.", ""]
+    if facts.get("evaluated_on"):
+        lines += [f"Measured on {facts['evaluated_on']}.", ""]
     if not_smaller(account):
         lines += ["**Not smaller than the dense model: do not use it for its size.**", ""]
     lines += ["## How it was made", "", *_recipe(facts), "", *_tables(facts, account)]

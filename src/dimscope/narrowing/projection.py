@@ -1,101 +1,100 @@
-"""A checkpoint cut to a narrower residual stream by one orthonormal map, from file to file, block by block.
+"""A checkpoint projected to a narrower residual stream by one orthonormal map, tensor by tensor, block by block.
 
-With x the stream and P of d x k orthonormal, the narrow stream is P^T x: what reads it is multiplied by P from the right,
-with the gain of its norm folded in before; what writes it by P^T from the left. All products are in float64, cast once.
-Behind centred norms (LayerNorm) P has rank k - 1: it maps what is orthogonal to the ones of R^d to what is orthogonal to
-those of R^k, so that the mean that the norm takes out is zero already (see `bases.fitted`).
+With x the stream and P of d x k orthonormal, the narrow stream is P^T x. Weights that read the stream are multiplied by P
+from the right, with the gain of their norm folded in before; weights that write it by P^T from the left. All products are
+in float64, rounded once. Behind centred norms (LayerNorm) P has rank k - 1: it maps the complement of the ones of R^d to
+the complement of the ones of R^k, so that the mean that the norm takes out is zero already (see `bases.orthonormal`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dimscope.checkpoints.families import Layout, layout_of
-from dimscope.checkpoints.loaded import LoadedModel
-from dimscope.checkpoints.writer import Planned, write_safetensors
+from dimscope.checkpoints.families import Layout
+from dimscope.checkpoints.tensors import DTYPES
+from dimscope.checkpoints.writer import PlannedTensor
 from dimscope.errors import CorruptCheckpoint, UnsupportedCheckpoint
-from dimscope.narrowing.bases import tied_to
-from dimscope.narrowing.calibration import final_temperature
-from dimscope.narrowing.conversion import Origin, Origins, origins_of
+from dimscope.narrowing.bases import diagonalising_basis
+from dimscope.narrowing.conversion import Origin, Origins
+from dimscope.narrowing.target import HEAD, Target, check_width, narrow_config, origins_of
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
-    from dimscope.checkpoints.checkpoint import Checkpoint
-    from dimscope.checkpoints.model import Placement
     from dimscope.checkpoints.tensors import TensorInfo
-    from dimscope.texts.windows import Window
 
 NUMBERS = 1 << 22  # of a tensor computed at once: 32 MiB in float64
-BESIDE = (
-    "tokenizer", "special_tokens_map", "vocab.", "merges.", "added_tokens", "chat_template", "generation_config", "LICENSE",
-    "NOTICE",
-)  # fmt: skip
-GENERATION = "generation_config.json"
 
 Gains = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
-    """What is in the files: numbers and bytes of the dense and of the narrow checkpoint, as they are stored."""
+class Narrowing:
+    """A dense checkpoint, a basis and gains: what every tensor of the narrow checkpoint is computed from.
 
-    dense_parameters: int
-    dense_bytes: int
-    narrow_parameters: int
-    narrow_bytes: int
-    table_parameters: int  # of one embedding table of the narrow model
-    untied: bool  # whether the dense model kept one table for both, and the narrow one has two
+    Attributes:
+        target: The dense checkpoint, and what it is narrowed to.
+        config: The config of the narrow model.
+        basis: P, float64.
+        origins: Where every tensor of the narrow checkpoint comes from.
+        files: The stored tensors by parameter of the dense model.
+        gains: By norm a number, or one for each dimension; `usual_gain` for a norm without an entry.
+        dtype: To store all tensors in; None keeps the dtype of each.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """A checkpoint on its way to a narrower one: where its tensors are, and how each is changed."""
-
-    checkpoint: Checkpoint
-    layout: Layout
+    target: Target
     config: PretrainedConfig
     basis: Float[Tensor, "d k"]
     origins: Origins
-    files: Mapping[str, TensorInfo]  # by parameter of the dense model
-    gains: Gains = field(default_factory=dict)  # by norm, a number or one for each dimension; `usual_gain` unless told
-    dtype: torch.dtype | None = None  # to store all tensors in; None keeps each as it is
+    files: Mapping[str, TensorInfo]
+    gains: Gains = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Return which weights of the dense model read and write the stream."""
+        return self.target.layout
+
+    @property
+    def width(self) -> int:
+        """Return k."""
+        return self.basis.shape[1]
 
     @property
     def usual_gain(self) -> float:
-        """What keeps all lengths where nothing is lost: a norm makes its output sqrt(k) long, where it was sqrt(d)."""
+        """Return sqrt(d / k): a norm makes its output sqrt(k) long, where it was sqrt(d) long."""
         d, k = self.basis.shape
         return math.sqrt(d / k)
 
     @property
     def tied(self) -> bool:
+        """Whether one table serves as input and as output table."""
         return bool(self.config.tie_word_embeddings)
 
-    def plan(self) -> list[Planned]:
-        """The tensors of the narrow checkpoint in the order in which they are written."""
-        from dimscope.checkpoints.tensors import DTYPES
-
+    def plan(self) -> list[PlannedTensor]:
+        """Return the tensors of the narrow checkpoint in the order in which they are written."""
         fallback = self.files[f"{self.layout.table}.weight"]
         return [
-            Planned(name, self._shape(o), self.dtype or DTYPES[(self.files[o.source] if o.source else fallback).dtype])
+            PlannedTensor(
+                name, self.shape_of(o), self.dtype or DTYPES[(self.files[o.source] if o.source else fallback).dtype]
+            )
             for name, o in self.origins.items()
         ]
 
-    def _shape(self, origin: Origin) -> tuple[int, ...]:
-        k = self.basis.shape[1]
-        held = origin.source or origin.weight
-        if held is None:
+    def shape_of(self, origin: Origin) -> tuple[int, ...]:
+        """Return the shape of a tensor of the narrow checkpoint."""
+        k = self.width
+        stored = origin.source or origin.weight
+        if stored is None:
             return (k,)
-        shape = self.files[held].shape
+        shape = self.files[stored].shape
         if origin.part == "kept":
             return shape
         n_rows = shape[0] if origin.third is None else shape[0] // 3
@@ -108,23 +107,23 @@ class Cut:
     def right(
         self, origin: Origin, gain: Float[Tensor, " d"] | None, basis: Float[Tensor, "d k"]
     ) -> Float[Tensor, "d k"]:
-        """What the rows of a table or reader are multiplied by, for a basis (in float64, or while it is learned)."""
+        """Return what the rows of a table or reader are multiplied by, for this basis or one that is learned."""
         if origin.part == "table" and self.layout.scaled_table:
             return basis * self.usual_gain
         return basis if gain is None else gain.to(basis)[:, None] * basis
 
     def gain_before(self, origin: Origin) -> Float[Tensor, " d"] | None:
-        """The gain of the norm through which a tensor reads, which is folded into it."""
+        """Return the gain of the norm through which a tensor reads, which is folded into it."""
         return None if origin.norm is None else self.whole(f"{origin.norm}.weight").double() + self.layout.gain_offset
 
     def gain_after(self, origin: Origin) -> Tensor:
-        """What a norm multiplies with, as it is stored."""
+        """Return the gain of a norm of the narrow model, as it is stored."""
         assert origin.source is not None
-        told = self.gains.get(origin.source, torch.tensor(self.usual_gain, dtype=torch.float64))
-        return (told.double() - self.layout.gain_offset).expand(self.basis.shape[1])
+        gain = self.gains.get(origin.source, torch.tensor(self.usual_gain, dtype=torch.float64))
+        return (gain.double() - self.layout.gain_offset).expand(self.width)
 
     def bias(self, origin: Origin) -> Float[Tensor, " n"]:
-        """A reader's bias: what the shift of its norm comes to is added, W b."""
+        """Return a reader's bias: W b is added, with b the shift of its norm."""
         assert origin.weight is not None
         assert origin.norm is not None
         own = None if origin.source is None else self.whole(origin.source, origin.third).double()
@@ -137,10 +136,10 @@ class Cut:
         return moved if own is None else own + moved
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The rows of a tensor of the narrow checkpoint."""
+        """Yield the rows of a tensor of the narrow checkpoint, block by block, in float64 or as they are stored."""
         origin = self.origins[name]
         if origin.part in ("zeros", "shift"):
-            yield torch.zeros(self.basis.shape[1])
+            yield torch.zeros(self.width)
         elif origin.part == "gain":
             yield self.gain_after(origin)
         elif origin.part == "reader bias":
@@ -157,33 +156,33 @@ class Cut:
                     yield rows.double() @ right
 
     def rows(self, name: str, third: int | None = None) -> Iterator[Tensor]:
-        """A tensor of the dense checkpoint block by block; of a fused one the third that is asked for, at once."""
+        """Yield a tensor of the dense checkpoint block by block; a third of a fused one at once."""
         info = self.files[name]
         if third is not None:
             yield self.whole(name, third)
             return
         step = max(1, NUMBERS // max(1, math.prod(info.shape[1:])))
         for start in range(0, info.shape[0], step):
-            yield self.checkpoint.reader.read_rows(info.name, start, min(start + step, info.shape[0]))
+            yield self.target.checkpoint.reader.read_rows(info.name, start, min(start + step, info.shape[0]))
 
     def whole(self, name: str, third: int | None = None) -> Tensor:
-        """A tensor of the dense checkpoint as it is stored."""
+        """Return a tensor of the dense checkpoint, or a third of it, as it is stored."""
         info = self.files[name]
-        return self.third_of(self.checkpoint.reader.read_rows(info.name, 0, info.shape[0]), third)
+        return self.third_of(self.target.checkpoint.reader.read_rows(info.name, 0, info.shape[0]), third)
 
     def third_of(self, fused: Tensor, third: int | None) -> Tensor:
-        """Queries, keys or values of a fused projection, whose rows go by head, then by these three."""
+        """Return queries, keys or values of a fused projection, whose rows are ordered by head, then by these three."""
         if third is None:
             return fused
         return fused.unflatten(0, (self.config.num_attention_heads, 3, -1))[:, third].flatten(0, 1)
 
     def _written(self, name: str) -> Iterator[Tensor]:
-        """P^T W in blocks of rows; W stays as it is stored, and is made wide a block of columns at a time."""
+        """Yield P^T W. W stays as it is stored, and a block of its columns at a time is float64."""
         stored = self.whole(name)
         if stored.ndim == 1:
             yield stored.double() @ self.basis
             return
-        k, columns = self.basis.shape[1], stored.shape[1]
+        k, columns = self.width, stored.shape[1]
         result = torch.empty(k, columns, dtype=self.dtype or stored.dtype)
         step = max(1, NUMBERS // len(stored))
         for start in range(0, columns, step):
@@ -192,163 +191,57 @@ class Cut:
         yield result
 
 
-def plan_cut(
-    checkpoint: Checkpoint,
-    basis: Float[Tensor, "d k"],
-    gains: Gains | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    export: str | None = None,
-    tied: bool = False,
-) -> Cut:
-    """Looks up which tensor is what; nothing is read but headers, and for a tie the gain of the final norm.
+def plan_narrowing(
+    target: Target, basis: Float[Tensor, "d k"], gains: Gains | None = None, *, dtype: torch.dtype | None = None
+) -> Narrowing:
+    """Find out which stored tensor each tensor of the narrow checkpoint comes from. No weights are read but a final gain.
 
-    `tied` keeps one table for both sides of a tied model: the basis is turned to where that costs least (`tied_to`), and
-    the final norm gets a gain for each dimension, times what `gains` has for it.
-    Raises UnsupportedCheckpoint for a family that is not narrowed, InvalidArgument for a width, family or tie that it
-    cannot have, CorruptCheckpoint where a tensor is missing.
+    Where `target` keeps a tie, the basis is rotated so that the tie costs least (`diagonalising_basis`), and the final norm
+    gets a gain for each dimension, times its entry in `gains`.
+
+    Args:
+        target: The dense checkpoint, and what it is narrowed to.
+        basis: P.
+        gains: By norm of the dense model.
+        dtype: To store all tensors in; None keeps the dtype of each.
+
+    Raises:
+        InvalidArgument: The family cannot have the width.
+        UnsupportedCheckpoint: A tensor is not stored in floating point.
+        CorruptCheckpoint: A tensor is missing.
     """
-    layout = layout_of(checkpoint)
-    config, origins = origins_of(checkpoint, layout, basis.shape[1], export=export, tied=tied)
+    check_width(target, basis.shape[1])
+    config, origins = narrow_config(target, basis.shape[1]), origins_of(target)
+    narrowing = Narrowing(target, config, basis.double(), origins, _stored_tensors(target), gains or {}, dtype)
+    return _tied(narrowing) if target.tied else narrowing
+
+
+def _stored_tensors(target: Target) -> dict[str, TensorInfo]:
+    """Return the stored tensor of each parameter of the dense model."""
+    checkpoint = target.checkpoint
     skeleton = checkpoint.skeleton
-    assert skeleton is not None, checkpoint.name  # layout_of refuses what has none
+    assert skeleton is not None, checkpoint.name
     files: dict[str, TensorInfo] = {}
-    named = {parameter: name for name, parameter in skeleton.parameters_of(checkpoint.tensors).items()}
+    names = {parameter: name for name, parameter in skeleton.parameters_of(checkpoint.tensors).items()}
     for parameter in skeleton.shapes:
-        held = named.get(parameter) or skeleton.file_name(parameter, checkpoint.tensors)
-        if held is None:
+        name = names.get(parameter) or skeleton.file_name(parameter, checkpoint.tensors)
+        if name is None:
             raise CorruptCheckpoint(f"{checkpoint.name}: the weights hold no {parameter}")
-        files[parameter] = checkpoint.tensors[held]
-    files.setdefault("lm_head.weight", files[f"{layout.table}.weight"])  # of a tied model, which has one for both
+        files[parameter] = checkpoint.tensors[name]
+    files.setdefault(HEAD, files[f"{target.layout.table}.weight"])  # of a tied model, which has one for both
     if odd := [info for info in files.values() if info.dtype not in ("F64", "F32", "F16", "BF16")]:
         raise UnsupportedCheckpoint(
             f"{checkpoint.name}: {odd[0].name} is stored as {odd[0].dtype}, which is not narrowed"
         )
-    cut = Cut(checkpoint, layout, config, basis.double(), origins, files, gains or {}, dtype)
-    return _tied(cut) if tied else cut
+    return files
 
 
-def _tied(cut: Cut) -> Cut:
-    final = f"{cut.layout.final_norm}.weight"
-    gain = cut.gain_before(Origin("head", final, cut.layout.final_norm))
+def _tied(narrowing: Narrowing) -> Narrowing:
+    final = f"{narrowing.layout.final_norm}.weight"
+    gain = narrowing.gain_before(Origin("head", final, narrowing.layout.final_norm))
     assert gain is not None
-    basis, values = tied_to(cut.basis, gain)
-    usual = torch.tensor(cut.usual_gain, dtype=torch.float64)
-    table = cut.usual_gain if cut.layout.scaled_table else 1.0  # which the table has been multiplied by
-    return replace(cut, basis=basis, gains={**cut.gains, final: values * cut.gains.get(final, usual) / table})
-
-
-def account_of(cut: Cut) -> Account:
-    """Count the parameters and bytes of the dense and of the narrow checkpoint."""
-    plan = cut.plan()
-    skeleton = cut.checkpoint.skeleton
-    assert skeleton is not None, cut.checkpoint.name
-    dense = [cut.files[parameter] for parameter in skeleton.shapes]  # no buffers, and no table twice
-    return Account(
-        dense_parameters=sum(t.n_elements for t in dense), dense_bytes=sum(t.n_bytes for t in dense),
-        narrow_parameters=sum(math.prod(t.shape) for t in plan), narrow_bytes=sum(t.n_bytes for t in plan),
-        table_parameters=next(math.prod(cut._shape(o)) for o in cut.origins.values() if o.part == "table"),
-        untied=cut.checkpoint.tied and not cut.tied,
-    )  # fmt: skip
-
-
-def write_cut(cut: Cut, folder: Path, trained: Mapping[str, Tensor] | None = None) -> Account:
-    """Write weights, config, tokenizer and generation config into an existing folder, and count what is in it.
-
-    Args:
-        cut: The narrow checkpoint.
-        folder: An existing folder.
-        trained: Weights by name that replace those of the cut.
-    """
-    plan = cut.plan()
-    replaced = trained or {}
-    write_safetensors(
-        folder,
-        ((p, iter([replaced[p.name].detach().cpu()]) if p.name in replaced else cut.blocks(p.name)) for p in plan),
-        plan,
-    )
-    config = cut.config
-    config.dtype = plan[0].dtype
-    config.save_pretrained(folder)
-    source = cut.checkpoint.source
-    if isinstance(source, LoadedModel):
-        if source.tokenizer is not None:
-            source.tokenizer.save_pretrained(folder)
-        if (generation := generation_config_of(cut.checkpoint)) is not None:
-            generation.save_pretrained(folder)
-    for file in sorted(f for f in source.files if f.startswith(BESIDE) and not f.endswith(".py")):
-        (folder / file).write_bytes(source.fetch(file).read_bytes())
-    return account_of(cut)
-
-
-def generation_config_of(checkpoint: Checkpoint) -> GenerationConfig | None:
-    """Return a copy of the settings of generation that come with a model, if any."""
-    from transformers import GenerationConfig
-
-    source = checkpoint.source
-    if isinstance(source, LoadedModel):
-        return deepcopy(source.model.generation_config)
-    if GENERATION not in source.files:
-        return None
-    return GenerationConfig.from_pretrained(source.fetch(GENERATION).parent)
-
-
-def assemble(config: PretrainedConfig, state: Mapping[str, Tensor], placement: Placement) -> PreTrainedModel:
-    """Return the model of a config with these weights, made by transformers, in evaluation mode."""
-    from dimscope.checkpoints.model import DTYPES
-
-    return _assembled(config, state, DTYPES[placement.dtype], placement.device)
-
-
-def _assembled(
-    config: PretrainedConfig, state: Mapping[str, Tensor], dtype: torch.dtype, device: str
-) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    model, info = kind.from_pretrained(
-        None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True
-    )
-    assert not info["missing_keys"], info
-    return model.to(device).eval()
-
-
-def stored_model(cut: Cut, trained: Mapping[str, Tensor], device: str) -> PreTrainedModel:
-    """Return the narrow model in the dtype in which it is stored, as transformers would load what `write_cut` writes.
-
-    Args:
-        cut: The narrow checkpoint.
-        trained: Weights by name that replace those of the cut.
-        device: A torch device.
-    """
-    state = {
-        p.name: trained[p.name].detach().cpu().to(p.dtype) if p.name in trained else _tensor(cut, p) for p in cut.plan()
-    }
-    model = _assembled(cut.config, state, cut.plan()[0].dtype, device)
-    if (generation := generation_config_of(cut.checkpoint)) is not None:
-        model.generation_config = generation
-    return model
-
-
-def _tensor(cut: Cut, planned: Planned) -> Tensor:
-    return torch.cat([block.to(planned.dtype) for block in cut.blocks(planned.name)])
-
-
-def narrow_model(cut: Cut, placement: Placement) -> PreTrainedModel:
-    """The narrow model in memory, as `write_cut` would write it and transformers load it."""
-    return assemble(cut.config, {p.name: _tensor(cut, p) for p in cut.plan()}, placement)
-
-
-def fitted_model(
-    cut: Cut, dense: PreTrainedModel, windows: Sequence[Window], placement: Placement, batch: int = 1
-) -> tuple[Cut, PreTrainedModel]:
-    """A cut with the final norm's gain fitted as a temperature on windows, and its model; every norm has a gain already."""
-    model = narrow_model(cut, placement)
-    final = f"{cut.layout.final_norm}.weight"
-    factor = final_temperature(model, dense, windows, batch)
-    cut = replace(cut, gains={**cut.gains, final: cut.gains[final] * factor})
-    name, origin = next((n, o) for n, o in cut.origins.items() if o.part == "gain" and o.source == final)
-    stored = next(planned.dtype for planned in cut.plan() if planned.name == name)
-    with torch.no_grad():
-        model.get_parameter(name).copy_(cut.gain_after(origin).to(stored))  # rounded as in the files
-    return cut, model
+    rotated = diagonalising_basis(narrowing.basis, gain)
+    usual = torch.tensor(narrowing.usual_gain, dtype=torch.float64)
+    scale = narrowing.usual_gain if narrowing.layout.scaled_table else 1.0  # of the table, which `right` multiplies by
+    own = rotated.gain * narrowing.gains.get(final, usual) / scale
+    return replace(narrowing, basis=rotated.basis, gains={**narrowing.gains, final: own})

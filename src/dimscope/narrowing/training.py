@@ -1,6 +1,6 @@
-"""Training of a narrow model towards the dense one: forward KL, block by block over positions, kept on disk as it goes.
+"""Training of a narrow model towards the dense one, by forward KL.
 
-What is trained is a list of leaf tensors and a way to get their gradients; a basis and the weights themselves both are.
+What is trained is a list of leaf tensors and a way to get their gradients: a basis, or the weights themselves.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dimscope.activations.forward import final_states, input_device
-from dimscope.activations.output_head import logit_transform, position_blocks
-from dimscope.storage import write_tensors
+from dimscope.activations.output_head import output_head
+from dimscope.narrowing.training_state import Point, TrainingState, copies, restore, write
 from dimscope.texts.windows import Window, grouped
 
 if TYPE_CHECKING:
@@ -29,45 +29,83 @@ if TYPE_CHECKING:
 TOKENS = 2560  # of a step
 LONGEST_NORM = 1.0  # of a gradient
 WARM_UP = 10  # steps
-KEEPING = 20  # times as long as writing a state took passes before the next one is written: a twentieth of the time
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """The held-out KL after so many steps, and the mean training KL since the point before."""
-
-    step: int
-    held_out: float
-    training: float | None = None
+WRITING_PAUSE = 20  # times as long as writing a state took, until the next is written: a twentieth of the time
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long and how fast: Adam, the rate rises over the first steps and falls along a cosine to nothing."""
+    """How long and how fast Adam trains: the rate rises over the first steps, and falls along a cosine to 0.
+
+    Attributes:
+        steps: Number of steps.
+        rate: The largest rate.
+        every: Steps between two evaluations on held-out text.
+        patience: Evaluations without a new best after which training stops.
+        batch: Windows of a step.
+        seed: Random seed of the order of the windows.
+    """
 
     steps: int
     rate: float
-    every: int  # steps between two looks at held-out text
-    patience: int = 5  # looks without a new best after which it stops
-    batch: int = 8  # windows of a step
+    every: int
+    patience: int = 5
+    batch: int = 8
     seed: int = 0
 
     def rate_at(self, step: int) -> float:
-        """The rate of step 0, 1, ..."""
+        """Return the rate of step 0, 1, ..."""
         warm = min(1.0, (step + 1) / WARM_UP)
         return self.rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether held-out text is evaluated after step 0, 1, ..."""
+        return (step + 1) % self.every == 0 or step + 1 == self.steps
+
 
 @dataclass(frozen=True, slots=True)
-class Goal:
-    """What is trained: leaves, a function that leaves gradients in them and returns the loss, and how good it is."""
+class Objective:
+    """What is trained.
+
+    Attributes:
+        leaves: The tensors to train.
+        backward: Leaves the gradients of a batch of token ids in the leaves, and returns the loss.
+        held_out: Returns the loss on held-out text.
+    """
 
     leaves: Sequence[Tensor]
     backward: Callable[[Int[Tensor, "b t"]], float]
     held_out: Callable[[], float]
 
 
-def distance(
+@dataclass(frozen=True, slots=True)
+class TrainingWindows:
+    """Windows to train on, and others on which the best state is chosen."""
+
+    training: Sequence[Window]
+    held_out: Sequence[Window]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a training keeps its state, and who follows it.
+
+    Attributes:
+        folder: Where the state is written; None keeps none.
+        recipe: What the training depends on beside its schedule; a state of another recipe is not resumed.
+        announce: Called with every evaluation on held-out text.
+    """
+
+    folder: Path | None = None
+    recipe: str = ""
+    announce: Callable[[Point], object] = lambda point: None
+
+
+UNRECORDED = Progress()
+
+# ---- KL --------------------------------------------------------------------------------------------------------------
+
+
+def kl_divergence(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     ids: Int[Tensor, "b t"],
@@ -75,31 +113,49 @@ def distance(
     target: Float[Tensor, "b t d"] | None = None,
     low: torch.dtype | None = None,
 ) -> float:
-    """KL(teacher || student) in nats, the mean over all positions; with gradients enabled they are left in the student.
+    """Compute KL(teacher || student) in nats, the mean over all positions.
 
-    Logits stand in memory for some positions at once, whatever the vocabulary. `target` are the teacher's final states,
-    where they are known; `low` is what the student computes in.
+    With gradients enabled, the gradients are added to those of the student's parameters. Logits of a block of positions
+    are in memory at once, whatever the size of the vocabulary.
+
+    Args:
+        student: The model to compare.
+        teacher: The model to compare with.
+        ids: b sequences of t token ids.
+        target: The teacher's final hidden states, where they are known.
+        low: A dtype for the student to compute in.
     """
-    known = (final_states(teacher, ids) if target is None else target).flatten(0, 1)
-    training = torch.is_grad_enabled()
+    target = final_states(teacher, ids) if target is None else target
     with _autocast(student, low):
-        found = student.get_decoder()(input_ids=ids.to(input_device(student)), use_cache=False).last_hidden_state
-    states = found.flatten(0, 1)
-    leaf = states.detach().requires_grad_(training)
-    heads = [(m.get_output_embeddings(), logit_transform(m)) for m in (teacher, student)]
-    total = 0.0
-    for rows in position_blocks(torch.arange(len(leaf)), heads[0][0].weight.shape[0]):
+        output = student.get_decoder()(input_ids=ids.to(input_device(student)), use_cache=False).last_hidden_state
+    states = output.flatten(0, 1)
+    # The head runs block by block; its gradients are collected at the final states, from which one pass goes on.
+    leaf = states.detach().requires_grad_(torch.is_grad_enabled())
+    total = _head_kl(student, teacher, leaf, target.flatten(0, 1), low)
+    if leaf.requires_grad:
+        torch.autograd.backward(states, leaf.grad)
+    return total
+
+
+def _head_kl(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    states: Float[Tensor, "n d"],
+    target: Float[Tensor, "n e"],
+    low: torch.dtype | None,
+) -> float:
+    """Compute the KL from final hidden states, and leave the gradients in the output head and in `states`."""
+    own, other, total = output_head(student), output_head(teacher), 0.0
+    for rows in other.blocks(torch.arange(len(states))):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         with torch.no_grad():
-            log_p = heads[0][1](heads[0][0](known[part]).float()).log_softmax(dim=1).to(leaf.device)
+            log_p = other.logits(target[part]).log_softmax(dim=1).to(states.device)
         with _autocast(student, low):
-            raw = heads[1][0](leaf[part])
-        kl = (log_p.exp() * (log_p - heads[1][1](raw.float()).log_softmax(dim=1))).sum() / len(leaf)
+            raw = own.module(states[part])
+        kl = (log_p.exp() * (log_p - own.transform(raw).log_softmax(dim=1))).sum() / len(states)
         total += float(kl.detach())
-        if training:
+        if states.requires_grad:
             torch.autograd.backward(kl)
-    if training:
-        torch.autograd.backward(states, leaf.grad)
     return total
 
 
@@ -107,91 +163,85 @@ def _autocast(model: PreTrainedModel, low: torch.dtype | None) -> AbstractContex
     return nullcontext() if low is None else torch.autocast(input_device(model).type, dtype=low)
 
 
-def mean_distance(student: PreTrainedModel, teacher: PreTrainedModel, windows: Sequence[Window], batch: int) -> float:
-    """KL over the positions of windows of one length."""
-    return looking(student, teacher, windows, batch)()
+def mean_kl(student: PreTrainedModel, teacher: PreTrainedModel, windows: Sequence[Window], batch: int) -> float:
+    """Compute the mean KL over the positions of windows of one length, `batch` windows at once."""
+    return held_out_evaluator(student, teacher, windows, batch)()
 
 
-def looking(
+def held_out_evaluator(
     student: PreTrainedModel, teacher: PreTrainedModel, windows: Sequence[Window], batch: int
 ) -> Callable[[], float]:
-    """`mean_distance` of a student that changes, to be called again and again: the teacher reads the windows once."""
+    """Return a function that computes `mean_kl` of a student that changes; the teacher reads the windows once."""
     ids = [torch.stack([w.ids for w in group]) for group in grouped(windows, batch)]
     targets = [final_states(teacher, group) for group in ids]
 
     @torch.no_grad()
-    def look() -> float:
+    def evaluate() -> float:
         pairs = zip(ids, targets, strict=True)
-        return sum(len(group) * distance(student, teacher, group, target=t) for group, t in pairs) / len(windows)
+        return sum(len(group) * kl_divergence(student, teacher, group, target=t) for group, t in pairs) / len(windows)
 
-    return look
+    return evaluate
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
 
 
 def minimise(
-    goal: Goal,
-    windows: Sequence[Window],
-    schedule: Schedule,
-    *,
-    store: Path | None = None,
-    recipe: str = "",
-    announce: Callable[[Point], object] = lambda point: None,
+    objective: Objective, windows: Sequence[Window], schedule: Schedule, progress: Progress = UNRECORDED
 ) -> list[Point]:
-    """Trains the leaves in place, and leaves the best of what was looked at on held-out text in them; the way it began counts.
+    """Train the leaves in place, and leave in them the values with the lowest loss on held-out text.
 
-    With `store`, a folder, the state is written there at a look, unless that would take too much of the time, and a run with
-    the same recipe goes on from it, to the same numbers. Raises InvalidArgument where it cannot be written.
+    The values before the first step count too. Where `progress` has a folder, the state is written there after an
+    evaluation, unless that would take too much of the time, and a run with the same recipe resumes it, to the same numbers.
+
+    Raises:
+        InvalidArgument: The state cannot be written.
     """
-    optimiser = torch.optim.Adam(goal.leaves, lr=schedule.rate)
-    best = [leaf.detach().clone() for leaf in goal.leaves]
-    points, recipe = [], json.dumps([recipe, asdict(schedule)])
-    if (held := _restored(store, recipe, goal.leaves, optimiser)) is not None:
-        best, points = held
-    else:
-        points.append(Point(0, goal.held_out()))
-        announce(points[0])
-    order = _order(len(windows), schedule)
-    losses: list[float] = []
-    next_kept = 0.0
+    optimiser = torch.optim.Adam(objective.leaves, lr=schedule.rate)
+    recipe = json.dumps([progress.recipe, asdict(schedule)])
+    state = restore(progress.folder, recipe, objective.leaves, optimiser)
+    if state is None:
+        state = TrainingState(copies(objective.leaves), [Point(0, objective.held_out())])
+        progress.announce(state.points[0])
+    order, losses, next_write = _order(len(windows), schedule), list[float](), 0.0
     for step in range(schedule.steps):
         chosen = next(order)
-        if step < points[-1].step:
+        if step < state.points[-1].step:
             continue
-        if _stale(points) >= schedule.patience:
+        if state.stale >= schedule.patience:
             break
-        for group in optimiser.param_groups:
-            group["lr"] = schedule.rate_at(step)
-        optimiser.zero_grad(set_to_none=True)
-        losses.append(goal.backward(torch.stack([windows[i].ids for i in chosen])))
-        torch.nn.utils.clip_grad_norm_(goal.leaves, LONGEST_NORM)
-        optimiser.step()
-        if (step + 1) % schedule.every == 0 or step + 1 == schedule.steps:
-            points.append(Point(step + 1, goal.held_out(), sum(losses) / len(losses)))
-            losses.clear()
-            announce(points[-1])
-            if _stale(points) == 0:
-                best = [leaf.detach().clone() for leaf in goal.leaves]
-            ended = step + 1 == schedule.steps or _stale(points) >= schedule.patience
-            if store is not None and (ended or time.monotonic() >= next_kept):
-                spent = _keep(store, recipe, goal.leaves, optimiser, best, points)
-                next_kept = time.monotonic() + KEEPING * spent
+        ids = torch.stack([windows[i].ids for i in chosen])
+        losses.append(_train_step(objective, optimiser, schedule.rate_at(step), ids))
+        if not schedule.evaluates_after(step):
+            continue
+        state.points.append(Point(step + 1, objective.held_out(), sum(losses) / len(losses)))
+        losses.clear()
+        progress.announce(state.points[-1])
+        if state.stale == 0:
+            state.best[:] = copies(objective.leaves)
+        ended = step + 1 == schedule.steps or state.stale >= schedule.patience
+        if progress.folder is not None and (ended or time.monotonic() >= next_write):
+            seconds = write(progress.folder, recipe, objective.leaves, optimiser, state)
+            next_write = time.monotonic() + WRITING_PAUSE * seconds
     with torch.no_grad():
-        for leaf, value in zip(goal.leaves, best, strict=True):
+        for leaf, value in zip(objective.leaves, state.best, strict=True):
             leaf.copy_(value)
-    return points
+    return state.points
 
 
-def best_point(points: Sequence[Point]) -> Point:
-    """The one with the smallest held-out KL; the first of equals, and never one that is no number."""
-    return min(points, key=lambda p: p.held_out if math.isfinite(p.held_out) else math.inf)
-
-
-def _stale(points: Sequence[Point]) -> int:
-    """How many looks ago the best was."""
-    return len(points) - 1 - points.index(best_point(points))
+def _train_step(objective: Objective, optimiser: torch.optim.Adam, rate: float, ids: Int[Tensor, "b t"]) -> float:
+    """Take one step of Adam, and return the loss before it."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.zero_grad(set_to_none=True)
+    loss = objective.backward(ids)
+    torch.nn.utils.clip_grad_norm_(objective.leaves, LONGEST_NORM)
+    optimiser.step()
+    return loss
 
 
 def _order(n: int, schedule: Schedule) -> Iterator[list[int]]:
-    """Which windows each step sees: all of them before any comes again, in an order of the seed alone."""
+    """Yield the windows of each step: all of them before any is repeated, in an order that depends on the seed alone."""
     generator = torch.Generator().manual_seed(schedule.seed)
     waiting: list[int] = []
     while True:
@@ -199,53 +249,3 @@ def _order(n: int, schedule: Schedule) -> Iterator[list[int]]:
             waiting += torch.randperm(n, generator=generator).tolist()
         yield waiting[: schedule.batch]
         waiting = waiting[schedule.batch :]
-
-
-# ---- on disk --------------------------------------------------------------------------------------------------------
-
-STATE = "training.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of Adam
-
-
-def _keep(
-    store: Path,
-    recipe: str,
-    leaves: Sequence[Tensor],
-    optimiser: torch.optim.Adam,
-    best: list[Tensor],
-    points: list[Point],
-) -> float:
-    """Writes the state, and says how long that took."""
-    began = time.monotonic()
-    held = {f"{i}.{name}": t for i, leaf in enumerate(leaves) for name, t in optimiser.state[leaf].items()}
-    held |= {f"{i}.now": leaf.detach() for i, leaf in enumerate(leaves)} | {f"{i}.best": t for i, t in enumerate(best)}
-    told = {"recipe": recipe, "points": json.dumps([asdict(p) for p in points])}
-    write_tensors(store / STATE, {name: t.contiguous() for name, t in held.items()}, told)
-    return time.monotonic() - began
-
-
-def _restored(
-    store: Path | None, recipe: str, leaves: Sequence[Tensor], optimiser: torch.optim.Adam
-) -> tuple[list[Tensor], list[Point]] | None:
-    """Puts a kept state of the same recipe back, and returns the best values and the points; None where there is none."""
-    from safetensors import SafetensorError, safe_open
-
-    if store is None or not (store / STATE).exists():
-        return None
-    try:
-        with safe_open(store / STATE, "pt") as held:
-            told = held.metadata() or {}
-            if told.get("recipe") != recipe:
-                return None
-            points = [Point(**p) for p in json.loads(told["points"])]
-            read = [{n: held.get_tensor(f"{i}.{n}") for n in ("now", "best", *MOMENTS)} for i in range(len(leaves))]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):  # of another version, or damaged: begin anew
-        return None
-    if any(t["now"].shape != leaf.shape for t, leaf in zip(read, leaves, strict=True)):
-        return None
-    with torch.no_grad():
-        for leaf, tensors in zip(leaves, read, strict=True):
-            leaf.copy_(tensors["now"])
-            moments = {name: tensors[name].to(leaf.device) for name in MOMENTS[:2]}
-            optimiser.state[leaf] = {**moments, "step": tensors["step"]}
-    return [t["best"].to(leaf.device) for t, leaf in zip(read, leaves, strict=True)], points

@@ -40,13 +40,16 @@ def row(method: str, parameters: int, kl: float, speed: float | None = None, **m
     timed: dict[str, float] = {}
     if speed is not None:
         writing = (1 + speed) / 2
-        timed = {"prefill": 1100 * speed, "decode": 110 * writing, "prefill_ratio": speed, "decode_ratio": writing}
+        timed = {
+            "prefill_tokens_per_s": 1100 * speed, "decode_tokens_per_s": 110 * writing, "prefill_ratio": speed,
+            "decode_ratio": writing,
+        }  # fmt: skip
     return dict.fromkeys(SCHEMA) | told | judged | timed | {"top_1": 1 / (1 + kl), "n_tokens": 4096} | more
 
 
 def dense(**more: object) -> dict[str, Any]:
     """Return the row of the model as it is, by itself."""
-    alone = {"prefill": 1000.0, "decode": 100.0, "prefill_ratio": 1.0, "decode_ratio": 1.0}
+    alone = {"prefill_tokens_per_s": 1000.0, "decode_tokens_per_s": 100.0, "prefill_ratio": 1.0, "decode_ratio": 1.0}
     return row(DENSE, PARAMETERS, 0.0) | alone | more
 
 
@@ -95,7 +98,7 @@ def facts(table: pl.DataFrame | None = None, **changes: Any) -> Facts:
     shown = shown_candidate(table)
     told = {
         "advice": advice(table), "texts": ["builtin prose"], "window_length": 512, "tied": False, "dim": DIM,
-        "n_layers": LAYERS, "n_windows": {"calibration": 8, "judged": 8, "training": 8}, "heal": 0,
+        "n_layers": LAYERS, "n_windows": {"calibration": 8, "evaluation": 8, "training": 8}, "heal_steps": 0,
         "shown": {"basis": shown["basis"], "width": shown["width"]}, "kv_bytes_per_token": CACHE, **changes,
     }  # fmt: skip
     study = StudyFacts({name: value for name, value in told.items() if value is not None}, ("plan",))

@@ -11,6 +11,7 @@ import torch
 
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.errors import InvalidArgument
+from dimscope.narrowing.target import resolve_target
 from dimscope.studies.narrowing.advice import (
     DENSE,
     DROP,
@@ -24,7 +25,7 @@ from dimscope.studies.narrowing.advice import (
     with_equal_size,
 )
 from dimscope.studies.narrowing.plan import default_widths
-from dimscope.studies.narrowing.session import deal
+from dimscope.studies.narrowing.windows import split_windows
 from dimscope.texts.windows import Window
 
 SLIGHT, DEAR = TOLERATED / 5, TOLERATED * 3  # rises of the loss
@@ -200,7 +201,7 @@ def test_proposed_widths_are_below_the_width_aligned_and_allowed(
     checkpoint: Callable[..., Path], family, arguments, export, expected
 ):
     opened = open_checkpoint(str(checkpoint(family, layers=1, tokenizer=None, **arguments)))
-    widths = default_widths(opened, export)
+    widths = default_widths(resolve_target(opened, export=export))
     assert widths == expected
     dim = arguments["hidden_size"]
     step = arguments.get("num_attention_heads", 4) if "llama" in (family, export) else 1
@@ -223,8 +224,8 @@ def indices(dealt: list[Window]) -> list[int]:
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize(("count", "each"), [(3, 1), (3, 8), (24, 8), (25, 8), (100, 8), (101, 7), (10, 2), (4, 2)])
 def test_nothing_that_is_judged_or_held_out_is_trained_or_calibrated_on(count, each, trains):
-    reading = deal(windows(count), each, trains, ["t"])
-    calibration, judged = indices(reading.calibration), indices(reading.judged)
+    reading = split_windows(windows(count), each, trains, ["t"])
+    calibration, judged = indices(reading.calibration), indices(reading.evaluation)
     held_out, training = indices(reading.held_out), indices(reading.training)
     n = min(each, count // (3 if trains else 2))
     assert len(calibration) == len(judged) == n
@@ -236,19 +237,19 @@ def test_nothing_that_is_judged_or_held_out_is_trained_or_calibrated_on(count, e
 
 
 def test_every_kind_comes_from_every_part_of_the_texts():
-    reading = deal(windows(60), 5, True, ["t"])
-    for dealt in (reading.calibration, reading.judged, reading.held_out):
+    reading = split_windows(windows(60), 5, True, ["t"])
+    for dealt in (reading.calibration, reading.evaluation, reading.held_out):
         assert [i // 12 for i in indices(dealt)] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
-    ("count", "trains", "kind"), [(1, False, "judge"), (1, True, "hold out"), (2, True, "hold out")]
+    ("count", "trains", "kind"), [(1, False, "evaluation"), (1, True, "held-out"), (2, True, "held-out")]
 )
 def test_too_few_windows_to_deal_are_refused_with_what_they_are_for(count, trains, kind):
     with pytest.raises(InvalidArgument, match="too few") as refused:
-        deal(windows(count, 9), 8, trains, ["mine.txt", "yours.txt"])
+        split_windows(windows(count, 9), 8, trains, ["mine.txt", "yours.txt"])
     line = str(refused.value)
     assert "mine.txt, yours.txt" in line
     assert f"{count} windows of 9 tokens" in line
     assert kind in line
-    assert ("hold out" in line) == trains
+    assert ("held-out" in line) == trains

@@ -6,25 +6,26 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from dimscope.checkpoints.families import check_width, layout_of
 from dimscope.checkpoints.model import load_model, place
 from dimscope.errors import InvalidArgument
 from dimscope.evaluation.metrics import BITS, KL, LOSS, TOP_1
 from dimscope.evaluation.throughput import throughput
+from dimscope.narrowing.assembly import Account, account_of, assemble, stored_model, write_narrowing
 from dimscope.narrowing.bases import FROM_TABLE, LEARNED, check_basis, make_basis
 from dimscope.narrowing.card import model_card
-from dimscope.narrowing.conversion import check_export, keeps_tie
-from dimscope.narrowing.projection import Account, Cut, account_of, assemble, plan_cut, stored_model, write_cut
-from dimscope.narrowing.training import Point
+from dimscope.narrowing.projection import Narrowing, plan_narrowing
+from dimscope.narrowing.target import Target, check_width, resolve_target
+from dimscope.narrowing.training_state import Point
 from dimscope.storage import alone, beside, check_folder, whole_folder, writing
-from dimscope.studies.narrowing.session import LENGTH, Bench, table_summary
+from dimscope.studies.narrowing.candidates import heal_candidate, make_candidate, tie_cost
+from dimscope.studies.narrowing.session import LENGTH, NarrowingSession, evaluate_model, open_session, table_summary
 from dimscope.studies.narrowing.settings import NarrowSettings
 from dimscope.studies.study import SILENT, Monitor
 from dimscope.texts.windows import Window
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+DEFAULT = "normalised"  # basis
 EVALUATED = {"loss": LOSS, "bits_per_byte": BITS, "kl": KL, "top_1": TOP_1}
 TIMED = {"prefill": "prefill, tokens per second", "decode": "decode, tokens per second"}
 
@@ -99,15 +101,15 @@ def narrow_in_memory(checkpoint: Checkpoint, settings: NarrowSettings, monitor: 
     request = _request(checkpoint, settings, monitor)
     fitted = _fit(request, None)
     device = request.session.placement.device if request.session else place(checkpoint, device=settings.device).device
-    model = stored_model(fitted.cut, fitted.trained, "cpu" if device == "map" else device)
-    facts = fitted.facts | {"family": fitted.cut.config.model_type}
+    model = stored_model(fitted.narrowing, fitted.trained, "cpu" if device == "map" else device)
+    facts = fitted.facts | {"family": fitted.narrowing.config.model_type}
     measured = None
     if settings.evaluate:
         assert request.session is not None
-        facts["judged_on"] = _described(request.session, request.session.reading.judged)
-        measured = _measure(request.session, _computed(request.session, model), account_of(fitted.cut))
+        facts["evaluated_on"] = _described(request.session, request.session.windows.evaluation)
+        measured = _measure(request.session, _computed(request.session, model), account_of(fitted.narrowing))
     facts["seconds"] = round(time.monotonic() - began, 1)
-    return NarrowResult(model, account_of(fitted.cut), measured, fitted.training, facts)
+    return NarrowResult(model, account_of(fitted.narrowing), measured, fitted.training, facts)
 
 
 def narrow_to_folder(
@@ -132,28 +134,36 @@ def narrow_to_folder(
     out = out.resolve()
     _require_empty(out)
     request = _request(checkpoint, settings, monitor)
-    state = beside(out, "training") if request.trains else None
-    lock: AbstractContextManager[None] = alone(state) if state is not None else nullcontext()
+    folder = beside(out, "training") if request.trains else None
+    lock: AbstractContextManager[None] = alone(folder) if folder is not None else nullcontext()
     with lock:
-        fitted = _fit(request, state)
-        tables = {} if fitted.training is None else {"training": fitted.training}
-        facts = fitted.facts | {"command": command, "family": fitted.cut.config.model_type}
-        with whole_folder(out) as folder:
-            monitor.announce(f"writing {readable_bytes(sum(t.n_bytes for t in fitted.cut.plan()))}")
-            with writing(out):
-                account = write_cut(fitted.cut, folder, fitted.trained)
-            fitted.trained.clear()  # a model in float32
-            if settings.evaluate:
-                assert request.session is not None
-                facts["judged_on"] = _described(request.session, request.session.reading.judged)
-                small = load_model(open_checkpoint(folder), request.session.placement)
-                tables["measured"] = _measure(request.session, small, account)
-            card = model_card(facts, account, _card_rows(tables.get("measured")))
-            with writing(out):
-                (folder / "README.md").write_text(card, encoding="utf-8")
-        if state is not None:
-            shutil.rmtree(state, ignore_errors=True)
-    return NarrowCheckpoint(out, account, tables, facts | {"seconds": round(time.monotonic() - began, 1)})
+        fitted = _fit(request, folder)
+        fitted.facts["command"] = command
+        written = _write(request, fitted, out, monitor)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    seconds = round(time.monotonic() - began, 1)
+    return replace(written, facts={**written.facts, "seconds": seconds})
+
+
+def _write(request: _Request, fitted: _Fitted, out: Path, monitor: Monitor) -> NarrowCheckpoint:
+    """Write weights, config, tokenizer and model card, whole or not at all."""
+    tables = {} if fitted.training is None else {"training": fitted.training}
+    facts = fitted.facts | {"family": fitted.narrowing.config.model_type}
+    with whole_folder(out) as folder:
+        monitor.announce(f"writing {readable_bytes(sum(t.n_bytes for t in fitted.narrowing.plan()))}")
+        with writing(out):
+            account = write_narrowing(fitted.narrowing, folder, fitted.trained)
+        fitted.trained.clear()  # a model in float32
+        if request.settings.evaluate:
+            assert request.session is not None
+            facts["evaluated_on"] = _described(request.session, request.session.windows.evaluation)
+            small = load_model(open_checkpoint(folder), request.session.placement)
+            tables["measured"] = _measure(request.session, small, account)
+        card = model_card(facts, account, _card_rows(tables.get("measured")))
+        with writing(out):
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    return NarrowCheckpoint(out, account, tables, facts)
 
 
 def _require_empty(out: Path) -> None:
@@ -167,16 +177,16 @@ def _require_empty(out: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """One narrow model that is going to be made; every setting fits the checkpoint."""
+    """One narrow model that is going to be made; every setting fits the checkpoint.
 
-    checkpoint: Checkpoint
+    `session` is None where the embedding table alone gives the basis, and nothing is evaluated.
+    """
+
+    target: Target
     settings: NarrowSettings
-    session: Bench | None
-    """None where the embedding table alone gives the basis, and nothing is evaluated."""
     basis: str
     width: int
-    tied: bool
-    export: str | None
+    session: NarrowingSession | None
 
     @property
     def trains(self) -> bool:
@@ -187,24 +197,23 @@ class _Request:
 def _request(checkpoint: Checkpoint, settings: NarrowSettings, monitor: Monitor) -> _Request:
     if len(settings.widths) != 1 or len(settings.bases) > 1:
         raise InvalidArgument("one narrow model has one of `widths` and one of `bases`")
-    basis, width = (*settings.bases, "normalised")[0], settings.widths[0]
-    layout, export = layout_of(checkpoint), check_export(checkpoint, settings.export_as)
-    check_width(checkpoint, layout, width, export)
-    tied = keeps_tie(checkpoint, layout, settings.tied)
+    target = resolve_target(checkpoint, export=settings.export_as, tied=settings.tied)
+    basis, width = (*settings.bases, DEFAULT)[0], settings.widths[0]
+    check_width(target, width)
     check_basis(basis)
     trains = basis == LEARNED or settings.heal_steps > 0
-    session = None
-    if trains or settings.evaluate or basis not in FROM_TABLE:
-        session = Bench(checkpoint, settings, trains=trains, announce=monitor.announce)
-    return _Request(checkpoint, settings, session, basis, width, tied, export)
+    runs = trains or settings.evaluate or basis not in FROM_TABLE
+    session = open_session(target, settings, monitor, trains=trains) if runs else None
+    return _Request(target, settings, basis, width, session)
 
 
 def _initial_facts(request: _Request) -> dict[str, Any]:
-    checkpoint, settings = request.checkpoint, request.settings
+    target, settings = request.target, request.settings
+    checkpoint = target.checkpoint
     return {
-        "model": checkpoint.name, "title": checkpoint.title, "dim": checkpoint.input_table.shape[1], "width": request.width,
-        "basis": request.basis, "heal": settings.heal_steps, "lora": settings.lora, "on_hub": checkpoint.revision is not None,
-        "tied": request.tied, "export": request.export,
+        "model": checkpoint.name, "title": checkpoint.title, "dim": target.dim, "width": request.width, "basis": request.basis,
+        "heal": settings.heal_steps, "lora": settings.lora, "on_hub": checkpoint.revision is not None, "tied": target.tied,
+        "export": target.export,
     }  # fmt: skip
 
 
@@ -213,43 +222,43 @@ def _initial_facts(request: _Request) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Fitted:
-    """A narrow model before it is assembled: the cut, the weights that healing changed, and how they came about."""
+    """A narrow model before it is assembled: the weights that healing changed, and how they came about."""
 
-    cut: Cut
+    narrowing: Narrowing
     trained: dict[str, Tensor]
     training: pl.DataFrame | None
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any]
 
 
-def _fit(request: _Request, state: Path | None) -> _Fitted:
-    """Choose the basis, calibrate the gains, and train what is to be trained; `state` is where training is kept."""
-    facts = _initial_facts(request)
-    session = request.session
+def _fit(request: _Request, folder: Path | None) -> _Fitted:
+    """Choose the basis, calibrate the gains, and train; `folder` is where the state of training is kept."""
+    facts, session = _initial_facts(request), request.session
     if session is None:
-        layout = layout_of(request.checkpoint)
-        table = table_summary(request.checkpoint)
-        basis = make_basis(request.basis, table, request.width, centred=layout.centred, seed=request.settings.seed)
-        cut = plan_cut(request.checkpoint, basis, export=request.settings.export_as, tied=request.tied)
-        return _Fitted(cut, {}, None, facts)
-    candidate = session.candidate(request.basis, request.width, store=state and state / "basis")
-    facts["calibrated_on"] = _described(session, session.reading.calibration)
-    if candidate.cut.tied:
-        facts["tie_cost"] = session.tie_cost(candidate, request.basis)
-        session.say(f"one table for both sides costs {facts['tie_cost']:+.4f} nats of KL")
-    cut, learned = candidate.cut, candidate.learned
+        return _Fitted(_narrowing_of_table(request), {}, None, facts)
+    candidate = make_candidate(session, request.basis, request.width, folder and folder / "basis")
+    facts["calibrated_on"] = _described(session, session.windows.calibration)
+    if candidate.narrowing.tied:
+        facts["tie_cost"] = tie_cost(session, candidate, request.basis)
+        session.monitor.announce(f"one table for both sides costs {facts['tie_cost']:+.4f} nats of KL")
+    narrowing, learned = candidate.narrowing, candidate.points
     if not request.trains:
-        return _Fitted(cut, {}, None, facts)
-    del candidate  # healing has a model of its own, and both would be in memory
-    facts["trained_on"] = _described(session, session.reading.training)
-    stages: dict[str, Sequence[Point]] = {"basis": learned}
+        return _Fitted(narrowing, {}, None, facts)
+    del candidate  # healing has a model of its own
+    facts |= {"trained_on": _described(session, session.windows.training), "healed": False}
     facts |= {"steps": learned[-1].step} if learned else {}
-    trained: dict[str, Tensor] = {}
-    facts["healed"] = False
-    if request.settings.heal_steps:
-        healed = session.heal(cut, store=state and state / "healing")
-        trained, stages = dict(healed.trained), stages | {"norms": healed.norms, "weights": healed.weights}
-        facts |= {"healed": bool(trained), "healing_steps": healed.steps}
-    return _Fitted(cut, trained, _training_table(stages), facts)
+    if not request.settings.heal_steps:
+        return _Fitted(narrowing, {}, _training_table({"basis": learned}), facts)
+    healed = heal_candidate(session, narrowing, folder and folder / "healing")
+    facts |= {"healed": bool(healed.trained), "healing_steps": healed.steps}
+    stages = {"basis": learned, "norms": healed.norms, "weights": healed.weights}
+    return _Fitted(narrowing, dict(healed.trained), _training_table(stages), facts)
+
+
+def _narrowing_of_table(request: _Request) -> Narrowing:
+    """Return the narrowing of a basis that the embedding table alone gives, with the usual gains."""
+    target, table = request.target, table_summary(request.target.checkpoint)
+    centred, seed = target.layout.centred, request.settings.seed
+    return plan_narrowing(target, make_basis(request.basis, table, request.width, centred=centred, seed=seed))
 
 
 def _training_table(stages: Mapping[str, Sequence[Point]]) -> pl.DataFrame:
@@ -262,7 +271,7 @@ def _training_table(stages: Mapping[str, Sequence[Point]]) -> pl.DataFrame:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _computed(session: Bench, model: PreTrainedModel) -> PreTrainedModel:
+def _computed(session: NarrowingSession, model: PreTrainedModel) -> PreTrainedModel:
     """Return a model in the dtype and on the device of the computation: itself where it is so already."""
     if str(model.dtype).removeprefix("torch.") == session.placement.dtype:
         return model
@@ -270,11 +279,11 @@ def _computed(session: Bench, model: PreTrainedModel) -> PreTrainedModel:
     return assemble(model.config, weights, session.placement)
 
 
-def _measure(session: Bench, small: PreTrainedModel, account: Account) -> pl.DataFrame:
+def _measure(session: NarrowingSession, small: PreTrainedModel, account: Account) -> pl.DataFrame:
     """Return one row per number: of the dense and of the narrow model, on the same windows, timed in turns."""
-    session.say(f"evaluating on {len(session.reading.judged)} windows, and timing both models")
-    dense, narrow = session.judge(session.dense), session.judge(small)
-    speed = throughput({"dense": session.dense, "narrow": small}, read=min(LENGTH, session.length))
+    session.monitor.announce(f"evaluating on {len(session.windows.evaluation)} windows, and timing both models")
+    dense, narrow = evaluate_model(session, session.dense()), evaluate_model(session, small)
+    speed = throughput({"dense": session.dense(), "narrow": small}, read=min(LENGTH, session.length))
     rows = [
         ("parameters", account.dense_parameters, account.narrow_parameters),
         ("bytes", account.dense_bytes, account.narrow_bytes),
@@ -293,5 +302,5 @@ def _card_rows(measured: pl.DataFrame | None) -> list[dict[str, str]]:
     return [{"metric": r["metric"], "dense": f"{r['dense']:.4g}", "narrow": f"{r['narrow']:.4g}"} for r in rows]
 
 
-def _described(session: Bench, windows: Sequence[Window]) -> str:
+def _described(session: NarrowingSession, windows: Sequence[Window]) -> str:
     return f"{len(windows):,} windows of {session.length} tokens of {', '.join(session.texts)}"

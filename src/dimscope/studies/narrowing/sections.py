@@ -1,6 +1,5 @@
 """Sections about narrowing: what every width would cost, and a narrow model beside the dense one."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
@@ -9,17 +8,17 @@ from dimscope.page.section import Facts, Grid, Plot, Section, Tables, table
 from dimscope.page.wording import count, number, share
 from dimscope.studies.narrowing import figures
 from dimscope.studies.narrowing.advice import DENSE, HEALED, ROUND, candidate_name
+from dimscope.studies.narrowing.facts import NarrowingFacts, narrowing_facts
 from dimscope.units import readable_bytes
 
 
 def plan_section(tables: Tables, facts: Facts) -> Section | None:
-    """Tell whether to narrow this model, and what every candidate costs and saves."""
-    plan, said = table(tables, "plan"), facts.of("narrowing")
-    if plan is None or not said.get("advice"):
+    """Show the advice, and what every candidate costs and saves."""
+    plan, own = table(tables, "plan"), narrowing_facts(facts)
+    if plan is None or not own.advice:
         return None
-    first, *rest = said["advice"]
-    judged, length = said["n_windows"]["judged"], said["window_length"]
-    star = f" A star is a candidate after {count(said['heal'], 'step')} of healing." if said.get("heal") else ""
+    first, *rest = own.advice
+    star = f" A star is a candidate after {count(own.heal_steps, 'step')} of healing." if own.heal_steps else ""
     return Section(
         anchor="narrowing",
         name="Narrowing",
@@ -31,15 +30,16 @@ def plan_section(tables: Tables, facts: Facts) -> Section | None:
             _candidates(plan),
         ),
         how_to_read=(
-            "Every point is a smaller model, not trained again: further right it is smaller, or faster; further down it says more "
-            "nearly what the dense model says. Coloured lines are ways to choose the directions that are kept; grey is leaving "
-            "out whole layers, the plainest way to a smaller standard checkpoint. Compare them at the same number of real "
-            f"parameters, straight up and down.{star}"
+            "Every point is a smaller model, not trained after it was cut: further right it is smaller, or faster; further down "
+            "its predictions are nearer to the dense model's. Coloured lines are ways to choose the directions that are kept. "
+            "Grey is dropping whole layers, the simplest way to a smaller standard checkpoint. Compare at the same number of "
+            f"parameters, along a vertical line.{star}"
         ),
         caveat=(
-            f"Judged on {count(judged, 'window')} of {length} tokens that nothing was calibrated on, by the model's own "
-            "predictions, not by tasks. Speeds are of this machine, one sequence at a time. The directions hardly change the "
-            "speed, so it is measured once for each width. Rounded weights are judged, not timed: their speed is the engine's."
+            f"Evaluated on {count(own.n_windows['evaluation'], 'window')} of {own.window_length} tokens, on which nothing was "
+            "calibrated, by the KL to the dense model's predictions, not by tasks. Speeds are those of this machine, one sequence "
+            "at a time. The basis hardly changes the speed, so it is measured once per width. The speed of rounded weights "
+            "depends on the engine, and is not measured."
         ),
         tables=("plan",),
     )  # fmt: skip
@@ -50,26 +50,28 @@ def _candidates(plan: pl.DataFrame) -> Grid:
     rows = tuple(
         (
             candidate_name(row), f"{row['parameters']:,}", f"{row['parameters'] / dense['parameters'] - 1:+.0%}",
-            readable_bytes(row["bytes"]), _times(row["prefill_ratio"]), _times(row["decode_ratio"]),
-            f"{row['loss']:.3f}", f"{row['kl']:.4f}", share(row["top_1"]),
+            readable_bytes(row["bytes"]), _times(row["prefill_ratio"]), _times(row["decode_ratio"]), f"{row['loss']:.3f}",
+            "–" if row["method"] == DENSE else _with_error(row["loss_rise"], row["loss_rise_stderr"], "+.3f"),
+            "–" if row["method"] == DENSE else _with_error(row["kl"], row["kl_stderr"], ".4f"), share(row["top_1"]),
             "–" if row["method"] in (DENSE, ROUND) or row["kl_dropping"] is None else f"{row['kl_dropping']:.4f}",
         )
         for row in plan.iter_rows(named=True)
     )  # fmt: skip
     header = (
-        "model",
-        "parameters",
-        "change",
-        "weights",
-        "reading",
-        "writing",
-        "loss",
-        "KL",
-        "same choice",
-        "by layers",
+        "model", "parameters", "change", "weights", "reading", "writing", "loss", "rise of the loss", "KL", "same choice",
+        "KL of dropping layers",
+    )  # fmt: skip
+    caption = (
+        "All candidates. Reading and writing: speed relative to the dense model. Loss and KL in nats per token, ± one standard "
+        "error if positions were independent: a lower bound. Same choice: positions with the same top prediction. Last column: "
+        "dropping layers to the same size."
     )
-    caption = "All candidates: speeds are times the dense model's, the last column is the KL of dropping layers to the same size"
     return Grid(caption, header, rows, frozenset(range(1, len(header))))
+
+
+def _with_error(value: float, stderr: float | None, form: str) -> str:
+    """Return a value with its standard error, which one window does not give."""
+    return f"{value:{form}}" if stderr is None else f"{value:{form}} ± {stderr:{form.lstrip('+')}}"
 
 
 def _times(ratio: float | None) -> str:
@@ -78,63 +80,58 @@ def _times(ratio: float | None) -> str:
 
 def before_after_section(tables: Tables, facts: Facts) -> Section | None:
     """Show one narrow model beside the dense one: size, speed, quality, texts, and what does not shrink."""
-    plan, said = table(tables, "plan"), facts.of("narrowing")
-    if plan is None or not said.get("shown"):
+    plan, own = table(tables, "plan"), narrowing_facts(facts)
+    if plan is None or own.shown is None:
         return None
-    shown = said["shown"]
-    own = plan.filter((pl.col("basis") == shown["basis"]) & (pl.col("width") == shown["width"]))
-    if own.is_empty():
+    rows = plan.filter((pl.col("basis") == own.shown.basis) & (pl.col("width") == own.shown.width))
+    if rows.is_empty():
         return None
-    healed = own.filter(pl.col("method") == HEALED)
-    after = (healed if healed.height else own).row(0, named=True)
+    healed = rows.filter(pl.col("method") == HEALED)
+    after = (healed if healed.height else rows).row(0, named=True)
     before = plan.filter(pl.col("method") == DENSE).row(0, named=True)
     texts = table(tables, "narrow_texts")
-    blocks = [_sides(before, after, said)]
+    blocks = [_comparison(before, after, own)]
     if texts is not None:
-        rows = tuple((row["prompt"], row["dense"], row["narrow"]) for row in texts.iter_rows(named=True))
-        blocks.append(
-            Grid("The same prompts, greedily continued", ("prompt", "dense", f"width {shown['width']}"), rows)
-        )
-    kept = share(after["top_1"])
+        blocks.append(Grid("Greedy continuations", ("prompt", "dense", f"width {own.shown.width}"), _text_rows(texts)))
+    tie = "One table stays input and output table, in a basis that makes the gain of the final norm diagonal. "
     return Section(
         anchor="narrow",
         name="Before and after",
         title=(
-            f"At {shown['width']} of {said['dim']} dimensions {kept} of the first choices stay, with "
+            f"At {own.shown.width} of {own.dim} dimensions {share(after['top_1'])} of the top predictions stay the same, with "
             f"{after['parameters'] / before['parameters']:.0%} of the parameters"
         ),
         blocks=tuple(blocks),
         how_to_read=(
-            "The narrow model is a standard checkpoint, as dimscope narrow writes it. What reads the residual stream and what "
-            "writes it has become smaller by the share of the width that went; what lies between, heads and their cache, has not."
+            "The narrow model is a standard checkpoint, as dimscope narrow writes it. Weights that read or write the residual "
+            "stream shrink with its width; attention heads and the KV cache do not."
         ),
-        caveat=(
-            "A tied model stays tied: its one table serves both sides where the gain of the final norm is diagonal. "
-            if said.get("tied")
-            else ""
-        )
-        + "Texts that begin alike and part later need not differ in quality: the loss above judges that.",
+        caveat=(tie if own.tied else "")
+        + "Texts that begin alike and differ later need not differ in quality: compare the loss above.",
         tables=("plan", "narrow_texts") if texts is not None else ("plan",),
     )  # fmt: skip
 
 
-def _sides(before: dict[str, Any], after: dict[str, Any], said: Mapping[str, Any]) -> Grid:
+def _text_rows(texts: pl.DataFrame) -> tuple[tuple[str, ...], ...]:
+    return tuple(texts.select("prompt", "dense", "narrow").iter_rows())
+
+
+def _comparison(before: dict[str, Any], after: dict[str, Any], own: NarrowingFacts) -> Grid:
     def change(name: str) -> str:
         return f"{after[name] / before[name] - 1:+.0%}"
 
-    cache = said["kv_bytes_per_token"]
+    cache = f"{own.kv_bytes_per_token:,}"
     rows = [
         ("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", change("parameters")),
         ("bytes of weights", f"{before['bytes']:,}", f"{after['bytes']:,}", change("bytes")),
-        ("KV cache, bytes per token", f"{cache:,}", f"{cache:,}", "does not shrink"),
-        ("heads and head size", "as they are", "as they were", "do not shrink"),
+        ("KV cache, bytes per token", cache, cache, "unchanged"),
         ("loss (nats per token)", number(before["loss"]), number(after["loss"]), f"{after['loss_rise']:+.3f}"),
         ("KL to the dense model (nats)", "0", f"{after['kl']:.4f}", ""),
-        ("the same first choice", "100%", share(after["top_1"]), ""),
+        ("same top prediction", "100%", share(after["top_1"]), ""),
     ]  # fmt: skip
-    for name, told in (("prefill", "prompt, tokens read per second"), ("decode", "tokens written per second")):
-        if after[name] is not None:  # each beside the dense model of its own minute
-            was = after[name] / after[f"{name}_ratio"]
-            rows.append((told, f"{was:,.0f}", f"{after[name]:,.0f}", _times(after[f"{name}_ratio"])))
-    header = ("", f"dense, {said['dim']}", f"narrow, {after['width']}", "change")
-    return Grid("The dense model and the narrow one", header, tuple(rows), frozenset({1, 2, 3}))
+    for name, title in (("prefill", "tokens of a prompt read per second"), ("decode", "tokens generated per second")):
+        speed, ratio = after[f"{name}_tokens_per_s"], after[f"{name}_ratio"]
+        if speed is not None:  # beside the dense model of the same minute
+            rows.append((title, f"{speed / ratio:,.0f}", f"{speed:,.0f}", _times(ratio)))
+    header = ("", f"dense, {own.dim}", f"narrow, {after['width']}", "change")
+    return Grid("The dense and the narrow model", header, tuple(rows), frozenset({1, 2, 3}))

@@ -4,6 +4,7 @@ import polars as pl
 
 from dimscope.page.section import Facts, Tables
 from dimscope.studies.narrowing.advice import candidate_name
+from dimscope.studies.narrowing.facts import narrowing_facts
 from dimscope.studies.study import Summary
 
 
@@ -12,6 +13,6 @@ def summarise(tables: Tables, facts: Facts) -> Summary:
     plan = tables["plan"]
     names = pl.Series("candidate", [candidate_name(row) for row in plan.iter_rows(named=True)])
     columns = ("parameters", "loss_rise", "kl", "top_1", "prefill_ratio", "kl_dropping")
-    advice = ". ".join(line.rstrip(".") for line in facts.of("narrowing")["advice"]) + "."
+    advice = ". ".join(line.rstrip(".") for line in narrowing_facts(facts).advice) + "."
     texts = {"narrow_texts": tables["narrow_texts"]} if "narrow_texts" in tables else {}
     return Summary(advice, {"candidates": plan.select(names, *columns), **texts})

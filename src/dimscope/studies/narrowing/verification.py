@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dimscope.activations.forward import run_batch
-from dimscope.checkpoints.families import layout_of
 from dimscope.checkpoints.model import Placement, load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
+from dimscope.narrowing.assembly import narrow_model
 from dimscope.narrowing.bases import make_basis
-from dimscope.narrowing.conversion import keeps_tie
-from dimscope.narrowing.projection import narrow_model, plan_cut
+from dimscope.narrowing.projection import plan_narrowing
+from dimscope.narrowing.target import resolve_target
 from dimscope.studies.narrowing.session import LENGTH, table_summary
 from dimscope.studies.reading import named_texts, window_length
 from dimscope.texts.windows import Window, middle_windows
@@ -60,15 +60,13 @@ def verify_rotation(checkpoint: Checkpoint, settings: NarrowSettings) -> Verific
         InvalidArgument: A setting does not fit the model, or the text is too short.
         UnsupportedCheckpoint: The family is not narrowed.
     """
-    layout = layout_of(checkpoint)
-    tied = keeps_tie(checkpoint, layout, settings.tied)
-    dim = checkpoint.input_table.shape[1]
-    rotation = make_basis("random", table_summary(checkpoint), dim, centred=layout.centred, seed=settings.seed)
-    cut = plan_cut(checkpoint, rotation, dtype=torch.float32, export=settings.export_as, tied=tied)
-    placement = _placement(checkpoint, settings)
-    window = _middle_window(checkpoint, settings)
+    target = resolve_target(checkpoint, export=settings.export_as, tied=settings.tied)
+    table, centred = table_summary(checkpoint), target.layout.centred
+    rotation = make_basis("random", table, target.dim, centred=centred, seed=settings.seed)
+    narrowing = plan_narrowing(target, rotation, dtype=torch.float32)
+    placement, window = _placement(checkpoint, settings), _middle_window(checkpoint, settings)
     dense = _logits(load_model(checkpoint, placement, trust_remote_code=settings.trust_remote_code), window)
-    return _compared(dense, _logits(narrow_model(cut, placement), window))
+    return _compared(dense, _logits(narrow_model(narrowing, placement), window))
 
 
 def _placement(checkpoint: Checkpoint, settings: NarrowSettings) -> Placement:
