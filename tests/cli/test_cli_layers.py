@@ -33,9 +33,9 @@ ROTARY = [family for family in CAUSAL if family not in POSITIONS]
 TABLES = {"layers", "scree", "texts", "confidence", "predictions", "similarity"}
 SITES = {0: "embeddings", 1: "block 1", 2: "block 2, before final norm", 3: "after final norm"}
 SMALL = ("--length", "16", "--windows", "3", "--shuffles", "2", "--seed", "7")  # the seed of the checkpoints is 0
-BARE = ("--shuffles", "0", "--across", "0", "--no-random-weights")
-LAYERS = ["model", "text", "condition", "draw", "site", "layer", "preprocess", "centred", "metric", "scale", "value",
-          "stderr", "null", "of_dim", "of_rank", "of_null", "n_tokens", "n_dropped", "dim"]  # fmt: skip
+BARE = ("--shuffles", "0", "--shuffles-across", "0", "--no-random-weights")
+LAYERS = ["model", "text", "condition", "seed", "site", "layer", "preprocess", "centred", "metric", "scale", "value",
+          "stderr", "null", "share_of_dim", "share_of_rank", "share_of_null", "n_tokens", "n_dropped", "dim"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def spectral(frame: pl.DataFrame, metric: str, **where: Any) -> list[float]:
 
 def conditions(frame: pl.DataFrame) -> dict[str, list[int]]:
     """The conditions of a table and their draws."""
-    return {name[0]: sorted(set(part["draw"])) for name, part in frame.group_by("condition")}
+    return {name[0]: sorted(set(part["seed"])) for name, part in frame.group_by("condition")}
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -386,7 +386,7 @@ def test_options_choose_what_is_measured(checkpoint, cli, text, tmp_path):
     assert set(tables["curve"]["n_tokens"]) == {60}  # of 64, without the first of every window
     assert set(tables["similarity"]["comparison"]) == {"between layers"}
     study = read_facts(tmp_path)["study"]["layers"]
-    assert (study["thresholds"], study["layers"], study["chosen_layer"]) == ([0.8, 0.95], "0,2,norm", 0)
+    assert (study["thresholds"], study["layers"], study["show_layer"]) == ([0.8, 0.95], "0,2,norm", 0)
     succeed(cli("layers", checkpoint("qwen2"), "--text", text, "--length", "16", "--windows", "4", "-o", tmp_path))
     assert read_tables(tmp_path).keys() == TABLES  # the curve of before is not taken for one of this run
 
@@ -441,15 +441,25 @@ def test_the_preset_of_the_notebook_and_options_on_top_of_it(checkpoint, cli, te
         return read_facts(out)["study"]["layers"], read_tables(out)["layers"]
 
     told, layers = study(checkpoint("gpt2", layers=12))
-    assert (told["preset"], told["chosen_layer"], told["windows"], told["thresholds"]) == ("notebook", 10, 1, [0.95])
+    assert (told["preset"], told["show_layer"], told["windows"], told["thresholds"]) == ("notebook", 10, 1, [0.95])
     assert conditions(layers) == {"real": [0], "shuffled": [0]}
     assert {metric for metric in layers["metric"] if "count" in metric} == {"variance count 95%"}
     assert set(rows(layers, metric="stable rank", preprocess="raw")["n_tokens"]) == {32}
     told, layers = study(checkpoint("qwen2"))
-    assert told["chosen_layer"] == 3  # the nearest to 10 that a model of two blocks has
-    on_top = ("--windows", "2", "--shuffles", "3", "--across", "1", "--random-weights", "--thresholds", "80,99")
+    assert told["show_layer"] == 3  # the nearest to 10 that a model of two blocks has
+    on_top = (
+        "--windows",
+        "2",
+        "--shuffles",
+        "3",
+        "--shuffles-across",
+        "1",
+        "--random-weights",
+        "--thresholds",
+        "80,99",
+    )
     told, layers = study(checkpoint("qwen2"), *on_top, "--layer", "1")
-    assert (told["preset"], told["chosen_layer"], told["windows"]) == ("notebook", 1, 2)
+    assert (told["preset"], told["show_layer"], told["windows"]) == ("notebook", 1, 2)
     assert conditions(layers) == {"real": [0], "shuffled": [0, 1, 2], "shuffled across": [0], "random weights": [0]}
     assert {metric for metric in layers["metric"] if "count" in metric} == {"variance count 80%", "variance count 99%"}
 
@@ -592,7 +602,7 @@ def test_what_the_user_keeps_beside_the_tables_is_not_touched(checkpoint, cli, d
 
 # ---- violent ends --------------------------------------------------------------------------------------------------
 
-LONG = ("--length", "16", "--windows", "all", "--shuffles", "1", "--across", "0", "--no-random-weights")
+LONG = ("--length", "16", "--windows", "all", "--shuffles", "1", "--shuffles-across", "0", "--no-random-weights")
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ KINDS = [near_zero, frozen, pushed_together]
 @pytest.mark.parametrize(
     ("make", "dtype"),
     [*((make, torch.float32) for make in KINDS), (frozen, torch.float16), (near_zero, torch.bfloat16)],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_untrained_rows_are_found_and_no_others(make, dtype):
     found = untrained_scores(table_from_tensor(make().to(dtype)), SEED)

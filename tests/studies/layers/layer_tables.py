@@ -37,7 +37,7 @@ class Plan:
     models: tuple[Model, ...] = (Model(),)
     texts: tuple[str, ...] = ("prose", "html")
     shuffles: int = 5
-    twin: bool = True
+    random_weights: bool = True
     windows: int = 3
     length: int = 512
     steeper: float = 0.3
@@ -49,7 +49,7 @@ class Plan:
 
     def runs(self) -> list[tuple[Model, str, str, int]]:
         conditions = [("real", 0), *(("shuffled", i) for i in range(self.shuffles))]
-        conditions += [("random weights", 0)] if self.twin else []
+        conditions += [("random weights", 0)] if self.random_weights else []
         return [(model, text, name, draw) for model in self.models for text in self.texts for name, draw in conditions]
 
 
@@ -57,7 +57,7 @@ def study_facts(plan: Plan, **changes: Any) -> dict[str, Any]:
     """Return what report.json holds under study.layers."""
     facts = {
         "texts": list(plan.texts), "models": [model.name for model in plan.models], "thresholds": list(THRESHOLDS),
-        "shuffles": plan.shuffles, "n_windows": plan.windows, "window_length": plan.length, "chosen_layer": 3,
+        "shuffles": plan.shuffles, "n_windows": plan.windows, "window_length": plan.length, "show_layer": 3,
         "dtype": "float32", "bos": None, "rank_tolerance": "max(N, d) x eps(float32)", "preset": None,
     }  # fmt: skip
     return {**facts, **changes}
@@ -113,7 +113,7 @@ def _spectral(share: np.ndarray) -> dict[str, float]:
 def _layers(plan: Plan) -> Iterable[dict[str, Any]]:
     for model, text, condition, draw in plan.runs():
         for layer, site in model.sites():
-            place = {"model": model.name, "text": text, "condition": condition, "draw": draw, "site": site,
+            place = {"model": model.name, "text": text, "condition": condition, "seed": None if condition == "real" else draw, "site": site,
                      "layer": layer}  # fmt: skip
             share = shares(plan, model, text, condition, layer, draw)
             null = _spectral(noise(plan, model.dim))
@@ -139,8 +139,8 @@ def _row(
     dropped = plan.windows if preprocess == "without first token" else 0
     return {
         **place, "preprocess": preprocess, "centred": True, "metric": metric, "scale": scale, "value": value,
-        "stderr": stderr, "null": null, "of_dim": value / model.dim, "of_rank": value / model.dim,
-        "of_null": value / null if null else None, "n_tokens": plan.n_tokens - dropped, "n_dropped": dropped,
+        "stderr": stderr, "null": null, "share_of_dim": value / model.dim, "share_of_rank": value / model.dim,
+        "share_of_null": value / null if null else None, "n_tokens": plan.n_tokens - dropped, "n_dropped": dropped,
         "dim": model.dim,
     }  # fmt: skip
 
@@ -149,7 +149,8 @@ def _texts(plan: Plan) -> Iterable[dict[str, Any]]:
     for model, text, condition, draw in plan.runs():
         if condition != "random weights":
             yield {
-                "model": model.name, "text": text, "condition": condition, "draw": draw, "n_windows": plan.windows,
+                "model": model.name, "text": text, "condition": condition, "seed": None if condition == "real" else draw,
+                "n_windows": plan.windows,
                 "window_length": plan.length, "n_tokens": plan.n_tokens, "unique_tokens": 240.0,
                 "unique_tokens_sd": 12.5, "unique_in_all": 520, "bos": None,
             }  # fmt: skip
@@ -167,7 +168,7 @@ def _confidence(plan: Plan) -> Iterable[dict[str, Any]]:
         for left, right, n in zip(edges[:-1], edges[1:], counts, strict=True):
             density = n / counts.sum() / (right - left)
             yield {
-                "model": model.name, "text": text, "condition": condition, "draw": draw, "bin_left": left,
+                "model": model.name, "text": text, "condition": condition, "seed": None if condition == "real" else draw, "bin_left": left,
                 "bin_right": right, "count": int(n), "density": density,
             }  # fmt: skip
 
@@ -178,7 +179,7 @@ def _predictions(plan: Plan) -> Iterable[dict[str, Any]]:
         values = {"loss": 1.8 - sure, "bits per byte": 0.7 - 0.4 * sure, "entropy": 0.9 - sure, "max log-softmax": sure}
         for metric, value in values.items():
             yield {
-                "model": model.name, "text": text, "condition": condition, "draw": draw, "metric": metric,
+                "model": model.name, "text": text, "condition": condition, "seed": None if condition == "real" else draw, "metric": metric,
                 "value": value, "stderr": 0.02, "n_tokens": plan.n_tokens,
             }  # fmt: skip
 
@@ -206,7 +207,7 @@ def _similarity(plan: Plan) -> Iterable[dict[str, Any]]:
                 for here in model.sites()
                 for there in model.sites()
             )
-            names = [*(["shuffled"] if plan.shuffles else []), *(["random weights"] if plan.twin else [])]
+            names = [*(["shuffled"] if plan.shuffles else []), *(["random weights"] if plan.random_weights else [])]
             for condition in names:
                 comparison = f"real and {condition}"
                 yield from (_pair(plan, comparison, (model, *s), (model, *s), text, condition) for s in model.sites())
@@ -229,8 +230,7 @@ def _pair(plan: Plan, comparison: str, one: Side, two: Side, text: str, conditio
         "comparison": comparison, "model": model.name, "text": text, "site": site, "layer": layer,
         "other_model": other.name, "other_text": text, "other_condition": condition, "other_site": other_site,
         "other_layer": other_layer, "cka": cka, "overlap": 0.1 + 0.8 * cka if same else None,
-        "overlap_null": 16 / model.dim if same else None, "k": 16, "angle_smallest": 1.0 if same else None,
-        "angle_median": 30.0 if same else None, "angle_largest": 80.0 if same else None, "n_tokens": plan.n_tokens,
+        "overlap_null": 16 / model.dim if same else None, "k": 16, "n_tokens": plan.n_tokens,
     }  # fmt: skip
 
 

@@ -49,13 +49,15 @@ def test_profile_holds_counts_rank_and_noise(rows: pl.DataFrame) -> None:
     assert _trace(fig, "white noise").y.tolist() == _values(rows, COUNT, "real", "null")
     assert _trace(fig, "numerical rank").y.tolist() == [32.0] * 5
     for condition in ("real", "shuffled"):
-        assert _trace(fig, condition, "y2").y.tolist() == pytest.approx(_values(rows, COUNT, condition, "of_null"))
+        assert _trace(fig, condition, "y2").y.tolist() == pytest.approx(
+            _values(rows, COUNT, condition, "share_of_null")
+        )
     assert list(fig.layout.xaxis.ticktext) == ["emb", "1", "2", "3", "norm"]
 
 
 def test_band_is_one_standard_deviation_of_the_draws(rows: pl.DataFrame) -> None:
     spread = rows.filter((pl.col("metric") == COUNT) & (pl.col("condition") == "shuffled")).with_columns(
-        value=pl.col("layer") + pl.col("draw").cast(pl.Float64)
+        value=pl.col("layer") + pl.col("seed").fill_null(0).cast(pl.Float64)
     )
     outline = figures.layer_profile(spread, COUNT).data[0]
     sd = np.std([0, 1, 2, 3, 4], ddof=1)
@@ -74,10 +76,10 @@ def test_rank_of_others_only_where_it_differs(rows: pl.DataFrame) -> None:
 @pytest.mark.parametrize("missing", [None, math.nan])
 def test_without_noise_the_lower_panel_falls_back_on_the_rank(rows: pl.DataFrame, missing: float | None) -> None:
     silent = pl.lit(missing, dtype=pl.Float64)
-    fig = figures.layer_profile(rows.with_columns(null=silent, of_null=silent), COUNT)
+    fig = figures.layer_profile(rows.with_columns(null=silent, share_of_null=silent), COUNT)
     assert not [trace for trace in fig.data if trace.name == "white noise"]
     assert fig.layout.yaxis2.title.text == "% of rank"
-    assert _trace(fig, "real", "y2").y.tolist() == pytest.approx(_values(rows, COUNT, "real", "of_rank"))
+    assert _trace(fig, "real", "y2").y.tolist() == pytest.approx(_values(rows, COUNT, "real", "share_of_rank"))
 
 
 def test_values_that_do_not_exist_are_left_out(rows: pl.DataFrame) -> None:
@@ -119,7 +121,7 @@ def test_preprocessings_texts_and_models(tables: Tables) -> None:
     models = figures.models_profile(raw.filter(pl.col("text") == "prose"), COUNT)
     small = _trace(models, "toy-2 (d = 16)")
     assert small.x.tolist() == [0, 0.5, 1]
-    assert small.y.tolist() == pytest.approx(_values(of(raw, "toy-2", "prose"), COUNT, "real", "of_dim")[:3])
+    assert small.y.tolist() == pytest.approx(_values(of(raw, "toy-2", "prose"), COUNT, "real", "share_of_dim")[:3])
 
 
 def test_intrinsic_dimension_with_errors_and_scale(tables: Tables) -> None:
@@ -134,7 +136,7 @@ def test_intrinsic_dimension_with_errors_and_scale(tables: Tables) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 3])
-def test_only_the_chosen_layer_is_seen(tables: Tables, layer: int) -> None:
+def test_only_the_show_layer_is_seen(tables: Tables, layer: int) -> None:
     scree, curve = of(tables["scree"], "toy-6", "prose"), of(tables["curve"], "toy-6", "prose")
     gride = of(tables["layers"], "toy-6", "prose")
     drawn = (state_figures.scree(scree, layer), state_figures.cumulative_scree(scree, layer, 0.95),
@@ -162,7 +164,7 @@ def test_threshold_that_is_never_reached(tables: Tables) -> None:
 
 
 def test_wide_spectra_are_thinned_but_keep_their_ends() -> None:
-    wide = made.layer_tables(Plan((Model(blocks=1, dim=3000),), ("prose",), 0, twin=False))["scree"]
+    wide = made.layer_tables(Plan((Model(blocks=1, dim=3000),), ("prose",), 0, random_weights=False))["scree"]
     cumulative = _trace(state_figures.cumulative_scree(wide, 1, 0.95), "real", layer=1)
     assert len(cumulative.x) < 150
     assert cumulative.x[[0, 1, -1]].tolist() == [1, 2, 3000]

@@ -1,23 +1,20 @@
 """What the page says about hidden states follows from the tables, and is silent about what was not measured."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import layer_tables as made
 import polars as pl
 import pytest
-from dimscope.report.sections import layer_sections
 from layer_tables import Model, Plan
 
-from dimscope.page.render import facts_strip, write_page
-from dimscope.page.section import Facts, Grid, Section, Tables
+from dimscope.page.section import Facts, Grid, Section, StudyFacts, Tables
 from dimscope.studies.layers import comparison_sections as contrasts
 from dimscope.studies.layers import robustness_sections as clouds
 from dimscope.studies.layers import sections as layers
 from dimscope.studies.layers.context import spread
+from dimscope.studies.layers.study import LAYERS as STUDY
 
 COUNT = "variance count 95%"
 ONE = Plan(models=(Model(blocks=3, dim=32),), texts=("prose",), windows=2, length=64)
@@ -25,8 +22,8 @@ TWO = replace(ONE, models=(*ONE.models, Model("toy-2", 2, 16)), texts=("prose", 
 
 
 def _facts(plan: Plan = ONE, **changes: Any) -> Facts:
-    study = {"layers": made.study_facts(plan, **{"chosen_layer": 2, **changes})}
-    return Facts("toy-6", vocab_size=4096, hidden_size=32, n_parameters=100, tied=True, study=study)
+    own = StudyFacts(made.study_facts(plan, **{"show_layer": 2, **changes}), tables=())
+    return Facts("toy-6", vocab_size=4096, hidden_size=32, n_parameters=100, tied=True, studies={"layers": own})
 
 
 @pytest.fixture(scope="module")
@@ -46,26 +43,33 @@ def _section(section: Section | None) -> Section:
 
 def _planted(tables: Tables, values: dict[str, list[list[float]]], null: float | None = 30.0) -> Tables:
     """Replace the counts: {condition: one list per draw of one value per layer}; conditions not named are dropped."""
-    told = {(c, d, i): v for c, draws in values.items() for d, row in enumerate(draws) for i, v in enumerate(row)}
+    counts = {
+        (c, None if c == "real" else d, i): v
+        for c, draws in values.items()
+        for d, row in enumerate(draws)
+        for i, v in enumerate(row)
+    }
     frame = tables["layers"].filter(pl.col("condition").is_in(list(values)))
     keys = pl.DataFrame(
-        [(*key, float(value)) for key, value in told.items()], ["condition", "draw", "layer", "new"], orient="row"
+        [(*key, float(value)) for key, value in counts.items()],
+        schema={"condition": pl.String, "seed": pl.Int64, "layer": pl.Int64, "new": pl.Float64},
+        orient="row",
     )
-    frame = frame.join(keys, on=["condition", "draw", "layer"])
+    frame = frame.join(keys, on=["condition", "seed", "layer"], nulls_equal=True)
     is_count = pl.col("metric") == COUNT
     changed = frame.with_columns(value=pl.when(is_count).then("new").otherwise("value"))
     noise = pl.lit(null, dtype=pl.Float64)
-    return {**tables, "layers": changed.drop("new").with_columns(null=noise, of_null=pl.col("value") / noise)}
+    return {**tables, "layers": changed.drop("new").with_columns(null=noise, share_of_null=pl.col("value") / noise)}
 
 
 def test_all_sections_in_the_order_of_the_page(two: Tables) -> None:
-    anchors = [section.anchor for section in layer_sections(two, _facts(TWO))]
+    anchors = [section.anchor for section in STUDY.load().make_sections(two, _facts(TWO))]
     assert anchors == ["layers-sample", "layers", "scree", "preprocessing", "intrinsic", "sample-size", "confidence",
                        "similarity", "alignment", "texts", "models"]  # fmt: skip
 
 
 def test_every_section_says_how_to_read_it_and_what_it_does_not_say(two: Tables) -> None:
-    for section in layer_sections(two, _facts(TWO)):
+    for section in STUDY.load().make_sections(two, _facts(TWO)):
         assert section.title[0].isupper() or section.title[0].isdigit()
         assert len(section.how_to_read) > 80
         assert len(section.caveat) > 80
@@ -80,7 +84,7 @@ def test_every_section_says_how_to_read_it_and_what_it_does_not_say(two: Tables)
 def test_any_table_may_be_missing_or_empty(two: Tables, gone: str, empty: bool) -> None:
     left = {name: frame for name, frame in two.items() if name != gone}
     left |= {gone: two[gone].clear()} if empty else {}
-    told = layer_sections(left, _facts(TWO))
+    told = STUDY.load().make_sections(left, _facts(TWO))
     assert len(told) == {"layers": 0, "predictions": 11, "similarity": 9}.get(gone, 10)
 
 
@@ -174,7 +178,7 @@ def test_another_threshold_where_95_was_not_asked(one: Tables) -> None:
 
 
 def test_sample_for_one_window_and_no_comparison() -> None:
-    bare = replace(ONE, windows=1, shuffles=0, twin=False)
+    bare = replace(ONE, windows=1, shuffles=0, random_weights=False)
     title = _section(layers.sample_section(made.layer_tables(bare), _facts(bare))).title
     assert title == "64 tokens of prose (1 window of 64), read at 5 layers"
     full = _section(layers.sample_section(made.layer_tables(ONE), _facts())).title
@@ -185,7 +189,7 @@ def test_single_layer_everywhere(two: Tables) -> None:
     both = two["similarity"].filter((pl.col("layer") == 2) & (pl.col("other_layer") == 2))
     only = {name: two[name].filter(pl.col("layer") == 2) for name in ("layers", "scree", "curve")}
     only = {**two, **only, "similarity": both}
-    told = {section.anchor: section for section in layer_sections(only, _facts(TWO))}
+    told = {section.anchor: section for section in STUDY.load().make_sections(only, _facts(TWO))}
     assert "similarity" not in told
     assert told["layers"].title.startswith("On prose, block 2 uses ")
     assert "most" not in told["layers"].title
@@ -193,8 +197,8 @@ def test_single_layer_everywhere(two: Tables) -> None:
     assert told["intrinsic"].title.startswith("Block 2 has an intrinsic dimension of ")
 
 
-def test_chosen_layer_that_was_not_measured(two: Tables) -> None:
-    section = _section(layers.scree_section(two, _facts(TWO, chosen_layer=99)))
+def test_show_layer_that_was_not_measured(two: Tables) -> None:
+    section = _section(layers.scree_section(two, _facts(TWO, show_layer=99)))
     assert section.choice is not None
     assert section.choice.chosen == 4
     assert "after the final norm the widest component" in section.title
@@ -202,7 +206,7 @@ def test_chosen_layer_that_was_not_measured(two: Tables) -> None:
 
 def test_model_without_final_norm() -> None:
     plan = replace(ONE, models=(Model(blocks=2, dim=16, final_norm=False),))
-    told = layer_sections(made.layer_tables(plan), _facts(plan))
+    told = STUDY.load().make_sections(made.layer_tables(plan), _facts(plan))
     scree = next(section for section in told if section.anchor == "scree")
     assert scree.choice is not None
     assert [name for _, name in scree.choice.layers] == ["embeddings", "block 1", "block 2"]
@@ -336,7 +340,7 @@ def test_texts_side_by_side(one: Tables, two: Tables) -> None:
 def test_models_of_different_width(one: Tables, two: Tables) -> None:
     assert contrasts.models_section(one, _facts()) is None
     share = pl.when(pl.col("model") == "toy-6").then(0.25).otherwise(0.5)
-    planted = {**two, "layers": two["layers"].with_columns(of_dim=share)}
+    planted = {**two, "layers": two["layers"].with_columns(share_of_dim=share)}
     section = _section(contrasts.models_section(planted, _facts(TWO)))
     assert section.title == (
         "At its widest layer toy-6 needs 25.0% of its 32 dimensions for 95% of the variance, toy-2 50.0% of its 16"
@@ -348,29 +352,13 @@ def test_models_of_different_width(one: Tables, two: Tables) -> None:
 
 
 def test_head_of_the_page_tells_the_range_of_counts(one: Tables) -> None:
-    strip = facts_strip(_planted(one, {"real": [[10, 20, 12, 14, 9]]}), _facts())
-    assert strip[-1] == ("dimensions by layer", "9–20", "of 32 hold 95% of the variance of prose")
-
-
-def test_page_of_a_run_with_layers_only(two: Tables, run_folder: Callable[..., Path]) -> None:
-    folder = run_folder(two, {"study": {"layers": made.study_facts(TWO)}})
-    text = write_page(folder).read_text(encoding="utf-8")
-    assert 'id="token-map"' not in text
-    assert 'id="intro"' not in text
-    assert '<select data-layers="scree"' in text
-    assert text.count("<h2") == 12
-
-
-def test_page_tells_the_embedding_first(two: Tables, tables: Tables, run_folder: Callable[..., Path]) -> None:
-    study = {"layers": made.study_facts(TWO), "embedding": {}}
-    folder = run_folder({**tables, **two}, {"study": study})
-    text = write_page(folder).read_text(encoding="utf-8")
-    assert text.index('<section id="hubness"') < text.index('<section id="layers-sample"')
+    strip = layers.layers_strip(_planted(one, {"real": [[10, 20, 12, 14, 9]]}), _facts())
+    assert strip == [("dimensions by layer", "9–20", "of 32 hold 95% of the variance of prose")]
 
 
 def test_comparisons_that_were_not_run_are_not_explained() -> None:
-    bare = replace(ONE, shuffles=0, twin=False)
-    told = {section.anchor: section for section in layer_sections(made.layer_tables(bare), _facts(bare))}
+    bare = replace(ONE, shuffles=0, random_weights=False)
+    told = {section.anchor: section for section in STUDY.load().make_sections(made.layer_tables(bare), _facts(bare))}
     assert "alignment" not in told
     for anchor in ("layers-sample", "layers", "confidence"):
         assert not {"orange", "purple", "Random", "Shuffled"} & set(told[anchor].how_to_read.split())

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dimscope
 from dimscope.activations.reservoir import Sample
-from dimscope.storage import ResultFolder
-from dimscope.studies.layers.run import study_layers
 from dimscope.studies.layers.settings import LayersSettings
 from dimscope.studies.layers.similarity import SIMILARITY, Side, between_conditions, between_layers, between_models
+from dimscope.studies.layers.study import LAYERS as LAYERS_STUDY
 from dimscope.studies.layers.tables import Pass
+from dimscope.studies.study import run_study
 
 REAL, SHUFFLED, OTHER = Pass("m", "t", "real"), Pass("m", "t", "shuffled"), Pass("other", "t", "real")
 
@@ -58,10 +58,6 @@ def check(row, x, y):
     assert row["k"] == len(angles)
     assert row["overlap"] == pytest.approx((cosines**2).mean(), abs=1e-5)
     assert row["overlap_null"] == pytest.approx(max(leading(x).shape[1], leading(y).shape[1]) / x.shape[1])
-    # The sine of an angle near 0 has lost what the cosine keeps, so 1e-3 of a degree.
-    assert row["angle_smallest"] == pytest.approx(angles[0], abs=1e-3)
-    assert row["angle_median"] == pytest.approx(angles[(len(angles) - 1) // 2], abs=1e-3)
-    assert row["angle_largest"] == pytest.approx(angles[-1], abs=1e-3)
 
 
 # ---- samples by hand -----------------------------------------------------------------------------------------------
@@ -96,7 +92,6 @@ def test_between_layers_both_ways_with_ones_on_the_diagonal():
     for layer in layers:
         assert found[layer, layer]["cka"] == pytest.approx(1, abs=1e-12)
         assert found[layer, layer]["overlap"] == pytest.approx(1, abs=1e-12)
-        assert found[layer, layer]["angle_largest"] < 1e-4
     assert found[0, 4]["cka"] > 0.8
     assert abs(found[0, 1]["cka"]) < 5 * found[0, 1]["cka_null_sd"]
 
@@ -135,7 +130,7 @@ def test_two_models_of_other_widths_share_no_space_but_can_be_alike():
     assert list(found) == [(0, 0), (0, 2), (1, 0), (1, 2)]
     assert found[0, 0]["cka"] == pytest.approx(cka(x.double().numpy(), wide.double().numpy()), abs=1e-6)
     assert found[0, 0]["cka"] > 0.5 > found[1, 2]["cka"]
-    names = ("overlap", "overlap_null", "k", "angle_smallest", "angle_median", "angle_largest")
+    names = ("overlap", "overlap_null", "k")
     assert all(row[name] is None for row in found.values() for name in names)
     assert {row["other_model"] for row in found.values()} == {"other"}
     assert {row["comparison"] for row in found.values()} == {"between models"}
@@ -190,7 +185,7 @@ def test_a_rank_below_16_is_the_k_of_its_overlap():
 WINDOWS, LENGTH = 4, 48
 
 
-def sampled(folder, text, twin=False):
+def sampled(folder, text, random_weights=False):
     """Return the states of every site at every byte where a token of a window ends, first tokens left out."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -222,21 +217,20 @@ def studied(model, folder, page, others=(), **settings):
         "windows": WINDOWS,
         "length": LENGTH,
         "shuffles": 1,
-        "across": 0,
+        "shuffles_across": 0,
         "logits": False,
         "device": "cpu",
         **settings,
     }
     opened = [dimscope.open(m) for m in (model, *others)]
-    return study_layers(opened[0], ResultFolder(folder, {}), LayersSettings((str(page),), **given), opened[1:])[1][
-        "similarity"
-    ]
+    settings = LayersSettings(texts=(str(page),), compare=opened[1:], **given)
+    return run_study(LAYERS_STUDY, opened[0], settings, out=folder).tables["similarity"]
 
 
 @pytest.mark.parametrize("width", [32, 64])
 def test_two_models_are_compared_at_the_same_bytes_whatever_their_tokenizers(checkpoint, tmp_path, page, width):
     llama, gpt2 = checkpoint("llama", seed=7), checkpoint("gpt2", hidden_size=width, vocab_size=400, seed=7)
-    found = studied(llama, tmp_path, page, [gpt2], twin=False).filter(comparison="between models")
+    found = studied(llama, tmp_path, page, [gpt2], random_weights=False).filter(comparison="between models")
     text = page.read_text(encoding="utf-8")
     (ends, left), (other_ends, right) = sampled(llama, text), sampled(gpt2, text)
     shared = np.intersect1d(ends, other_ends)
@@ -275,7 +269,7 @@ def test_real_text_and_random_weights_are_compared_at_the_same_positions(checkpo
 
 def test_shuffled_text_is_held_against_real_text_at_the_same_positions(checkpoint, tmp_path, page):
     """With rotary positions, layer 0 of shuffled text is the same rows in another order: as alike as any two orders."""
-    found = studied(checkpoint("llama", seed=7), tmp_path, page, twin=False, shuffles=2)
+    found = studied(checkpoint("llama", seed=7), tmp_path, page, random_weights=False, shuffles=2)
     shuffled = found.filter(comparison="real and shuffled")
     assert shuffled["layer"].to_list() == [0, 1, 2, 3]  # one draw is enough
     n = WINDOWS * (LENGTH - 1)
@@ -298,12 +292,20 @@ def test_every_text_is_held_against_itself(checkpoint, tmp_path):
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     llama, gpt2 = checkpoint("llama", seed=7), checkpoint("gpt2", seed=7)
-    given = {"windows": WINDOWS, "length": LENGTH, "shuffles": 1, "across": 0, "logits": False, "device": "cpu"}
+    given = {
+        "windows": WINDOWS,
+        "length": LENGTH,
+        "shuffles": 1,
+        "shuffles_across": 0,
+        "logits": False,
+        "device": "cpu",
+    }
     opened = [dimscope.open(llama), dimscope.open(gpt2)]
 
     def similarity(folder, *names):
-        settings = LayersSettings(tuple(str(tmp_path / name) for name in names), **given)
-        return study_layers(opened[0], ResultFolder(tmp_path / folder, {}), settings, opened[1:])[1]["similarity"]
+        sources = tuple(str(tmp_path / name) for name in names)
+        settings = LayersSettings(texts=sources, compare=opened[1:], **given)
+        return run_study(LAYERS_STUDY, opened[0], settings, out=tmp_path / folder).tables["similarity"]
 
     both = similarity("both", *texts)
     for name in texts:
@@ -315,7 +317,7 @@ def test_every_text_is_held_against_itself(checkpoint, tmp_path):
 
 def test_the_built_in_model_is_itself_layer_by_layer(tmp_path):
     prose = Path(str(files("dimscope.builtin"))) / "texts/prose.txt"
-    found = studied("builtin", tmp_path, prose, ["builtin"], shuffles=0, twin=False)
+    found = studied("builtin", tmp_path, prose, ["builtin"], shuffles=0, random_weights=False)
     own, other = (found.filter(comparison=f"between {c}") for c in ("layers", "models"))
     assert own["layer"].n_unique() == 8
     assert own.filter(pl.col("layer") == pl.col("other_layer"))["cka"].to_list() == pytest.approx([1] * 8)

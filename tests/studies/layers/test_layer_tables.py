@@ -23,18 +23,18 @@ from dimscope.activations.collection import Collection
 from dimscope.activations.predictions import Predictions
 from dimscope.activations.reservoir import Reservoir
 from dimscope.activations.site_sums import MASSIVE, MASSIVE_RATIO, SiteSums
-from dimscope.storage import ResultFolder
 from dimscope.studies.layers import tables as measures
-from dimscope.studies.layers.run import study_layers
 from dimscope.studies.layers.settings import LayersSettings
+from dimscope.studies.layers.study import LAYERS as LAYERS_STUDY
 from dimscope.studies.layers.tables import LAYERS, PREDICTIONS, Pass
+from dimscope.studies.study import run_study
 
 HOME = Path(str(files("dimscope.builtin")))
 PROSE = (HOME / "texts/prose.txt").read_text(encoding="utf-8")
 EPS = 2.0**-23  # of float32
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
 REAL = Pass("m", "t", "real")
-FURTHER = Pass("m", "t", "shuffled", 1)
+FURTHER = Pass("m", "t", "shuffled", 1, 1)
 
 # The study goes through Gram matrices, whose eigenvalues are off by some eps lambda_1. So what is summed over lambda has
 # ten digits and more; a singular value may be off by sqrt(eps) sigma_1 = 1.5e-8 sigma_1, and the sum over 256 of them by 4e-6
@@ -133,8 +133,9 @@ def run(folder, checkpoint, **settings):
         AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32),
         AutoTokenizer.from_pretrained(home),
     )
-    given = LayersSettings(("builtin:prose",), shuffles=0, across=0, twin=False, logits=False, device="cpu", **settings)
-    _, tables = study_layers(opened, ResultFolder(folder, {}), given)
+    bare = {"shuffles": 0, "shuffles_across": 0, "random_weights": False, "logits": False, "device": "cpu"}
+    given = LayersSettings(texts=("builtin:prose",), **bare, **settings)
+    tables = run_study(LAYERS_STUDY, opened, given, out=folder).tables
     ids = tokenizer(PROSE, add_special_tokens=False)["input_ids"]
     windows = middle(ids, given.windows, given.length, tokenizer.bos_token_id)
     return Run(tables["layers"], stock_states(model.eval(), windows), windows)
@@ -217,11 +218,11 @@ def test_every_spectral_number_is_that_of_numpy_on_the_states_of_transformers(ru
                 assert row["null"] == pytest.approx(null[name], rel=1e-4), told
                 assert (row["n_tokens"], row["n_dropped"], row["dim"]) == (len(rows), dropped, dim), told
                 if name == "anisotropy":
-                    assert row["of_dim"] is row["of_rank"] is row["of_null"] is None
+                    assert row["share_of_dim"] is row["share_of_rank"] is row["share_of_null"] is None
                     continue
-                assert row["of_dim"] == pytest.approx(row["value"] / dim, rel=1e-12)
-                assert row["of_rank"] == pytest.approx(row["value"] / expected["numerical rank"], rel=1e-12)
-                assert row["of_null"] == pytest.approx(row["value"] / row["null"], rel=1e-12)
+                assert row["share_of_dim"] == pytest.approx(row["value"] / dim, rel=1e-12)
+                assert row["share_of_rank"] == pytest.approx(row["value"] / expected["numerical rank"], rel=1e-12)
+                assert row["share_of_null"] == pytest.approx(row["value"] / row["null"], rel=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -248,7 +249,7 @@ def test_what_needs_no_spectrum_is_that_of_numpy_too(runs, case):
             assert row["value"] == pytest.approx(value, rel=TENTH, abs=1e-12), (layer, name)
             assert row["null"] == (null if null is None else pytest.approx(null))
             assert row["n_tokens"] == n
-            assert row["of_dim"] is row["of_rank"] is row["of_null"] is None
+            assert row["share_of_dim"] is row["share_of_rank"] is row["share_of_null"] is None
         (row,) = of.table.filter(layer=layer, metric="effective rank (unit rows)").iter_rows(named=True)
         around = inner - inner.mean(axis=0)
         shares = np.linalg.svd(around / np.linalg.norm(around, axis=1, keepdims=True), compute_uv=False) ** 2 / len(
@@ -258,8 +259,8 @@ def test_what_needs_no_spectrum_is_that_of_numpy_too(runs, case):
         assert row["value"] == pytest.approx(value, rel=TENTH)
         null = noise(len(inner), x.shape[1], True, EPS)["effective rank (entropy of lambda)"]
         assert row["null"] == pytest.approx(null, rel=1e-4)
-        assert row["of_dim"] == pytest.approx(value / x.shape[1])
-        assert row["of_null"] == pytest.approx(value / null, rel=1e-4)
+        assert row["share_of_dim"] == pytest.approx(value / x.shape[1])
+        assert row["share_of_null"] == pytest.approx(value / null, rel=1e-4)
 
 
 def test_the_massive_tokens_of_the_case_are_some_and_not_all(runs):
@@ -528,7 +529,7 @@ def test_planted_white_noise_is_its_own_null_in_every_cloud(windows, n, d):
     assert (exact["value"] == exact["null"]).all()
     shares = told.filter(pl.col("metric") != "anisotropy")
     expected = shares.select(pl.col("value") / pl.col("null")).to_series()
-    assert (shares["of_null"] - expected).abs().max() < 1e-12
+    assert (shares["share_of_null"] - expected).abs().max() < 1e-12
 
 
 def test_intrinsic_estimates_of_white_noise_are_their_own_null():
@@ -540,7 +541,7 @@ def test_intrinsic_estimates_of_white_noise_are_their_own_null():
     for row in means.iter_rows(named=True):
         assert row["value"] == pytest.approx(row["null"], abs=4 * row["sd"]), row
         assert row["null"] < 28
-    assert told.select((pl.col("of_null") - pl.col("value") / pl.col("null")).abs().max()).item() < 1e-12
+    assert told.select((pl.col("share_of_null") - pl.col("value") / pl.col("null")).abs().max()).item() < 1e-12
     assert set(told["n_tokens"]) == {300}
 
 
@@ -612,10 +613,10 @@ def test_further_draws_have_raw_numbers_only_and_the_spectral_ones_centred():
     first, further = frame_of(collection, Pass("m", "t", "shuffled")), frame_of(collection, FURTHER)
     assert set(further["preprocess"]) == {"raw"}
     assert further.filter(pl.col("metric").is_in(SPECTRAL))["centred"].all()
-    assert set(further["draw"]) == {1}
+    assert set(further["seed"]) == {1}
     keys = ["preprocess", "centred", "metric", "scale"]
     same = first.join(further, on=keys, how="semi", nulls_equal=True)
-    assert_frame_equal(same.drop("draw"), further.drop("draw"), check_row_order=False)
+    assert_frame_equal(same.drop("seed"), further.drop("seed"), check_row_order=False)
     assert set(first["metric"]) == set(further["metric"])
 
 

@@ -1,7 +1,6 @@
 """The study of hidden layers as a library function: its passes on disk, resumed, in shards, and the facts about them."""
 
 import math
-from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,16 +18,19 @@ import dimscope
 from dimscope import storage as results
 from dimscope.activations import passes
 from dimscope.errors import InvalidArgument
-from dimscope.storage import ResultFolder, versions
-from dimscope.studies.layers import run as module
-from dimscope.studies.layers.run import TABLES, study_layers, summary_frame
-from dimscope.studies.layers.settings import LayersSettings, notebook_settings
+from dimscope.storage import versions
+from dimscope.studies.layers import passes as layer_passes
+from dimscope.studies.layers.run import TABLES
+from dimscope.studies.layers.settings import PRESETS, LayersSettings
 from dimscope.studies.layers.similarity import SIMILARITY
+from dimscope.studies.layers.study import LAYERS as LAYERS_STUDY
+from dimscope.studies.layers.summary import summary_frame
 from dimscope.studies.layers.tables import LAYERS, PREDICTIONS
+from dimscope.studies.study import Monitor, run_study
 
 HOME = Path(str(files("dimscope.builtin")))
 SMALL = {"texts": ("builtin:prose",), "windows": 4, "length": 32, "shuffles": 2, "device": "cpu"}
-CONDITIONS = [("real", 0), ("shuffled", 0), ("shuffled", 1), ("shuffled across", 0), ("random weights", 0)]
+CONDITIONS = [("real", None), ("shuffled", 0), ("shuffled", 1), ("shuffled across", 0), ("random weights", 0)]
 
 
 AGAIN = {"rel_tol": 1e-6, "abs_tol": 1e-6}  # float32 states of a model that was loaded anew, wherever in memory it lies
@@ -36,10 +38,10 @@ SUMS = {"rel_tol": 1e-9, "abs_tol": 1e-9}  # float64 sums of the same states in 
 
 
 def study(model, folder, others=(), announce=lambda line: None, **settings):
-    given = LayersSettings(**{**SMALL, **settings})
-    return study_layers(
-        dimscope.open(model), ResultFolder(folder, {}), given, [dimscope.open(o) for o in others], announce
-    )
+    compare = tuple(dimscope.open(other) for other in others)
+    options = LayersSettings(**{**SMALL, "compare": compare, **settings})
+    result = run_study(LAYERS_STUDY, dimscope.open(model), options, out=folder, monitor=Monitor(announce))
+    return {**result.report, "waiting": list(result.waiting)}, result.tables
 
 
 def same(left, right, **tolerance):
@@ -82,7 +84,7 @@ def builtin(tmp_path_factory):
     """Return the facts and tables of one window of both built-in texts, in the notebook's setting but for the thresholds."""
     return study(
         "builtin", tmp_path_factory.mktemp("builtin"), texts=("builtin:prose", "builtin:html"), windows=1, length=None,
-        shuffles=1, twin=False,
+        shuffles=1, random_weights=False,
     )  # fmt: skip
 
 
@@ -98,9 +100,9 @@ def test_the_tables_are_those_of_the_passes_one_below_the_other(whole):
         assert_frame_equal(pl.read_parquet(folder / f"tables/{name}.parquet"), table, check_exact=True)
         of = table if name != "similarity" else None
         if of is not None:
-            order = of.select("condition", "draw").unique(maintain_order=True).rows()
+            order = of.select("condition", "seed").unique(maintain_order=True).rows()
             assert order == [
-                c for c in CONDITIONS if c[1] == 0 or name in ("layers", "texts", "confidence", "predictions")
+                c for c in CONDITIONS if not c[1] or name in ("layers", "texts", "confidence", "predictions")
             ]
     assert not (folder / "state").exists()
     written = {p.name for p in folder.rglob("*") if p.is_file()}
@@ -121,32 +123,33 @@ def test_the_tables_have_their_schemas_and_no_nan(whole, builtin):
 def test_every_site_of_every_pass_is_in_the_table_under_its_name(whole):
     _, _, tables = whole("llama")
     sites = [(0, "embeddings"), (1, "block 1"), (2, "block 2, before final norm"), (3, "after final norm")]
-    for part in tables["layers"].partition_by("condition", "draw"):
+    for part in tables["layers"].partition_by("condition", "seed"):
         assert part.select("layer", "site").unique(maintain_order=True).rows() == sites
     assert set(tables["layers"]["dim"]) == {32}
 
 
 def test_further_draws_have_raw_numbers_only(whole):
     _, _, tables = whole("llama")
-    further = tables["layers"].filter(pl.col("draw") > 0)
+    further = tables["layers"].filter(pl.col("seed") > 0)
     assert set(further["preprocess"]) == {"raw"}
     uncentred = further.filter(~pl.col("centred"))["metric"]
     assert set(uncentred) == {"mean cosine", "massive activations", "largest activation", "median norm"}
     for name in ("scree", "similarity", "curve"):
-        assert set(tables[name].get_column("draw", default=pl.Series([0]))) == {0}
+        assert set(tables[name].get_column("seed", default=pl.Series([0]))) <= {0, None}
 
 
 def test_draws_differ_and_real_text_is_not_shuffled(whole):
     layers = whole("llama")[2]["layers"]
-    ratios = [value(layers, "participation ratio", condition=c, draw=i, layer=2) for c, i in CONDITIONS]
-    assert len(set(ratios)) == len(CONDITIONS)
+    rows = layers.filter(metric="participation ratio", preprocess="raw", centred=True, layer=2)
+    assert rows.select("condition", "seed").rows() == CONDITIONS
+    assert rows["value"].n_unique() == len(CONDITIONS)
 
 
 def test_the_texts_table_is_what_the_tokenizer_says(whole, tiny):
     texts = whole("llama")[2]["texts"]
     ids = ids_of(tiny(), 4, 32)
     unique = [len(set(w)) for w in ids.tolist()]
-    assert texts.select("condition", "draw").rows() == CONDITIONS
+    assert texts.select("condition", "seed").rows() == CONDITIONS
     for row in texts.iter_rows(named=True):
         assert (row["n_windows"], row["window_length"], row["n_tokens"], row["bos"]) == (4, 32, 128, "<s>")
         assert row["unique_in_all"] == len(set(ids.ravel().tolist()))
@@ -192,7 +195,7 @@ def test_bits_per_byte_loss_and_confidence_by_hand(whole, tiny, family):
     bins = np.append(confidence["bin_left"], 0.0)
     assert bins[0] == pytest.approx(-math.log(512))
     np.testing.assert_array_equal(confidence["count"], np.histogram(best, bins)[0])
-    for part in tables["confidence"].partition_by("condition", "draw"):
+    for part in tables["confidence"].partition_by("condition", "seed"):
         assert (part["density"] * (part["bin_right"] - part["bin_left"])).sum() == pytest.approx(1, rel=1e-12)
         np.testing.assert_array_equal(part["bin_left"], confidence["bin_left"])
 
@@ -235,7 +238,7 @@ def test_rotary_positions_leave_the_embeddings_a_permutation_of_rows_when_text_i
 
 def test_absolute_positions_make_every_row_of_the_embeddings_another(tiny, tmp_path):
     folder = tiny("gpt2", hidden_size=96)
-    _, tables = study(folder, tmp_path, windows=1, length=64, twin=False, shuffles=1)
+    _, tables = study(folder, tmp_path, windows=1, length=64, random_weights=False, shuffles=1)
     scree = tables["scree"].filter(layer=0)
     real, shuffled = (scree.filter(condition=c)["share"].to_numpy() for c in ("real", "shuffled"))
     assert np.abs(real - shuffled).max() > 1e-4
@@ -277,12 +280,14 @@ def test_every_text_gets_as_many_windows_as_the_shortest_has(tiny, tmp_path):
     short, long = tmp_path / "short.txt", tmp_path / "long.txt"
     short.write_text(TEXT[:900])
     long.write_text(TEXT * 3)
-    _, tables = study(tiny(), tmp_path / "out", texts=(str(short), str(long)), windows=None, length=64, twin=False)
+    _, tables = study(
+        tiny(), tmp_path / "out", texts=(str(short), str(long)), windows=None, length=64, random_weights=False
+    )
     fits = len(AutoTokenizer.from_pretrained(tiny())(TEXT[:900], add_special_tokens=False)["input_ids"]) // 63
     assert 1 < fits < 8
     assert set(tables["texts"]["n_windows"]) == {fits}
     assert set(tables["texts"]["text"]) == {"short.txt", "long.txt"}
-    _, alone = study(tiny(), tmp_path / "alone", texts=(str(long),), windows=None, length=64, twin=False)
+    _, alone = study(tiny(), tmp_path / "alone", texts=(str(long),), windows=None, length=64, random_weights=False)
     assert set(alone["texts"]["n_windows"]) == {8}
 
 
@@ -290,7 +295,7 @@ def test_the_other_model_counts_for_the_windows_too(tiny, tmp_path):
     """Its tokenizer makes another number of tokens of the text, and fewer windows."""
     text = tmp_path / "text.txt"
     text.write_text(TEXT[:1200])
-    given = {"texts": (str(text),), "windows": None, "length": 64, "shuffles": 0, "twin": False}
+    given = {"texts": (str(text),), "windows": None, "length": 64, "shuffles": 0, "random_weights": False}
     models = [tiny("llama", vocab_size=320), tiny("gpt2")]
     tokenizers = map(AutoTokenizer.from_pretrained, models)
     tokens = [len(t(TEXT[:1200], add_special_tokens=False)["input_ids"]) for t in tokenizers]
@@ -304,7 +309,9 @@ def test_the_other_model_counts_for_the_windows_too(tiny, tmp_path):
 
 def test_all_windows_stream_the_whole_text(tiny, tmp_path):
     said = []
-    _, tables = study(tiny("gpt2"), tmp_path, windows="all", twin=False, shuffles=1, reservoir=64, announce=said.append)
+    _, tables = study(
+        tiny("gpt2"), tmp_path, windows="all", random_weights=False, shuffles=1, reservoir=64, announce=said.append
+    )
     total = len(AutoTokenizer.from_pretrained(tiny("gpt2"))((HOME / "texts/prose.txt").read_text())["input_ids"])
     assert set(tables["texts"]["n_windows"]) == {total // 32}
     assert set(tables["layers"].filter(metric="stable rank", preprocess="raw")["n_tokens"]) == {total // 32 * 32}
@@ -312,17 +319,17 @@ def test_all_windows_stream_the_whole_text(tiny, tmp_path):
 
 
 def test_one_window_is_not_shuffled_across(tiny, tmp_path):
-    facts, tables = study(tiny(), tmp_path, windows=1, twin=False)
+    facts, tables = study(tiny(), tmp_path, windows=1, random_weights=False)
     assert set(tables["texts"]["condition"]) == {"real", "shuffled"}
-    assert facts["study"]["layers"]["rank_tolerance"] == "max(N, d) x eps(float32)"
+    assert facts["studies"]["layers"]["facts"]["rank_tolerance"] == "max(N, d) x eps(float32)"
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"length": 65}, "^`length` must be at most 64, "),
-        ({"texts": ()}, "^`texts` is empty"),
-        ({"windows": 4000}, "fits .* windows of 32, not 4000"),
+        ({"texts": ()}, "^`texts` takes files, URLs or builtin:prose, got none"),
+        ({"windows": 4000}, "`windows` must be 1 to .*, got 4000"),
         ({"windows": "all", "length": 64, "texts": "short"}, "fewer than one window of 64"),
         ({"layers": "9"}, "there is no layer 9"),
     ],
@@ -353,11 +360,11 @@ def test_a_second_run_computes_nothing(whole, tiny, monkeypatch):
     folder, facts, tables = whole("llama")
     stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("*.parquet")}
     for name in ("load_model", "randomly_initialised"):
-        monkeypatch.setattr(module, name, refuse)
+        monkeypatch.setattr(layer_passes, name, refuse)
     again, found = study(tiny(), folder, curve=True)
     same(found, tables)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.parquet")} == stamps
-    assert {**again, "seconds": 0} == {**facts, "seconds": 0}
+    assert again["studies"]["layers"]["facts"] == facts["studies"]["layers"]["facts"]
 
 
 def test_a_lost_pass_is_computed_again_and_no_other(tiny, tmp_path, monkeypatch):
@@ -366,7 +373,7 @@ def test_a_lost_pass_is_computed_again_and_no_other(tiny, tmp_path, monkeypatch)
     others = {p: p.stat().st_mtime_ns for p in (tmp_path / "tables/passes").glob("*.parquet") if p != lost}
     lost.unlink()
     (tmp_path / "tables/layers.json").unlink()
-    monkeypatch.setattr(module, "randomly_initialised", refuse)
+    monkeypatch.setattr(layer_passes, "randomly_initialised", refuse)
     _, found = study(tiny(), tmp_path)
     same(found, tables, **AGAIN)
     assert {p: p.stat().st_mtime_ns for p in others} == others
@@ -379,14 +386,14 @@ def test_other_thresholds_are_counted_anew_in_the_same_folder(tiny, tmp_path):
     same(found, fresh, **AGAIN)
     counts = {m for m in found["layers"]["metric"] if "count" in m}
     assert counts == {"variance count 50%", "variance count 99.5%"}
-    assert facts["study"]["layers"]["thresholds"] == (0.5, 0.995)
+    assert facts["studies"]["layers"]["facts"]["thresholds"] == (0.5, 0.995)
 
 
 @pytest.mark.parametrize(
     "changes", [{"seed": 1}, {"length": 24}, {"layers": "0,2"}, {"reservoir": 64}, {"windows": 3}], ids=str
 )
 def test_whatever_else_changes_is_computed_anew(tiny, tmp_path, changes):
-    given = {"shuffles": 1, "twin": False, "across": 0}
+    given = {"shuffles": 1, "random_weights": False, "shuffles_across": 0}
     study(tiny(), tmp_path / "out", **given)
     _, found = study(tiny(), tmp_path / "out", **given, **changes)
     _, fresh = study(tiny(), tmp_path / "fresh", **given, **changes)
@@ -394,8 +401,8 @@ def test_whatever_else_changes_is_computed_anew(tiny, tmp_path, changes):
 
 
 def test_tables_of_an_earlier_run_that_this_one_does_not_have_are_gone(tiny, tmp_path):
-    study(tiny(), tmp_path, curve=True, shuffles=0, twin=False, across=0)
-    _, tables = study(tiny(), tmp_path, logits=False, shuffles=0, twin=False, across=0)
+    study(tiny(), tmp_path, curve=True, shuffles=0, random_weights=False, shuffles_across=0)
+    _, tables = study(tiny(), tmp_path, logits=False, shuffles=0, random_weights=False, shuffles_across=0)
     assert list(tables) == ["layers", "scree", "texts", "similarity"]
     assert {p.stem for p in (tmp_path / "tables").glob("*.parquet")} == set(tables)
 
@@ -459,13 +466,12 @@ def test_shards_give_the_tables_of_one_process(tiny, one_by_one, tmp_path):
     given = {"batch": 1, "curve": True}
     facts, nothing = study(tiny(), tmp_path / "two", shard=(0, 2), **given)
     assert (facts["waiting"], nothing) == (["2/2"], {})
-    assert "study" not in facts
     facts, found = study(tiny(), tmp_path / "two", shard=(1, 2), **given)
-    assert "waiting" not in facts
+    assert not facts["waiting"]
     same(found, one_by_one, **SUMS)
     facts, again = study(tiny(), tmp_path / "two", shard=(0, 2), **given)
     same(again, found)
-    assert "waiting" not in facts
+    assert not facts["waiting"]
 
 
 def test_a_shard_with_nothing_to_do_is_none_the_worse(tiny, tmp_path):
@@ -474,14 +480,21 @@ def test_a_shard_with_nothing_to_do_is_none_the_worse(tiny, tmp_path):
     waiting = []
     for shard in (2, 0, 1):
         facts, found = study(tiny(), tmp_path / "three", shard=(shard, 3), **given)
-        waiting.append(facts.get("waiting", []))
+        waiting.append(facts["waiting"])
     assert waiting == [["1/3", "2/3"], ["2/3"], []]
     same(found, tables, **SUMS)
 
 
 def test_an_interrupted_shard_is_waited_for_and_goes_on(tiny, tmp_path, monkeypatch):
     """Three of six batches are its own; it has two of them, on disk, when it stops."""
-    given = {"windows": 6, "batch": 1, "shuffles": 0, "twin": False, "across": 0, "checkpoint_every": 0.0}
+    given = {
+        "windows": 6,
+        "batch": 1,
+        "shuffles": 0,
+        "random_weights": False,
+        "shuffles_across": 0,
+        "checkpoint_every": 0.0,
+    }
     _, tables = study(tiny(), tmp_path / "one", **given)
     monkeypatch.setattr(passes, "SAVING_PART", 0)
     collect = passes.collect
@@ -503,13 +516,13 @@ def test_an_interrupted_shard_is_waited_for_and_goes_on(tiny, tmp_path, monkeypa
 
 def test_the_facts_say_what_was_run(whole, tiny):
     _, facts, _ = whole("llama")
-    told = facts["study"]["layers"]
-    assert {**told, "models": list(told["models"])} == {
-        "models": [tiny().name], "texts": ["builtin prose"], "thresholds": (0.8, 0.9, 0.95, 0.99),
-        "shuffles": 2, "window_length": 32, "bos": "<s>", "chosen_layer": 2, "rank_tolerance": "d x eps(float32)",
+    told = facts["studies"]["layers"]["facts"]
+    assert told == {
+        "models": (tiny().name,), "texts": ("builtin prose",), "thresholds": (0.8, 0.9, 0.95, 0.99),
+        "shuffles": 2, "window_length": 32, "bos": "<s>", "show_layer": 2, "rank_tolerance": "d x eps(float32)",
         "dtype": "float32", "device": "cpu", "preset": None, "windows": 4, "reservoir": 2048, "seed": 0, "layers": None,
     }  # fmt: skip
-    assert (facts["warnings"], facts["versions"]) == ([], versions())
+    assert (facts["studies"]["layers"]["warnings"], facts["versions"]) == ([], versions())
     assert (facts["model"], facts["hidden_size"], facts["vocab_size"]) == (str(tiny()), 32, 512)
     assert (facts["architecture"], facts["tied"], facts["dtype"], facts["revision"]) == (
         "LlamaForCausalLM",
@@ -518,32 +531,33 @@ def test_the_facts_say_what_was_run(whole, tiny):
         None,
     )
     assert facts["n_parameters"] == AutoModelForCausalLM.from_pretrained(tiny()).num_parameters()
-    assert facts["seconds"] > 0
-    assert whole("gpt2")[1]["study"]["layers"]["bos"] is None
+    assert facts["studies"]["layers"]["seconds"] > 0
+    assert whole("gpt2")[1]["studies"]["layers"]["facts"]["bos"] is None
 
 
 @pytest.mark.parametrize(
     ("layers", "wanted", "chosen"),
     [(None, None, 2), (None, 1, 1), (None, 10, 3), ("0,3", 1, 0), ("0,3", 2, 3), ("0,1,3", None, 1), ("norm", 0, 3)],
 )
-def test_the_chosen_layer_is_the_nearest_that_there_is(tiny, tmp_path, layers, wanted, chosen):
-    given = {"shuffles": 0, "twin": False, "across": 0, "logits": False, "windows": 1}
-    facts, _ = study(tiny(), tmp_path, layers=layers, chosen_layer=wanted, **given)
-    assert facts["study"]["layers"]["chosen_layer"] == chosen
+def test_the_show_layer_is_the_nearest_that_there_is(tiny, tmp_path, layers, wanted, chosen):
+    given = {"shuffles": 0, "random_weights": False, "shuffles_across": 0, "logits": False, "windows": 1}
+    facts, _ = study(tiny(), tmp_path, layers=layers, show_layer=wanted, **given)
+    assert facts["studies"]["layers"]["facts"]["show_layer"] == chosen
 
 
 def test_the_notebooks_setting(tmp_path):
-    settings = replace(notebook_settings(), device="cpu", reservoir=128)
-    assert (settings.windows, settings.shuffles, settings.across, settings.twin) == (1, 1, 0, False)
-    assert (settings.thresholds, settings.chosen_layer, settings.preset) == ((0.95,), 10, "notebook")
-    facts, tables = study_layers(dimscope.open("builtin"), ResultFolder(tmp_path, {}), settings)
-    told = facts["study"]["layers"]
-    assert (told["chosen_layer"], told["preset"], told["window_length"]) == (
+    settings = LayersSettings(**PRESETS["notebook"], preset="notebook", device="cpu", reservoir=128)
+    assert (settings.windows, settings.shuffles, settings.shuffles_across, settings.random_weights) == (1, 1, 0, False)
+    assert (settings.thresholds, settings.show_layer) == ((0.95,), 10)
+    result = run_study(LAYERS_STUDY, dimscope.open("builtin"), settings, out=tmp_path)
+    facts, tables = result.report, result.tables
+    told = facts["studies"]["layers"]["facts"]
+    assert (told["show_layer"], told["preset"], told["window_length"]) == (
         7,
         "notebook",
         512,
     )  # 10 is beyond the norm
-    assert told["texts"] == ["builtin prose", "builtin html"]
+    assert list(told["texts"]) == ["builtin prose", "builtin html"]
     units = [(f"builtin {text}", condition) for text in ("prose", "html") for condition in ("real", "shuffled")]
     assert tables["texts"].select("text", "condition").rows() == units
     assert {m for m in tables["layers"]["metric"] if "count" in m} == {"variance count 95%"}
@@ -557,10 +571,10 @@ def test_texts_of_one_name_are_told_apart(tiny, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "text.txt").write_text(TEXT if name == "one" else TEXT[::-1])
     sources = (*(str(tmp_path / name / "text.txt") for name in ("one", "two", "one")), "builtin:prose")
-    given = {"shuffles": 1, "twin": False, "across": 0}
+    given = {"shuffles": 1, "random_weights": False, "shuffles_across": 0}
     facts, tables = study(tiny(), tmp_path / "out", texts=sources, **given)
     names = [sources[0], sources[1], f"{sources[0]} (2)", "builtin:prose"]
-    assert facts["study"]["layers"]["texts"] == names
+    assert facts["studies"]["layers"]["facts"]["texts"] == tuple(names)
     assert tables["texts"]["text"].unique(maintain_order=True).to_list() == names
     first, other, again, _ = tables["layers"].partition_by("text")
     assert_frame_equal(first.drop("text"), again.drop("text"), **AGAIN)
@@ -570,10 +584,10 @@ def test_texts_of_one_name_are_told_apart(tiny, tmp_path):
 def test_models_of_one_title_are_told_apart(tiny, editable, tmp_path):
     source = tiny()
     copy = editable(source)
-    given = {"shuffles": 0, "twin": False, "across": 0}
+    given = {"shuffles": 0, "random_weights": False, "shuffles_across": 0}
     facts, tables = study(source, tmp_path / "out", [copy, copy], **given)
     names = [str(source), str(copy), f"{copy} (2)"]
-    assert list(facts["study"]["layers"]["models"]) == names
+    assert list(facts["studies"]["layers"]["facts"]["models"]) == names
     parts = tables["layers"].partition_by("model")
     assert [p["model"][0] for p in parts] == names
     for part in parts[1:]:
@@ -603,7 +617,7 @@ def test_the_summary_is_the_table_layer_by_layer(whole):
     assert summary["layer"].to_list() == [0, 1, 2, 3]
     for row in summary.iter_rows(named=True):
         of = layers.filter(layer=row["layer"])
-        draws = [value(of, "variance count 95%", condition="shuffled", draw=i) for i in (0, 1)]
+        draws = [value(of, "variance count 95%", condition="shuffled", seed=i) for i in (0, 1)]
         assert row["95%"] == value(of, "variance count 95%", condition="real")
         assert row["shuffled"] == pytest.approx(np.mean(draws))
         assert row["sd"] == pytest.approx(np.std(draws, ddof=1))
@@ -630,7 +644,7 @@ def test_the_summary_of_several_models_and_texts_has_a_row_for_each_site(tiny, t
 
 @pytest.mark.parametrize("thresholds", [(0.5, 0.9), (0.9, 0.5)])
 def test_the_summary_has_the_largest_share_where_95_percent_was_not_asked_for(tiny, tmp_path, thresholds):
-    given = {"shuffles": 0, "twin": False, "across": 0, "logits": False}
+    given = {"shuffles": 0, "random_weights": False, "shuffles_across": 0, "logits": False}
     _, tables = study(tiny(), tmp_path, thresholds=thresholds, **given)
     summary = summary_frame(tables["layers"])
     assert summary.columns == ["model", "text", "layer", "site", "N", "90%", "noise", "rank", "ratio", "TwoNN"]

@@ -40,7 +40,7 @@ def asked(tables: Tables, facts: Facts) -> Asked | None:
     models = _present(said.get("models"), frame["model"])
     texts = _present(said.get("texts"), frame.filter(pl.col("model") == models[0])["text"])
     layers = frame.filter(pl.col("model") == models[0])["layer"].unique().sort().to_list()
-    chosen = said.get("chosen_layer")
+    chosen = said.get("show_layer")
     return Asked(models[0], models, texts, layers[len(layers) // 2] if chosen is None else int(chosen))
 
 
