@@ -162,6 +162,7 @@ def test_verifying_says_that_a_rotation_changes_nothing_and_writes_nothing(check
     assert {p.name for p in tmp_path.iterdir()} <= {"text.txt", "hf_home"}
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_no_folder_that_looks_complete(checkpoint, cli, killed, tmp_path):
     folder, out = checkpoint("llama", hidden_size=256, vocab_size=40_000, tokenizer=None), tmp_path / "narrow"
     arguments = (folder, "--width", 128, "--basis", "random", "--no-evaluate", "-o", out)
@@ -177,6 +178,7 @@ def test_kill_9_leaves_no_folder_that_looks_complete(checkpoint, cli, killed, tm
 # ---- trained -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_learned_and_healed_checkpoint_tells_how_it_was_trained_and_loads_in_stock_transformers(
     checkpoint, narrows, stock, tmp_path
 ):
@@ -257,7 +259,7 @@ def test_the_card_says_whether_weights_or_low_rank_changes_were_trained(checkpoi
     )
     assert told["healed"] == "better on held-out text"
     card = (tmp_path / "n" / "README.md").read_text()
-    assert ("low-rank changes (rank 2)" in card) == bool(lora)
+    assert ("low-rank updates (rank 2)" in card) == bool(lora)
     assert ("then all weights" in card) == (not lora)
     held = load_file(tmp_path / "n" / "model.safetensors")
     assert not [name for name in held if "lora" in name or "base_layer" in name]
@@ -272,6 +274,7 @@ def marked(state: Path, value: float) -> None:
     save_file(tensors, state, metadata=told | {"points": json.dumps(points)})
 
 
+@pytest.mark.slow
 def test_kill_9_while_healing_leaves_nothing_that_looks_complete_and_the_same_command_goes_on_to_the_same_weights(
     checkpoint, cli, killed, prose, tmp_path
 ):
@@ -362,6 +365,7 @@ def rough(folder: Path) -> Path:
 # ---- other families ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_qwen2_is_written_as_a_llama_and_a_gpt_neox_as_a_phi_that_say_the_same(
     checkpoint, editable, narrows, stock, tmp_path
 ):

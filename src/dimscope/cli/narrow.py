@@ -1,4 +1,4 @@
-"""The command that makes a model narrower, plans that, or checks that a rotation changes nothing."""
+"""The command that narrows a model, plans it, or checks the method."""
 
 from __future__ import annotations
 
@@ -64,38 +64,40 @@ def narrow_command(study: Study) -> Callable[..., None]:
 def _check(settings: NarrowSettings, common: Common, *, plan: bool, verify: bool) -> None:
     """Raise InvalidArgument for options that do not go together."""
     if plan and verify:
-        raise InvalidArgument("--plan and --verify are two questions: give one of them")
+        raise InvalidArgument("--plan and --verify do not go together: pass one of them")
     if verify and settings.widths:
-        raise InvalidArgument("--verify rotates at full width, and takes no --width")
+        raise InvalidArgument("--verify rotates at full width: pass no --width")
     if settings.prompts and not plan:
-        raise InvalidArgument("--prompt goes with --plan, which shows texts side by side")
+        raise InvalidArgument("--prompt needs --plan, which shows the continuations side by side")
     if plan or verify:
         return
     if not settings.widths:
         raise InvalidArgument(
-            "give the width to cut to: --width K, --plan to see what widths cost, or --verify to see whether a rotation "
-            "changes nothing"
+            "pass the width to cut to (--width K), --plan to see what widths cost, or --verify to check the method"
         )
     if len(settings.widths) > 1 or len(settings.bases) > 1:
-        raise InvalidArgument("one checkpoint has one --width and one --basis; --plan compares several")
+        raise InvalidArgument("a checkpoint has one --width and one --basis; --plan compares several")
     if common.out is None:
-        raise InvalidArgument("give the folder of the narrower checkpoint: -o DIR")
+        raise InvalidArgument("pass the folder of the narrow checkpoint: -o DIR")
 
 
 def _verified(checkpoint: Checkpoint, model: str, settings: NarrowSettings) -> Output:
     from dimscope.studies.narrowing.verification import verify_rotation
 
-    found = verify_rotation(checkpoint, settings)
-    if not found.holds:
+    result = verify_rotation(checkpoint, settings)
+    if not result.holds:
         raise InvalidArgument(
-            f"{model}: rotated at full width a logit changes by {found.difference:.3g} of {found.largest:.3g}: it must not be narrowed"
+            f"{model}: rotated at full width, a logit changes by {result.difference:.3g}, and the largest logit is "
+            f"{result.largest:.3g}; this model must not be narrowed"
         )
-    return Output(
-        {
-            "model": model, "rotation_at_full_width": "exact to rounding", "largest_difference_of_a_logit": found.difference,
-            "largest_logit": found.largest, "same_first_choice": found.same_first, "positions": found.n_positions,
-        }
-    )  # fmt: skip
+    facts = {
+        "model": model, "rotation_at_full_width": "exact to rounding", "largest_difference_of_a_logit": result.difference,
+        "largest_logit": result.largest, "same_first_choice": result.same_first, "positions": result.n_positions,
+    }  # fmt: skip
+    answer = (
+        f"Rotated at full width, no logit changes by more than {result.difference:.2g} (largest: {result.largest:.3g})."
+    )
+    return Output(facts, answer=answer)
 
 
 def _cut(checkpoint: Checkpoint, settings: NarrowSettings, common: Common) -> None:
@@ -109,13 +111,16 @@ def _cut(checkpoint: Checkpoint, settings: NarrowSettings, common: Common) -> No
     facts, account = result.facts, result.account
     rows = {
         "model": facts["model"], "checkpoint": common.out, "width": f"{facts['width']} of {facts['dim']}",
-        "seconds": facts["seconds"], "tables": "one, tied" if facts["tied"] else "two",
+        "tables": "one, tied" if facts["tied"] else "two",
         "parameters_before": account.dense_parameters, "parameters_after": account.narrow_parameters,
         "bytes_before": account.dense_bytes, "bytes_after": account.narrow_bytes,
     }  # fmt: skip
     rows |= {"tie_costs_kl": facts["tie_cost"]} if "tie_cost" in facts else {}
     if settings.heal_steps:
-        rows["healed"] = "better on held-out text" if facts["healed"] else "no better on held-out text, so left as cut"
+        rows["healed"] = "better on held-out text" if facts["healed"] else "no better on held-out text: weights as cut"
     if not_smaller(account):
-        rows["warning"] = "not smaller than the dense model: untying its tables costs more than the cut saves"
-    common.print(Output(rows, result.tables))
+        rows["warning"] = "not smaller than the dense model: two tables weigh more than the cut saves"
+    share = account.narrow_parameters / account.dense_parameters - 1
+    change = f"{abs(share):.0%} {'fewer' if share < 0 else 'more'}"
+    answer = f"{account.narrow_parameters:,} parameters, {change} than the dense model's {account.dense_parameters:,}."
+    common.print(Output(rows | {"seconds": facts["seconds"]}, result.tables, answer=answer))

@@ -1,4 +1,4 @@
-"""The model card of a narrowed checkpoint: what was done, what it cost, what is in the files. Every number is a measured one."""
+"""The model card of a narrow checkpoint: how it was made, what it costs, what is in the files. Every number is measured."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ GGUF_Q8, GGUF_K = 32, 256  # numbers in a block of the formats of llama.cpp
 TILE = 64  # that GPUs multiply at full speed
 
 
-HARD_WIRED = ("qwen2", "phi", "gpt_neox")  # families whose engines often take the head size for width / heads
+HARD_WIRED = ("qwen2", "phi", "gpt_neox")  # families for which some engines compute the head size as width / heads
 
 
 def hints(width: int, family: str) -> list[str]:
-    """What engines beside transformers make of a width."""
-    told = []
+    """Return what engines other than transformers do with a width."""
+    lines = []
     if family in HARD_WIRED:
-        rather = " `--export-as llama` writes the same model in a family that has one." if family == "qwen2" else ""
-        told.append(
-            "transformers takes the head size from the config (`head_dim`). Engines that compute it as width / heads for this "
-            f"family (llama.cpp for Qwen2, vLLM for Phi) read the checkpoint wrong.{rather}"
+        other = " `--export-as llama` writes the same model in a family that has one." if family == "qwen2" else ""
+        lines.append(
+            "transformers reads the head size from the config (`head_dim`). Engines that compute it as width / heads for this "
+            f"family (llama.cpp for Qwen2, vLLM for Phi) read the checkpoint wrong.{other}"
         )
     if width % GGUF_Q8:
-        told.append(f"GGUF: Q8_0 needs a multiple of {GGUF_Q8}, so this width cannot be quantised with it.")
+        lines.append(f"GGUF: Q8_0 needs a multiple of {GGUF_Q8}, so this width cannot be quantised with it.")
     elif width % GGUF_K:
-        told.append(f"GGUF: K-quants need a multiple of {GGUF_K}; Q8_0 works.")
+        lines.append(f"GGUF: K-quants need a multiple of {GGUF_K}; Q8_0 works.")
     if width % TILE:
         nearest = " and ".join(str(w) for w in (width // TILE * TILE, -(-width // TILE) * TILE) if w)
-        told.append(f"GPUs multiply fastest at multiples of {TILE}; nearest: {nearest}.")
-    return told
+        lines.append(f"GPUs multiply fastest at multiples of {TILE}; nearest: {nearest}.")
+    return lines
 
 
 def not_smaller(account: Account) -> bool:
-    """Whether the files hold as much as before, or more: an untied model's second table may outweigh the cut."""
+    """Whether the narrow model has as many parameters as the dense one, or more: a second table may outweigh the cut."""
     return account.narrow_parameters >= account.dense_parameters
 
 
@@ -62,37 +62,38 @@ def model_card(facts: Mapping[str, Any], account: Account, measured: Sequence[Ma
     if facts.get("evaluated_on"):
         lines += [f"Measured on {facts['evaluated_on']}.", ""]
     if not_smaller(account):
-        lines += ["**Not smaller than the dense model: do not use it for its size.**", ""]
+        lines += ["**Not smaller than the dense model: its size is no reason to use it.**", ""]
     lines += ["## How it was made", "", *_recipe(facts), "", *_tables(facts, account)]
     lines += [
-        "Heads, head size, KV cache, rotary embeddings and the work of attention over positions are as before: only the width of "
-        "the residual stream shrank.", "",
+        "Only the width of the residual stream shrank. Heads, head size, KV cache, rotary embeddings and the cost of attention "
+        "over positions are unchanged.", "",
     ]  # fmt: skip
     lines += [*(f"* {hint}" for hint in hints(facts["width"], facts["family"])), ""]
-    lines += ["Made with:", "", f"    {facts['command']}", ""]
+    if facts.get("command"):
+        lines += ["Made with:", "", f"    {facts['command']}", ""]
     return "\n".join(lines)
 
 
 def _recipe(facts: Mapping[str, Any]) -> list[str]:
-    told = [f"* Directions kept: {facts['basis']}."]
+    lines = [f"* Directions kept: {facts['basis']}."]
     if facts.get("export"):
-        told.append(f"* Written as {facts['export']}, which says the same.")
+        lines.append(f"* Written as {facts['export']}, an equivalent family.")
     if facts.get("calibrated_on"):
-        told.append(f"* Calibrated on {facts['calibrated_on']}.")
+        lines.append(f"* Calibrated on {facts['calibrated_on']}.")
     if facts.get("steps"):
-        told.append(
-            f"* The directions were learned in {facts['steps']} steps by KL to the dense model; all weights are functions of them."
+        lines.append(
+            f"* The directions were learned in {facts['steps']} steps, by KL to the dense model; all weights are functions of them."
         )
     if facts.get("heal"):
-        what = f"low-rank changes (rank {facts['lora']})" if facts.get("lora") else "all weights"
-        told.append(
+        what = f"low-rank updates (rank {facts['lora']})" if facts.get("lora") else "all weights"
+        lines.append(
             f"* Healed by KL to the dense model in {facts['healing_steps']} steps, the norms first, then {what}."
             if facts["healed"]
-            else f"* {facts['healing_steps']} steps of healing made nothing better on held-out text, so the weights are as they were cut."
+            else f"* {facts['healing_steps']} steps of healing did not improve held-out text, so the weights are as they were cut."
         )
     if facts.get("trained_on"):
-        told.append(f"* Trained on {facts['trained_on']}; the best of what was looked at on other windows was kept.")
-    return told
+        lines.append(f"* Trained on {facts['trained_on']}; the best state on other windows was kept.")
+    return lines
 
 
 def _tables(facts: Mapping[str, Any], account: Account) -> list[str]:
@@ -101,12 +102,12 @@ def _tables(facts: Mapping[str, Any], account: Account) -> list[str]:
         measured = (
             "what that costs was not measured"
             if cost is None
-            else f"that costs {round(cost, 4) + 0.0:+.4f} nats of KL beside two tables, before any training"
+            else f"that costs {round(cost, 4) + 0.0:+.4f} nats of KL compared with two tables, before any training"
         )
-        return [f"One table for reading and predicting, as in the dense model; {measured}.", ""]
+        return [f"One table is both input and output table, as in the dense model; {measured}.", ""]
     if account.untied:
         return [
-            f"The dense model reads and predicts with one table; here they are two, of {account.table_parameters:,} "
+            f"The dense model has one table for input and output; here they are two, of {account.table_parameters:,} "
             "parameters each, since the gain of the final norm is folded into one of them only.", "",
         ]  # fmt: skip
     return []

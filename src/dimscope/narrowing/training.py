@@ -223,10 +223,14 @@ def minimise(
         if progress.folder is not None and (ended or time.monotonic() >= next_write):
             seconds = write(progress.folder, recipe, objective.leaves, optimiser, state)
             next_write = time.monotonic() + WRITING_PAUSE * seconds
-    with torch.no_grad():
-        for leaf, value in zip(objective.leaves, state.best, strict=True):
-            leaf.copy_(value)
+    _put_back(objective.leaves, state.best)
     return state.points
+
+
+@torch.no_grad()
+def _put_back(leaves: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for leaf, value in zip(leaves, values, strict=True):
+        leaf.copy_(value)
 
 
 def _train_step(objective: Objective, optimiser: torch.optim.Adam, rate: float, ids: Int[Tensor, "b t"]) -> float:

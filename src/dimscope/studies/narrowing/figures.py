@@ -10,7 +10,7 @@ from dimscope.page.theme import GAUSSIAN_NULL, Mark, basis_mark, figure, log_tic
 from dimscope.page.wording import count
 from dimscope.studies.narrowing.advice import DENSE, DROP, HEALED, NARROW
 
-LEAST_KL = 1e-4  # below it, rounding is as large
+LEAST_KL = 1e-4  # nats; rounding to bfloat16 changes a model by as much
 
 
 def _points(rows: pl.DataFrame, x: str, name: str, mark: Mark, labels: list[str], *, line: bool = True) -> go.Scatter:
@@ -27,16 +27,16 @@ def narrowing_plan(plan: pl.DataFrame, x: str) -> go.Figure:
     dense = plan.filter(pl.col("method") == DENSE)["parameters"][0]
     rows = finite(plan.with_columns(pl.col("parameters") / dense).drop_nulls(x), "kl")
     drawn = rows.filter(pl.col("method").is_in([NARROW, HEALED, DROP]))
-    known = drawn["kl"].clip(LEAST_KL).to_list() or [0.01, 1.0]
-    low, high = min(known) / 1.5, max(known) * 1.5
+    values = drawn["kl"].clip(LEAST_KL).to_list() or [0.01, 1.0]
+    low, high = min(values) / 1.5, max(values) * 1.5
     inside = [tick for tick in log_ticks(low, high) if low <= tick <= high]
     ticks = inside if len(inside) > 1 else [low * 1.2, high / 1.2]  # a short range between two round numbers
-    places = [*drawn[x].to_list(), 1.0]
+    positions = [*drawn[x].to_list(), 1.0]
     if x == "parameters":
-        axis = {"title": {"text": "parameters, of the dense model's"}, "tickformat": ".0%"}
-        axis["range"] = [max(places) + (0.03 if max(places) > 1 else 0), min(places) - 0.03]
+        axis = {"title": {"text": "parameters, share of the dense model's"}, "tickformat": ".0%"}
+        axis["range"] = [max(positions) + (0.03 if max(positions) > 1 else 0), min(positions) - 0.03]
     else:
-        axis = {"title": {"text": "reading speed, times the dense model's"}, "ticksuffix": "×"}
+        axis = {"title": {"text": "reading speed, relative to the dense model's"}, "ticksuffix": "×"}
     fig = figure(
         440, xaxis=axis,
         yaxis={

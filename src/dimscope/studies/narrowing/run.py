@@ -65,7 +65,9 @@ class NarrowResult:
             f"{type(self.model).__name__}, {self.facts['width']} of {self.facts['dim']} dimensions: "
             f"{self.account.narrow_parameters:,} parameters, {share:.0%} of the dense model's"
         )
-        return line if self.measured is None else f"{line}\n{self.measured}"
+        return "\n".join(
+            [line, *(f"  {r['metric']}: {r['dense']} -> {r['narrow']}" for r in _card_rows(self.measured))]
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What narrowing is asked for. Imports no torch."""
+"""Settings of narrowing. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -31,19 +31,19 @@ class NarrowSettings:
     learn_steps: int = 150
     "Training steps of a learned basis."
     heal_steps: int = 0
-    "Training steps towards the dense model after the cut, norms first; kept only where held-out text improves."
+    "Training steps of all weights after the cut, norms first; kept only if held-out text improves."
     lora: int | None = None
     "Heal with low-rank updates of this rank, by peft [default: train the weights themselves]."
     tied: Annotated[bool | None, Parameter(negative="--untied")] = None
-    "Keep one table for reading and predicting, or write two, which is exact [default: as the model has it]."
+    "Keep one table for input and output, or write two, which is exact [default: as in the model]."
     export_as: Literal["llama", "phi"] | None = None
-    "Write a Qwen2 as a Llama with biases, a GPT-NeoX as a Phi (always): the same model in another family."
+    "Write a Qwen2 as the equivalent Llama with biases; a GPT-NeoX is always written as the equivalent Phi."
     evaluate: bool = True
-    "Evaluate and time the narrow model beside the dense one."
+    "Evaluate and time the narrow and the dense model."
     texts: Texts = ("builtin:prose",)
-    "Texts to calibrate, train and evaluate on, in separate windows; or generated (written by the model)."
+    "Texts to calibrate, train and evaluate on, in separate windows; generated is a text that the model generates."
     windows: int = 8
-    "Windows to evaluate on, and as many to calibrate on; training takes the rest of the text."
+    "Windows to evaluate on, and as many to calibrate on; training uses the rest of the text."
     length: int | None = None
     "Tokens per window [default: the context length of the model, at most 512]."
     prompts: Annotated[tuple[str, ...], Parameter(name="--prompt", consume_multiple=True, negative=())] = ()
@@ -68,4 +68,4 @@ class NarrowSettings:
         if unknown := set(self.bases) - set(BASES):
             raise InvalidArgument(f"`bases` must be {', '.join(BASES)}, got {sorted(unknown)[0]!r}")
         if self.lora is not None and not self.heal_steps:
-            raise InvalidArgument("`lora` says how to heal: give `heal_steps` too")
+            raise InvalidArgument("`lora` needs `heal_steps`")
