@@ -19,7 +19,7 @@ ARGUMENTS = {
     "an unknown study": (["report", "MODEL", "-o", "OUT", "--with", "astrology"], ["with"]),
     "an option without its value": (["report", "MODEL", "-o"], ["-o"]),
     "a report without a folder": (["report", "MODEL"], ["-o"]),
-    "a sample of nobody": (["report", "MODEL", "-o", "OUT", "--knn-sample", "0"], ["--sample", "0"]),
+    "a sample of nobody": (["report", "MODEL", "-o", "OUT", "--embedding.knn-sample", "0"], ["--knn-sample", "0"]),
     "vectors without a folder": (["tokens", "MODEL", "--vectors"], ["--vectors", "--out"]),
     "no query": (["neighbors", "MODEL"], ["query"]),
     "an empty query": (["neighbors", "MODEL", ""], ["query"]),
@@ -122,7 +122,7 @@ def test_without_a_tokenizer_everything_but_text_works(checkpoint, cli, refused,
     report = cli("report", folder, "-o", tmp_path / "report")
     assert report.returncode == 0, report.stderr
     facts = models.read_json(tmp_path / "report" / "report.json")
-    assert facts["tokenizer_size"] is None
+    assert facts["studies"]["embedding"]["facts"]["tokenizer_size"] is None
     assert "tokenizer" in facts["warnings"][0]
     for command, options in (
         ("pairs", ()),

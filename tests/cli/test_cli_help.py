@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version
 
 TABLE_COMMANDS = ("tokens", "neighbors", "pairs", "correlate", "spectrum", "report")
-COMMANDS = ("inspect", *TABLE_COMMANDS, "layers", "damage", "narrow")
+COMMANDS = ("inspect", *TABLE_COMMANDS, "embedding", "layers", "damage", "narrow")
 PROBE = """
 import sys
 from dimscope.cli.app import main
@@ -40,8 +40,8 @@ def test_the_help_of_each_command_has_an_example_and_needs_no_torch(run_python):
         assert f"dimscope {command} " in text
         for option in ("--json", "--out", "--revision", "--allow-pickle", "MODEL"):
             assert option in text, (command, option)
-        sided = (*TABLE_COMMANDS, "damage")
-        for option, having in (("--skip-nonfinite", TABLE_COMMANDS), ("--side", sided)):
+        tables = (*TABLE_COMMANDS, "embedding")
+        for option, having in (("--skip-nonfinite", tables), ("--side", (*tables, "damage"))):
             assert (option in text) == (command in having), (command, option)
     assert not {"torch", "transformers", "plotly"} & set(loaded.split())
 
@@ -54,7 +54,9 @@ def test_version(run_cli):
 def test_the_helps_examples_are_commands_that_parse(run_python):
     program = """
 import re, shlex, sys
-from dimscope.cli.app import app
+from dimscope.cli.app import build_app
+from dimscope.studies import STUDIES
+app = build_app(STUDIES)
 for command in sys.argv[1:]:
     examples = re.findall(r"Example: `dimscope (.*)`", app[command].default_command.__doc__)
     assert examples, command

@@ -108,11 +108,11 @@ def test_a_report_transfers_both_tables_and_a_rerun_neither(giant, hub_cli, tmp_
     hub, run = hub_cli
     hub.add("giant/reported", giant)
     before = weights_sent(hub)
-    result = run("report", "giant/reported", "-o", tmp_path, "--sample", "200")
+    result = run("report", "giant/reported", "-o", tmp_path, "--embedding.knn-sample", "200")
     assert result.returncode == 0, result.stderr
     assert 2 * TABLE <= weights_sent(hub) - before <= 2 * TABLE + 8 * GUESS
     before = weights_sent(hub)
-    assert run("report", "giant/reported", "-o", tmp_path, "--sample", "200").returncode == 0
+    assert run("report", "giant/reported", "-o", tmp_path, "--embedding.knn-sample", "200").returncode == 0
     assert weights_sent(hub) - before <= 8 * GUESS
 
 

@@ -17,7 +17,7 @@ from dimscope.cli.damage import damage_command
 from dimscope.cli.options import STANDARD_INPUT
 from dimscope.cli.report import report_command
 from dimscope.cli.studies import study_command
-from dimscope.errors import DimscopeError
+from dimscope.errors import DimscopeError, InvalidArgument
 from dimscope.studies.study import Study
 
 SPECIAL = {"damage": damage_command, "narrowing": narrow.narrow_command}
@@ -50,6 +50,7 @@ def main(tokens: list[str] | None = None) -> int:
     arguments = [STANDARD_INPUT if token == "-" else token for token in arguments]
     app = build_app(studies.STUDIES)
     try:
+        _require_values(arguments)
         app.config = _preset(arguments)
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as e:
@@ -96,6 +97,24 @@ def with_options(message: str) -> str:
     """Return a message of the library with `parameters` as the --options of the command line."""
     names = {field: option for study in studies.STUDIES for field, option in option_names(study.settings).items()}
     return re.sub(r"`(\w+)`", lambda m: names.get(m[1], "--" + m[1].replace("_", "-")), message)
+
+
+def _require_values(arguments: Sequence[str]) -> None:
+    """Raise InvalidArgument for an option that stands alone, as where a variable of the shell is not set."""
+    several = {"--studies", *(option for study in studies.STUDIES for option in lists_of(study.settings))}
+    for option, value in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if option in several and value.startswith("--"):
+            raise InvalidArgument(f"{option} takes one or more values, got none")
+
+
+def lists_of(settings: type) -> list[str]:
+    """Return the options that take several values."""
+    names = option_names(settings)
+    return [
+        names.get(field, "--" + field.replace("_", "-"))
+        for field, hint in settings.__annotations__.items()
+        if any(isinstance(extra, Parameter) and extra.consume_multiple for extra in getattr(hint, "__metadata__", ()))
+    ]
 
 
 def _fail(message: str) -> int:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 class Shared:
     """Options that every chosen study with such a setting gets."""
 
+    side: Literal["input", "output"] | None = None
+    "Which embedding table leads [default: input]."
+    skip_nonfinite: Annotated[bool | None, Parameter(negative=())] = None
+    "Leave out rows with NaN or Inf instead of refusing the table."
     texts: Annotated[tuple[str, ...] | None, Parameter(name="--text", consume_multiple=True, negative=())] = None
     "Texts for the studies that run the model [default: each study's own]."
     windows: int | None = None
