@@ -56,7 +56,7 @@ class Size:
     seeds: tuple[int, ...] = (0, 1, 2)
     length: int = 160
     training: int = 768  # windows
-    others: int = 48  # windows to choose on, and to judge on
+    others: int = 48  # windows to choose on, and to evaluate on
     batch: int = 16
     learn: int = 80  # steps
     heal: int = 16  # steps

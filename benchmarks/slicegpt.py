@@ -2,7 +2,7 @@
 
 Source: Ashkboos et al., SliceGPT: Compress Large Language Models by Deleting Rows and Columns, 2024 (arXiv 2401.15024),
 section 3. The signals of each block are those of the network that is sliced so far; the head is not sliced. Ours is not a
-standard checkpoint: it is a model in memory, made to be judged and counted.
+standard checkpoint: it is a model in memory, to be evaluated and counted.
 """
 
 from collections.abc import Sequence

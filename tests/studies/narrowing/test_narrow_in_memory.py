@@ -14,8 +14,11 @@ import torch
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.loaded import checkpoint_of, weight_bytes
 from dimscope.errors import InvalidArgument
+from dimscope.studies.narrowing.facts import ShownCandidate, narrowing_facts
 from dimscope.studies.narrowing.run import narrow_in_memory, narrow_to_folder
 from dimscope.studies.narrowing.settings import NarrowSettings
+from dimscope.studies.narrowing.study import NARROWING
+from dimscope.studies.study import run_study
 from dimscope.texts.texts import text_from_string
 
 if TYPE_CHECKING:
@@ -126,3 +129,17 @@ def test_a_model_in_memory_is_written_with_its_tokenizer(checkpoint, tmp_path):
 def test_several_widths_are_for_a_plan(checkpoint):
     with pytest.raises(InvalidArgument, match="`widths`"):
         narrow_in_memory(open_checkpoint(checkpoint("llama")), NarrowSettings(widths=(16, 24)))
+
+
+def test_a_plan_of_a_model_in_memory_writes_nothing_and_leaves_it_as_it_is(checkpoint, tmp_path, monkeypatch):
+    model, tokenizer = load(checkpoint("qwen2", max_position_embeddings=128))
+    monkeypatch.chdir(tmp_path)
+    before = weights_digest(model)
+    settings = NarrowSettings(widths=(16,), bases=("learned",), learn_steps=2, heal_steps=2, prompts=("The",), **READ)
+    result = run_study(NARROWING, checkpoint_of(model, tokenizer), settings)
+    assert result.tables["plan"]["method"].to_list() == ["dense", "narrow", "drop layers", "quantise", "narrow, healed"]
+    assert result.tables["narrow_texts"].height == 1
+    assert set(result.figures()) == {"narrowing-size", "narrowing-speed"}
+    assert narrowing_facts(result.facts).shown == ShownCandidate("learned", 16)
+    assert weights_digest(model) == before
+    assert list(tmp_path.iterdir()) == []
