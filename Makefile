@@ -2,14 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: report test check bench clean
+.PHONY: report test test-fast check bench clean
 
 report: .venv/ready
 	$(BIN)/dimscope report builtin --studies embedding layers damage narrowing --out report
 	@echo "open report/index.html"
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=
+	$(BIN)/python -m coverage report --skip-covered --include="*/geometry/*,*/vectors/*,*/interventions/*,*/evaluation/*,*/narrowing/*"
+
+test-fast: .venv/dev
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not browser"
 
 check: .venv/dev
 	$(BIN)/ruff check .

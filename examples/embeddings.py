@@ -1,4 +1,4 @@
-"""What the book's notebook on token embeddings looks at, on any model, in a few calls.
+"""What the book's notebook on token embeddings computes, for any model, in a few calls.
 
 python examples/embeddings.py [MODEL]        # a folder, a hub id, or nothing for the built-in model
 """
@@ -8,17 +8,13 @@ import sys
 import dimscope
 
 checkpoint = dimscope.open(*sys.argv[1:2])
-table = dimscope.open_table(checkpoint)
-
 budget = dimscope.parameter_budget(checkpoint)
 print(f"{dimscope.embedding_share(budget):.1%} of {budget['n_parameters'].sum():,} parameters are token embeddings")
 
-moments = dimscope.moments_of(table)
-spectrum = dimscope.spectrum(moments, centred=True)
-print("leading singular values:", [round(s, 2) for s in spectrum.singular_values[:5].tolist()])
-for dimension in dimscope.linear_dimensions(spectrum):
-    print(f"{dimension.metric:36} {dimension.value:8.1f} of {table.dim}")
+leading = dimscope.spectrum(checkpoint).singular_values[:5]
+print("leading singular values:", [round(value, 2) for value in leading.tolist()])
+print(dimscope.dimensions(checkpoint))
 
-for query, found in dimscope.neighbor_tables(checkpoint, table, [" water", " king"], k=8).items():
-    for (space,), part in found.group_by("space", maintain_order=True):
-        print(f"{query!r} in {space}: {' '.join(part['label'])}")
+neighbors = dimscope.neighbors(checkpoint, None, [" water", " king"], k=8)
+for (query, space), rows in neighbors.group_by("query", "space", maintain_order=True):
+    print(f"{query!r} in {space}: {' '.join(rows['label'])}")

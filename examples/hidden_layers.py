@@ -1,35 +1,25 @@
-"""What the book's notebook on hidden layers looks at, on any causal model, in a few calls.
+"""What the book's notebook on hidden layers computes, for any causal model, in a few calls.
 
 python examples/hidden_layers.py [MODEL] [TEXT]     # nothing for the built-in model and its built-in text
 """
 
 import sys
 
+import polars as pl
+
 import dimscope
 
-checkpoint = dimscope.open(*sys.argv[1:2])
-model, tokenizer = dimscope.load_model(checkpoint), dimscope.require_tokenizer(checkpoint.source)
-sites = dimscope.find_sites(model)
+model = sys.argv[1] if len(sys.argv) > 1 else "builtin"
+text = sys.argv[2] if len(sys.argv) > 2 else "builtin:prose"
 
 # One window from the middle of the text, as it is and with its tokens in random order.
-text = dimscope.open_text(*sys.argv[2:3] or ["builtin:prose"])
-length = min(1024, model.config.max_position_embeddings)
-[window] = dimscope.middle_windows(text, tokenizer, length=length, count=1)
-passes = [dimscope.run_pass(model, sites, [w]) for w in (window, dimscope.shuffle_within(window, seed=0, draw=0))]
+result = dimscope.layers(model, texts=[text], preset="notebook")
 
-n, total, _ = passes[0].predictions.sums[2].tolist()
-print(
-    f"{window.unique_tokens} of {length} tokens are different; mean log-probability of the first choice {total / n:.2f}"
-)
+rows = result.tables["layers"].filter(metric="variance count 95%", preprocess="raw", centred=True)
+real, shuffled = (rows.filter(condition=condition).sort("layer") for condition in ("real", "shuffled"))
+print("components for 95% of the variance")
+for (site, count, noise), other in zip(real.select("site", "value", "null").iter_rows(), shuffled["value"], strict=True):
+    print(f"{site:>26}: {count:.0f} on real text, {other:.0f} shuffled, {noise:.0f} for white noise")
 
-
-def count(spectrum: "dimscope.Spectrum") -> int:
-    """Components for 95% of the variance."""
-    return next(round(d.value) for d in dimscope.linear_dimensions(spectrum) if d.metric == "variance count 95%")
-
-
-print(f"{'layer':>26} {'real':>5} {'shuffled':>8} {'noise':>5}   components for 95% of the variance")
-real, shuffled = (dimscope.raw_spectra(of) for of in passes)
-for layer, sums in passes[0].sites.items():
-    noise = dimscope.white_noise_spectrum(length, sums.dim, 1.0, centred=True)
-    print(f"{sums.name:>26} {count(real[layer]):5} {count(shuffled[layer]):8} {count(noise):5}")
+sure = result.tables["predictions"].filter((pl.col("metric") == "max log-softmax") & (pl.col("condition") == "real"))
+print(f"mean log-probability of the top prediction: {sure['value'][0]:.2f}")

@@ -59,7 +59,7 @@ def test_links_lead_to_files(page):
     [
         ("embeddings", "parameters are token embeddings"),
         ("hidden_layers", "after final norm"),
-        ("damage", "first choice the same at"),
+        ("damage", "same top prediction at"),
         ("narrowing", "transformers counts"),
     ],
 )

@@ -123,7 +123,7 @@ def test_without_a_tokenizer_everything_but_text_works(checkpoint, cli, refused,
     assert report.returncode == 0, report.stderr
     facts = models.read_json(tmp_path / "report" / "report.json")
     assert facts["studies"]["embedding"]["facts"]["tokenizer_size"] is None
-    assert "tokenizer" in facts["warnings"][0]
+    assert "tokenizer" in facts["studies"]["embedding"]["warnings"][0]
     for command, options in (
         ("pairs", ()),
         ("correlate", ("--ids", "0:9")),

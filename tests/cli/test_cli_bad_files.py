@@ -172,7 +172,8 @@ def test_skip_nonfinite_goes_on_without_those_rows(checkpoint, editable, cli, tm
     assert facts["rows"] == 510
     report = cli("report", folder, "--skip-nonfinite", "-o", tmp_path / "report")
     assert report.returncode == 0, report.stderr
-    assert "2 rows with NaN or Inf" in json.loads((tmp_path / "report" / "report.json").read_text())["warnings"][0]
+    own = json.loads((tmp_path / "report" / "report.json").read_text())["studies"]["embedding"]
+    assert "2 rows with NaN or Inf" in own["warnings"][0]
     for command, options in (("pairs", ()), ("correlate", ("--ids", "0:20")), ("neighbors", ("#5",))):
         result = cli(command, folder, *options, "--skip-nonfinite", "--json")
         assert result.returncode == 0, result.stderr

@@ -1,11 +1,14 @@
 """What the studies that run a model read: texts by name, windows by length and number."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.model import Placement, require_causal
+from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
 from dimscope.texts.texts import Text, open_text
+from dimscope.texts.windows import fitting_length, special_prefix
 
 GENERATED = "generated"  # the name of the text that the model generates itself
 CPU_BATCH, GPU_BATCH = 2048, 16384  # tokens at once
@@ -76,3 +79,44 @@ def window_length(checkpoint: Checkpoint, length: int | None, longest: int) -> i
     if context is not None and length > context:
         raise InvalidArgument(f"`length` must be at most {context}, the context of {checkpoint.title}, got {length}")
     return length
+
+
+@dataclass(frozen=True, slots=True)
+class FittedLength:
+    """Tokens per window that every text can fill, and a warning for each text that made them fewer."""
+
+    length: int
+    warnings: tuple[str, ...] = ()
+
+
+def fitted_length(
+    checkpoint: Checkpoint, texts: Mapping[str, Text | None], length: int | None, longest: int, *, n_windows: int = 1
+) -> FittedLength:
+    """Return the tokens of a window as `window_length` does, or fewer where a text is too short for `n_windows` of them.
+
+    Args:
+        checkpoint: The model that reads the texts.
+        texts: Texts by name; None for one that the model generates, which is as long as it needs to be.
+        length: Tokens per window that the user chose.
+        longest: Tokens per window where nothing was chosen, at most.
+        n_windows: Windows that every text must fill.
+
+    Raises:
+        InvalidArgument: `length` exceeds the context of the model, or a text has fewer than 2 tokens.
+        TokenizerMissing: The checkpoint has no tokenizer.
+    """
+    wanted = window_length(checkpoint, length, longest)
+    tokenizer = require_tokenizer(checkpoint.source)
+    n_prefix = len(special_prefix(tokenizer))
+    shortest, warnings = wanted, []
+    for name, text in texts.items():
+        if text is None:
+            continue
+        available = fitting_length(text, tokenizer, n_windows * wanted)
+        own = wanted if available == n_windows * wanted else (available - n_prefix) // n_windows + n_prefix
+        if own < wanted:
+            warnings.append(
+                f"{name} has {available - n_prefix:,} tokens: windows are {own:,} tokens long, not {wanted:,}"
+            )
+            shortest = min(shortest, own)
+    return FittedLength(shortest, tuple(warnings))

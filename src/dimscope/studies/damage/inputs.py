@@ -24,7 +24,7 @@ from dimscope.evaluation.prompts import Prompt, Template, check_context, prepare
 from dimscope.interventions.table_summary import TableSummary, summarise_table
 from dimscope.studies.damage.plan import Point, Table, plan_points
 from dimscope.studies.damage.settings import DamageSettings
-from dimscope.studies.reading import GENERATED, context_of, texts_or_generated, window_length, windows_at_once
+from dimscope.studies.reading import GENERATED, context_of, fitted_length, texts_or_generated, windows_at_once
 from dimscope.texts.texts import Text
 from dimscope.texts.windows import Window, middle_windows, require_rows, stream_windows, text_tokens
 from dimscope.vectors.embedding import open_table
@@ -66,6 +66,7 @@ class DamageInputs:
     decoding: Decoding
     placement: Placement
     batch: int
+    warnings: Sequence[str] = ()
 
     @property
     def dim(self) -> int:
@@ -85,14 +86,15 @@ def damage_inputs(checkpoint: Checkpoint, settings: DamageSettings) -> DamageInp
         InvalidArgument: The settings do not fit the model or the texts.
         DimscopeError: A text or the tokenizer cannot be read.
     """
-    length = window_length(checkpoint, settings.length, LENGTH)
     tokenizer = require_tokenizer(checkpoint.source)
+    texts = texts_or_generated(settings.texts)
+    fitted = fitted_length(checkpoint, texts, settings.length, LENGTH)
+    length = fitted.length
     points = plan_points(settings, _widths(checkpoint))
     prompts = [prepare_prompt(tokenizer, p, _template(settings), settings.system) for p in settings.prompts]
     check_context(prompts, settings.new_tokens, context_of(checkpoint))
     if GENERATED in settings.texts:
         text_tokens(begin_ids(tokenizer), length)  # raises now, not after a model is loaded
-    texts = texts_or_generated(settings.texts)
     windows = {name: cut_windows(text, tokenizer, length, settings) for name, text in texts.items() if text is not None}
     largest_ids = [max(p.ids) for p in prompts] + [int(w.ids.max()) for group in windows.values() for w in group]
     require_rows(max(largest_ids, default=0), checkpoint.input_table.shape[0])
@@ -100,7 +102,18 @@ def damage_inputs(checkpoint: Checkpoint, settings: DamageSettings) -> DamageInp
     decoding = Decoding(settings.decoding, settings.new_tokens, settings.seed)
     batch = settings.batch or windows_at_once(placement, length)
     return DamageInputs(
-        checkpoint, settings, tokenizer, points, texts, windows, length, prompts, decoding, placement, batch
+        checkpoint,
+        settings,
+        tokenizer,
+        points,
+        texts,
+        windows,
+        length,
+        prompts,
+        decoding,
+        placement,
+        batch,
+        fitted.warnings,
     )
 
 

@@ -63,7 +63,7 @@ def run_damage(checkpoint: Checkpoint, settings: DamageSettings, store: Store, m
         DimscopeError: What opening and running the model raises.
     """
     inputs = damage_inputs(checkpoint, settings)
-    monitor.announce(_estimate(inputs))
+    monitor.announce("\n".join([*inputs.warnings, _estimate(inputs)]))
     loaded = Loaded(inputs)
     try:
         _run_points(loaded, store, monitor)
@@ -72,7 +72,7 @@ def run_damage(checkpoint: Checkpoint, settings: DamageSettings, store: Store, m
         if is_out_of_memory(e):
             raise out_of_memory(checkpoint.name) from e
         raise
-    return RunOutput({name: table for name, table in tables.items() if table.height}, asdict(_facts(inputs)))
+    return RunOutput({name: table for name, table in tables.items() if table.height}, asdict(_facts(inputs)), inputs.warnings)
 
 
 def _estimate(inputs: DamageInputs) -> str:

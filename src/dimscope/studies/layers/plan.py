@@ -13,7 +13,7 @@ from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.studies.layers.settings import LayersSettings
 from dimscope.studies.layers.tables import Pass
 from dimscope.studies.provenance import fingerprint
-from dimscope.studies.reading import distinct, named_texts, window_length, windows_at_once
+from dimscope.studies.reading import distinct, fitted_length, named_texts, windows_at_once
 from dimscope.texts.encoding import special_prefix
 from dimscope.texts.texts import Text
 from dimscope.texts.windows import (
@@ -93,6 +93,7 @@ class LayersPlan:
     placements: tuple[Placement, ...]
     texts: Mapping[str, Text]  # by the name that is shown
     passes: tuple[PlannedPass, ...]
+    warnings: tuple[str, ...] = ()
 
     def real(self, text: str) -> PlannedPass:
         """Return the pass of the studied model over the real text, with which the others are compared."""
@@ -113,7 +114,7 @@ def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> 
     titles = distinct([c.title for c in checkpoints], [c.name for c in checkpoints])
     placements = [place(c, dtype=settings.dtype, device=settings.device) for c in checkpoints]
     texts = named_texts(settings.texts)
-    sources = _cut_texts(checkpoints, texts, settings)
+    sources, warnings = _cut_texts(checkpoints, texts, settings)
     passes: list[PlannedPass] = []
     # Model by model, so that each is loaded once; random weights are a model of their own.
     for model, weights, conditions in _runs(len(checkpoints), settings):
@@ -129,7 +130,7 @@ def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> 
                 identity = Pass(titles[model], name, condition, draw, seed)
                 arguments = common | {"title": titles[model], "condition": condition, "draw": draw}
                 passes.append(PlannedPass(identity, model, weights, source, batch, arguments))
-    return LayersPlan(settings, tuple(checkpoints), tuple(titles), tuple(placements), texts, tuple(passes))
+    return LayersPlan(settings, tuple(checkpoints), tuple(titles), tuple(placements), texts, tuple(passes), warnings)
 
 
 def _arguments(settings: LayersSettings, text: Text, source: TextWindows, placement: Placement) -> dict[str, Any]:
@@ -157,10 +158,11 @@ def _runs(n_models: int, settings: LayersSettings) -> Iterator[tuple[int, Weight
 
 def _cut_texts(
     checkpoints: Sequence[Checkpoint], texts: Mapping[str, Text], settings: LayersSettings
-) -> dict[tuple[int, str], TextWindows]:
-    """Return the windows of every text for every model, by the index of the model and the name of the text."""
+) -> tuple[dict[tuple[int, str], TextWindows], tuple[str, ...]]:
+    """Return the windows of every text by the index of the model and the name of the text, and warnings about short texts."""
     longest = LONGEST if settings.preset is None else NOTEBOOK_LONGEST
-    lengths = [window_length(checkpoint, settings.length, longest) for checkpoint in checkpoints]
+    fitted = [fitted_length(checkpoint, texts, settings.length, longest) for checkpoint in checkpoints]
+    lengths = [own.length for own in fitted]
 
     def cut(model: int, name: str, windows: int | Literal["all"] | None) -> TextWindows:
         return _cut_text(checkpoints[model], lengths[model], name, texts[name], windows)
@@ -171,7 +173,7 @@ def _cut_texts(
         sources = {
             key: source if source.n_windows == fewest else cut(*key, windows=fewest) for key, source in sources.items()
         }
-    return sources
+    return sources, tuple(dict.fromkeys(line for own in fitted for line in own.warnings))
 
 
 def _cut_text(

@@ -41,7 +41,7 @@ def run_layers(checkpoint: Checkpoint, settings: LayersSettings, store: Store, m
         raise InvalidArgument("`shard` needs `out`: the parts meet in that folder")
     others = [model if isinstance(model, Checkpoint) else open_checkpoint(model) for model in settings.compare]
     plan = plan_layers([checkpoint, *others], settings)
-    monitor.announce(_estimate(plan))
+    monitor.announce("\n".join([*plan.warnings, _estimate(plan)]))
     runner = PassRunner(plan, None if store.folder is None else store.folder / STATE)
     if settings.shard[1] > 1 and (waiting := _run_shard(runner)):
         return RunOutput({}, {}, waiting=waiting)
@@ -54,7 +54,7 @@ def run_layers(checkpoint: Checkpoint, settings: LayersSettings, store: Store, m
         finished = {name: table for name in TABLES if (table := _study_table(runner, store, name)) is not None}
     if settings.shard[1] == 1 and runner.state is not None:  # other shards may still be reading theirs
         shutil.rmtree(runner.state, ignore_errors=True)
-    return RunOutput(finished, asdict(_facts(plan, finished)))
+    return RunOutput(finished, asdict(_facts(plan, finished)), plan.warnings)
 
 
 def _estimate(plan: LayersPlan) -> str:

@@ -19,7 +19,7 @@ from dimscope.narrowing.target import Target
 from dimscope.studies.narrowing.settings import NarrowSettings
 from dimscope.studies.narrowing.windows import SplitWindows, split_windows
 from dimscope.studies.provenance import fingerprint
-from dimscope.studies.reading import texts_or_generated, window_length, windows_at_once
+from dimscope.studies.reading import fitted_length, texts_or_generated, windows_at_once
 from dimscope.studies.study import Monitor
 from dimscope.texts.windows import Window, middle_windows
 from dimscope.vectors.embedding import open_table
@@ -157,7 +157,11 @@ class _WindowSource:
 
 def _read_windows(source: _WindowSource) -> list[Window]:
     tokenizer = require_tokenizer(source.checkpoint.source)
-    length = window_length(source.checkpoint, source.settings.length, LENGTH)
+    # One window to calibrate on, one to evaluate on, and one to hold out where something is trained.
+    fitted = fitted_length(source.checkpoint, source.texts, source.settings.length, LENGTH, n_windows=2 + source.trains)
+    for line in fitted.warnings:
+        source.monitor.announce(line)
+    length = fitted.length
     most = MOST if source.trains else -(-2 * source.settings.windows // len(source.texts))
     windows: list[Window] = []
     for text in source.texts.values():

@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 from layer_tables import Model, Plan, layer_tables, study_facts
 
-from dimscope.page.render import write_page
 from dimscope.page.section import Tables
+from dimscope.report import rewrite_page
 
 CHROMIUM = Path("/usr/bin/chromium")
 # Software WebGL, and none of the calls home that a browser makes by itself.
@@ -49,7 +49,7 @@ class Watched:
 @pytest.fixture(scope="module")
 def watched(browser: Any, small_run: Path) -> Iterator[Watched]:
     """Open the page of the small tables once: it is one page to a reader as well."""
-    url = write_page(small_run).as_uri()
+    url = rewrite_page(small_run).as_uri()
     watched = Watched(browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light"), url, [], [])
     watched.page.on("pageerror", lambda error: watched.troubles.append(str(error)))
     watched.page.on("console", lambda message: watched.troubles.append(message.text))
@@ -180,13 +180,14 @@ def test_paper_is_light_and_the_screen_comes_back(opened: Any) -> None:
 
 def test_layer_can_be_chosen_and_the_theme_keeps_it(browser: Any, run_folder: Callable[..., Path]) -> None:
     plan = Plan(models=(Model(blocks=2, dim=16),), texts=("prose",), windows=1, length=64)
-    folder = run_folder(layer_tables(plan), {"study": {"layers": study_facts(plan)}})
+    tables = layer_tables(plan)
+    folder = run_folder(tables, {"studies": {"layers": {"facts": study_facts(plan), "tables": list(tables)}}})
     troubles: list[str] = []
     page = browser.new_page(viewport={"width": 390, "height": 900}, color_scheme="light")
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.on("console", lambda message: troubles.append(message.text))
     page.set_default_timeout(240_000)
-    page.goto(write_page(folder).as_uri())
+    page.goto(rewrite_page(folder).as_uri())
     page.wait_for_selector("html[data-ready=true]", state="attached")
     seen = """id => [...new Set(document.getElementById(id).data
       .filter(t => t.visible !== false && t.meta).map(t => t.meta.layer))].join()"""

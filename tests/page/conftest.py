@@ -1,4 +1,4 @@
-"""Small tables of the embedding study as fixtures."""
+"""Small tables for the tests of the page."""
 
 from small_tables import facts, run_folder, small_run, tables
 

@@ -83,11 +83,11 @@ def test_headings_are_the_findings(tables: Tables, run_folder: Write) -> None:
     headings = Outline(rewrite_page(run_folder(tables)).read_text(encoding="utf-8")).headings
     assert len(headings) == 13
     assert headings[0] == "What is an effective dimension?"
-    assert headings[-1] == "Made in 2 seconds from these arguments and versions"
+    assert headings[-1] == "Computed in 2 seconds with these arguments and versions"
 
 
 def test_studies_that_did_not_run_are_not_told(tables: Tables, run_folder: Write) -> None:
-    folder = run_folder(tables, {"study": {"unknown": {}}})
+    folder = run_folder(tables, {"studies": {"unknown": {"facts": {}, "tables": []}}})
     assert len(Outline(rewrite_page(folder).read_text(encoding="utf-8")).headings) == 1
 
 
