@@ -92,9 +92,9 @@ def result_output(result: StudyResult, common: Common) -> Output:
     """Return what is printed of a finished study; on request as JSON, whole."""
     facts: dict[str, Any] = {"model": result.facts.model}
     if result.waiting:
-        return Output({**facts, "waiting_for_shards": ", ".join(result.waiting)})
+        return Output({**facts, "waiting_for_shards": ", ".join(result.waiting), "seconds": result.facts.seconds})
     summary = result.study.load().summarise(result.tables, result.facts)
     page = {} if common.out is None else {"page": common.out / "index.html"}
-    facts = {"answer": summary.answer, **facts, **page, "seconds": result.facts.seconds}
+    facts = {**facts, **page, "seconds": result.facts.seconds}
     rest = {name: table for name, table in result.tables.items() if name in summary.files}
-    return Output(facts, summary.frames, files_only=rest)
+    return Output(facts, summary.frames, files_only=rest, answer=summary.answer)

@@ -9,12 +9,15 @@ from dimscope.page.section import Facts, Tables
 from dimscope.studies.layers.sections import layers_strip
 from dimscope.studies.study import Summary
 
+FILES = ("layers", "texts", "predictions", "similarity")  # that JSON has whole
+
 
 def summarise(tables: Tables, facts: Facts) -> Summary:
     """Return the range of the variance count over the layers in a sentence, and one table per model and text."""
     [(_, value, note)] = layers_strip(tables, facts)
     parts = summary_frame(tables["layers"]).partition_by("model", "text", maintain_order=True)
-    return Summary(f"{value} dimensions {note}.", {f"dimensions {i}": part for i, part in enumerate(parts, 1)})
+    frames = {f"dimensions {i}": part for i, part in enumerate(parts, 1)}
+    return Summary(f"{value} dimensions {note}.", frames, files=FILES)
 
 
 def summary_frame(layers: pl.DataFrame) -> pl.DataFrame:
