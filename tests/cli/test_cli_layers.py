@@ -317,7 +317,8 @@ def test_standard_input_to_json_leaves_nothing_on_disk(checkpoint, piped, studie
     counts = spectral(tables["layers"], "variance count 95%", condition="real")
     assert [row["95%"] for row in told["dimensions 1"]] == counts
     assert not list((tmp_path / "here").iterdir())
-    assert not list((tmp_path / "temporary").iterdir())
+    # torch makes a cache folder of its own there when its compiler is imported.
+    assert not [path for path in (tmp_path / "temporary").iterdir() if not path.name.startswith("torchinductor")]
 
 
 def test_standard_input_as_the_help_has_it(piped, tmp_path):

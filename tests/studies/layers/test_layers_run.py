@@ -330,13 +330,13 @@ def test_one_window_is_not_shuffled_across(tiny, tmp_path):
         ({"length": 65}, "^`length` must be at most 64, "),
         ({"texts": ()}, "^`texts` takes files, URLs or builtin:prose, got none"),
         ({"windows": 4000}, "`windows` must be 1 to .*, got 4000"),
-        ({"windows": "all", "length": 64, "texts": "short"}, "fewer than one window of 64"),
+        ({"windows": "all", "length": 64, "texts": "short"}, "a text needs at least 2"),
         ({"layers": "9"}, "there is no layer 9"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_written(tiny, tmp_path, settings, message):
     if settings.get("texts") == "short":
-        (tmp_path / "short.txt").write_text("Too short.")
+        (tmp_path / "short.txt").write_text("a")
         settings = settings | {"texts": (str(tmp_path / "short.txt"),)}
     with pytest.raises(InvalidArgument, match=message):
         study(tiny(), tmp_path / "out", **settings)
