@@ -12,7 +12,9 @@ shares = ("67%", "33%")
 changes = [f"{kind}:{share}" for kind in ("truncate", "project", "project-rescaled") for share in shares]
 changes += ["noise:0.1", "noise:1", "scale:2"]
 
-result = dimscope.damage(model, None, changes, windows=4, length=256, draws=1, prompts=["Once upon a time"], new_tokens=16)
+result = dimscope.damage(
+    model, None, changes, windows=4, length=256, draws=1, prompts=["Once upon a time"], new_tokens=16
+)
 
 print(result.summary().answer)
 damage, texts = result.tables["damage"], result.tables["generations"]

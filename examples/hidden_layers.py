@@ -18,7 +18,9 @@ result = dimscope.layers(model, texts=[text], preset="notebook")
 rows = result.tables["layers"].filter(metric="variance count 95%", preprocess="raw", centred=True)
 real, shuffled = (rows.filter(condition=condition).sort("layer") for condition in ("real", "shuffled"))
 print("components for 95% of the variance")
-for (site, count, noise), other in zip(real.select("site", "value", "null").iter_rows(), shuffled["value"], strict=True):
+for (site, count, noise), other in zip(
+    real.select("site", "value", "null").iter_rows(), shuffled["value"], strict=True
+):
     print(f"{site:>26}: {count:.0f} on real text, {other:.0f} shuffled, {noise:.0f} for white noise")
 
 sure = result.tables["predictions"].filter((pl.col("metric") == "max log-softmax") & (pl.col("condition") == "real"))

@@ -72,7 +72,9 @@ def run_damage(checkpoint: Checkpoint, settings: DamageSettings, store: Store, m
         if is_out_of_memory(e):
             raise out_of_memory(checkpoint.name) from e
         raise
-    return RunOutput({name: table for name, table in tables.items() if table.height}, asdict(_facts(inputs)), inputs.warnings)
+    return RunOutput(
+        {name: table for name, table in tables.items() if table.height}, asdict(_facts(inputs)), inputs.warnings
+    )
 
 
 def _estimate(inputs: DamageInputs) -> str:
