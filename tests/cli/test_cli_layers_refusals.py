@@ -38,7 +38,7 @@ def write_two_columns(path: Path) -> None:
 TEXTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "empty.txt": (lambda path: path.write_text(""), ["no text"]),
     "blank.txt": (lambda path: path.write_text(" \n\t \n" * 99), ["white space"]),
-    "short.txt": (lambda path: path.write_text("A ship."), ["fewer than one window of 16"]),
+    "short.txt": (lambda path: path.write_text("A"), ["at least 2"]),
     "program.bin": (write_noise, ["binary"]),
     "wide.txt": (lambda path: path.write_text(models.TEXT, encoding="utf-16"), ["UTF-16", "iconv"]),
     "latin.txt": (write_latin_1, ["not UTF-8", "E9", "offset 7", "iconv"]),
