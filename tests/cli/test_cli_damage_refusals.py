@@ -132,7 +132,7 @@ def test_a_gpu_that_is_not_there(checkpoint, declines):
 
 TEXTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "empty.txt": (lambda path: path.write_text(""), ["no text"]),
-    "short.txt": (lambda path: path.write_text("A ship."), ["fewer than one window of 16"]),
+    "short.txt": (lambda path: path.write_text("A"), ["at least 2"]),
     "program.bin": (lambda path: path.write_bytes(bytes(range(256)) * 8), ["binary"]),
     "missing.txt": (lambda path: None, ["no such file"]),
 }

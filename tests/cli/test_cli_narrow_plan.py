@@ -359,9 +359,9 @@ def test_a_model_without_a_smaller_width_is_refused(checkpoint, refuses, prose):
 
 
 def test_a_short_text_is_refused_before_anything_is_planned(checkpoint, refuses, tmp_path):
-    (tmp_path / "short.txt").write_text("The keeper counted the ships before breakfast.")
+    (tmp_path / "short.txt").write_text("A")
     options = ("--plan", "--text", tmp_path / "short.txt", "--length", 9)
-    refuses(checkpoint("qwen2"), "short.txt", "too few", command="narrow", options=options)
+    refuses(checkpoint("qwen2"), "short.txt", "at least", command="narrow", options=options)
 
 
 def test_a_file_is_no_folder_for_a_plan(checkpoint, cli, refused, prose, tmp_path):

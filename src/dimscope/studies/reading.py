@@ -105,18 +105,21 @@ def fitted_length(
         InvalidArgument: `length` exceeds the context of the model, or a text has fewer than 2 tokens.
         TokenizerMissing: The checkpoint has no tokenizer.
     """
-    wanted = window_length(checkpoint, length, longest)
+    requested = window_length(checkpoint, length, longest)
     tokenizer = require_tokenizer(checkpoint.source)
     n_prefix = len(special_prefix(tokenizer))
-    shortest, warnings = wanted, []
+    shortest, warnings = requested, []
     for name, text in texts.items():
         if text is None:
             continue
-        available = fitting_length(text, tokenizer, n_windows * wanted)
-        own = wanted if available == n_windows * wanted else (available - n_prefix) // n_windows + n_prefix
-        if own < wanted:
+        available = fitting_length(text, tokenizer, n_windows * requested)
+        own = requested if available == n_windows * requested else (available - n_prefix) // n_windows + n_prefix
+        if own - n_prefix < 2:
+            tokens = available - n_prefix
+            raise InvalidArgument(f"{name} has {tokens} tokens; {n_windows} windows need at least {2 * n_windows}")
+        if own < requested:
             warnings.append(
-                f"{name} has {available - n_prefix:,} tokens: windows are {own:,} tokens long, not {wanted:,}"
+                f"{name} has {available - n_prefix:,} tokens: windows are {own:,} tokens long, not {requested:,}"
             )
             shortest = min(shortest, own)
     return FittedLength(shortest, tuple(warnings))
