@@ -77,6 +77,13 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return models.read_json(folder / "report.json")
 
 
+def in_report(*options: object) -> tuple[object, ...]:
+    """Options of `layers` as `report` takes them: shared ones as they are, the others as --layers.OPTION."""
+    shared = ("--text", "--length", "--windows", "--dtype", "--device", "--seed", "-o", "--json", "--studies")
+    own = [isinstance(option, str) and option.startswith("--") and option not in shared for option in options]
+    return tuple(f"--layers.{str(o)[2:]}" if is_own else o for o, is_own in zip(options, own, strict=True))
+
+
 def without_seconds(report: dict[str, Any]) -> dict[str, Any]:
     """A report.json without the time that the studies took."""
     studies = {name: {**own, "seconds": 0} for name, own in report["studies"].items()}
@@ -562,7 +569,7 @@ def test_both_studies_are_on_one_page_in_whatever_order_they_came(checkpoint, cl
     folder = checkpoint("qwen2")
     small = ("--text", text, "--length", "16", "--windows", "3", *BARE)
     together, turns = tmp_path / "together", {name: tmp_path / name for name in ("table first", "layers first")}
-    said = succeed(cli("report", folder, "--studies", "embedding", "layers", *small, "-o", together))
+    said = succeed(cli("report", folder, "--studies", "embedding", "layers", *in_report(*small), "-o", together))
     assert "index.html" in said
     commands = [("report", folder), ("layers", folder, *small)]
     for out, order in zip(turns.values(), (commands, commands[::-1]), strict=True):
@@ -575,7 +582,7 @@ def test_both_studies_are_on_one_page_in_whatever_order_they_came(checkpoint, cl
     for out in turns.values():
         check_same(out, together, 0, 0)
     first = stamps(together)
-    succeed(cli("report", folder, "--studies", "layers", "embedding", *small, "-o", together))
+    succeed(cli("report", folder, "--studies", "layers", "embedding", *in_report(*small), "-o", together))
     assert stamps(together) == first
 
 
@@ -755,7 +762,9 @@ def test_a_shard_without_a_batch_has_nothing_to_add(checkpoint, cli, text, studi
 
 
 def test_a_report_of_one_shard_does_not_name_a_page_that_is_not_there(checkpoint, cli, text, tmp_path):
-    command = ("--studies", "layers", "--text", text, *SMALL, "--shard", "1/2", "-o", tmp_path / "out", "--json")
+    command = in_report(
+        "--studies", "layers", "--text", text, *SMALL, "--shard", "1/2", "-o", tmp_path / "out", "--json"
+    )
     said = json.loads(succeed(cli("report", checkpoint("qwen2"), *command)))
     assert not (tmp_path / "out" / "index.html").exists()
     assert "page" not in said
