@@ -747,7 +747,8 @@ def test_the_first_of_two_shards_says_which_is_missing(checkpoint, cli, text, st
     assert "2/2" in shard(1)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".parquet", ".html")]
     assert "index.html" in shard(2)
-    check_same(tmp_path / "out", studied("qwen2"), 1e-9, 1e-9)
+    # One window at a time: float32 products of another shape are rounded otherwise.
+    check_same(tmp_path / "out", studied("qwen2"), 1e-5, 1e-5)
     first = stamps(tmp_path / "out")
     assert "index.html" in shard(1)
     succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL, "--batch", "1", "-o", tmp_path / "out"))
