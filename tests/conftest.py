@@ -1,4 +1,4 @@
-"""Fixtures: real checkpoints built once per session, a hub on a local port, and the command line as a subprocess.
+"""Fixtures: real checkpoints built once per run, a hub on a local port, and the command line as a subprocess.
 
 No test reaches the network: subprocesses get an HF_ENDPOINT where nobody listens, unless they are given a hub.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hub_server import HubServer
 from models import build_checkpoint
 
@@ -28,14 +29,25 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return `checkpoint(family, **arguments)`: build_checkpoint, each once per session. Read only: see `editable`."""
-    root, built = tmp_path_factory.mktemp("checkpoints"), {}
+    """Return `checkpoint(family, **arguments)`: build_checkpoint, each once per run. Read only: see `editable`.
+
+    The workers of pytest-xdist share the checkpoints. Who comes first builds one under a lock and renames it when it is
+    complete, so that a worker that is killed leaves no half of one.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "checkpoints"
+    root.mkdir(exist_ok=True)
 
     def build(family: str, **arguments: Any) -> Path:
-        key = (family, *sorted(arguments.items()))
-        if key not in built:
-            built[key] = build_checkpoint(root / f"{family}-{len(built)}", family, **arguments)
-        return built[key]
+        key = hashlib.sha256(repr(sorted(arguments.items())).encode()).hexdigest()[:12]
+        folder = root / f"{family}-{key}"
+        if not folder.is_dir():
+            with FileLock(root / f"{folder.name}.lock"):
+                if not folder.is_dir():
+                    draft = root / f"{folder.name}.draft"
+                    shutil.rmtree(draft, ignore_errors=True)
+                    build_checkpoint(draft, family, **arguments).rename(folder)
+        return folder
 
     return build
 

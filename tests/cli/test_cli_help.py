@@ -6,6 +6,8 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import dimscope
+
 TABLE_COMMANDS = ("tokens", "neighbors", "pairs", "correlate", "spectrum", "report")
 COMMANDS = ("inspect", *TABLE_COMMANDS, "embedding", "layers", "damage", "narrow")
 PROBE = """
@@ -49,6 +51,7 @@ def test_the_help_of_each_command_has_an_example_and_needs_no_torch(run_python):
 def test_version(run_cli):
     result = run_cli("--version")
     assert (result.returncode, result.stdout.strip()) == (0, version("dimscope"))
+    assert version("dimscope") == dimscope.__version__
 
 
 def test_the_helps_examples_are_commands_that_parse(run_python):
