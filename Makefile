@@ -1,6 +1,7 @@
 # `make report` and `make test` do all the set-up that they need in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 BIN := .venv/bin
+PACKAGES := checkpoints texts vectors activations geometry interventions evaluation narrowing page studies cli
 
 .PHONY: report test test-fast check bench clean
 
@@ -10,7 +11,11 @@ report: .venv/ready
 
 test: .venv/dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=
-	$(BIN)/python -m coverage report --skip-covered --include="*/geometry/*,*/vectors/*,*/interventions/*,*/evaluation/*,*/narrowing/*"
+	@echo "lines covered in this process and its workers (commands in subprocesses are not counted)"
+	@for package in $(PACKAGES); do \
+		printf '%-14s' $$package; \
+		$(BIN)/python -m coverage report --format=total --include="**/dimscope/$$package/**"; \
+	done; printf '%-14s' total; $(BIN)/python -m coverage report --format=total
 
 test-fast: .venv/dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not browser"
