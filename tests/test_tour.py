@@ -1,0 +1,30 @@
+"""The whole line as a script, from a checkpoint to text of a narrow model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOUR = Path(__file__).parent.parent / "examples" / "tour.sh"
+
+
+@pytest.mark.slow
+def test_the_tour_goes_from_a_checkpoint_to_text_of_a_narrow_model(clean_environment, tmp_path):
+    path = os.pathsep.join([str(Path(sys.executable).parent), clean_environment["PATH"]])
+    result = subprocess.run(
+        ["bash", TOUR, "builtin", tmp_path / "out"],
+        env={**clean_environment, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    headings = [line for line in result.stderr.splitlines() if line.startswith("== ")]
+    assert len(headings) == 8
+    assert "hold 95% of the variance" in result.stdout
+    assert "hidden size 192, " in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("Once upon a time")
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").glob("*/*")}
+    assert {"layers/index.html", "damage/index.html", "narrow/config.json", "narrow/tokenizer.json"} <= files
