@@ -9,6 +9,9 @@ report: .venv/ready
 	$(BIN)/dimscope report builtin --studies embedding layers damage narrowing --out report
 	@echo "open report/index.html"
 
+# One thread per worker: two workers of two threads each would mostly wait for each other on two cores.
+test test-fast: export OMP_NUM_THREADS = 1
+
 test: .venv/dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=
 	@echo "lines covered in this process and its workers (commands in subprocesses are not counted)"

@@ -87,6 +87,7 @@ def test_sentencepiece_falls_back_to_bytes(checkpoint):
     assert tokenizer.tokenize("ship 船")[-3:] == ["<0xE8>", "<0x88>", "<0xB9>"]
 
 
+@pytest.mark.slow
 def test_tokenizers_are_the_same_in_every_process(run_python):
     # the library's own WordPiece trainer gives another vocabulary in each process
     code = """
@@ -142,6 +143,7 @@ def test_table_checkpoint_contains_the_rows_and_its_holes_cost_no_disk(tmp_path)
 # ---- damage: a hostile file that does nothing would make the tests of its refusal empty -----------------------------
 
 
+@pytest.mark.slow
 def test_hostile_files_do_run_where_they_are_trusted(checkpoint, editable, tmp_path, run_python):
     folder = damage.to_pickle(editable(checkpoint("gpt2"), "pickle"))
     assert torch.equal(logits(folder), logits(checkpoint("gpt2")))
@@ -184,6 +186,7 @@ def ask(run_python, code: str, env: dict[str, str]):
     return json.loads(answer.stdout)
 
 
+@pytest.mark.slow
 def test_files_are_downloaded_once_with_exact_byte_counts_and_cut_connections_are_counted(
     hub, checkpoint, run_python, tmp_path
 ):
@@ -212,6 +215,7 @@ print(json.dumps([config, weights]))
     assert [(r.status, r.range, r.bytes_sent) for r in gets] == [(200, None, 50_000), (200, None, sizes[1])]
 
 
+@pytest.mark.slow
 def test_the_api_describes_repositories(hub, checkpoint, run_python, tmp_path):
     folder = checkpoint("llama")
     commit = hub.add("someone/tiny", folder)
@@ -274,6 +278,7 @@ print(json.dumps([config.vocab_size, len(tokenizer), sum(p.numel() for p in mode
     assert not unknown, "routes that the hub does not speak yet"
 
 
+@pytest.mark.slow
 def test_what_is_missing_or_private_is_named_as_the_hub_names_it(hub, checkpoint, run_python, tmp_path):
     hub.add("someone/tiny", checkpoint("gpt2"))
     hub.add("someone/secret", checkpoint("gpt2"), private=True, token="hf_owner")
@@ -295,6 +300,7 @@ print(json.dumps([
     assert answer == [entry] * 2 + [revision] * 2 + [repository] * 3 + ["fine"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "expected", "status"),
     [

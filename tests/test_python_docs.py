@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
 
 

@@ -9,6 +9,8 @@ import damage
 import models
 import pytest
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 ARGUMENTS = {
     "an unknown command": (["inspcet"], ["inspcet"]),
     "an unknown option": (["inspect", "MODEL", "--bogus"], ["--bogus"]),

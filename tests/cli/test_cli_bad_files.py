@@ -9,6 +9,8 @@ import models
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 
 def test_a_missing_folder_a_missing_file_and_a_cut_network(cli, refused, tmp_path):
     (tmp_path / "notes.txt").write_text("no model")

@@ -11,6 +11,8 @@ import numpy as np
 import polars as pl
 import pytest
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 COMMANDS = {
     "inspect": ((), {"roles", "tensors"}),
     "tokens": ((), {"tokens"}),
@@ -269,7 +271,6 @@ def test_damaged_gguf_and_two_of_them(checkpoint, refuses, tmp_path):
 # ---- the vocabulary of a real model --------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_neighbours_among_151936_rows_with_their_real_tokenizer(shared_data, cli, tmp_path):
     tokenizer = shared_data / "tokenizers" / "qwen2"
     folder = models.write_table_checkpoint(tmp_path / "qwen", 151_936, 64, tokenizer_dir=tokenizer, holes=True)

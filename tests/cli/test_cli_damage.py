@@ -30,6 +30,8 @@ from dimscope.cli.terminal import writing_table
 from dimscope.interventions.perturbations import PERTURBATIONS
 from dimscope.studies.damage.run import Writing
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 READ = ("--length", "16", "--windows", "3")
 ASK = ("--prompt", "The keeper counted", "In the winter", "--new-tokens", "6")
 SOME = ("--truncate", "75%,8", "--project", "50%", "--noise", "0.1,1", "--draws", "2")
@@ -481,7 +483,6 @@ def wait_for_points(process: subprocess.Popen[str], out: Path, count: int) -> No
         time.sleep(0.003)
 
 
-@pytest.mark.slow
 def test_kill_9_then_ctrl_c_then_the_same_command_to_its_end(checkpoint, cli, digest, start, text, tmp_path):
     folder, out = checkpoint("gpt2"), tmp_path / "killed"
     command = (folder, *LONG, "--text", text, *READ, "-o")

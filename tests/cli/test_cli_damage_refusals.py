@@ -11,6 +11,8 @@ import models
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 
 @pytest.fixture
 def sound(tmp_path) -> Path:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import pytest
+
 import dimscope
 
 TABLE_COMMANDS = ("tokens", "neighbors", "pairs", "correlate", "spectrum", "report")
@@ -71,6 +73,7 @@ print("all parse")
     assert result.stdout == "all parse\n", result.stderr[-400:]
 
 
+@pytest.mark.slow
 def test_a_reader_who_hangs_up_is_no_error(checkpoint, clean_environment, tmp_path):
     pipe = f"{sys.executable} -m dimscope tokens {checkpoint('qwen2')} --json | head -c 10; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(

@@ -9,6 +9,8 @@ import models
 import pytest
 from hub_server import HubServer
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 TOKEN = "hf_a_token_of_the_tests"
 
 
@@ -123,7 +125,6 @@ def test_gguf_on_the_hub(checkpoint, hub_cli, tmp_path):
     assert json.loads(result.stdout)["vocab_size"] == 512
 
 
-@pytest.mark.slow
 def test_a_model_in_the_cache_works_when_the_hub_is_gone(checkpoint, fork_cli, run_cli, run_python, refused, tmp_path):
     home, program = tmp_path / "home", "import huggingface_hub; huggingface_hub.snapshot_download('owner/whole')"
     with HubServer() as hub, fork_cli(tmp_path, hub.environment(home)) as run:
@@ -144,7 +145,6 @@ def test_a_model_in_the_cache_works_when_the_hub_is_gone(checkpoint, fork_cli, r
     assert flagged.returncode == 0, flagged.stderr[-300:]
 
 
-@pytest.mark.slow
 def test_a_hub_that_answers_only_with_errors_is_one_line(checkpoint, run_cli, refused, hub, tmp_path):
     hub.add("owner/model", checkpoint("qwen2"))
     hub.broken_status = 503

@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 VOCABULARY, WIDTH, LAYERS, INNER = 6000, 256, 16, 1_000_000
 TABLE = VOCABULARY * WIDTH * 2  # bytes in bfloat16
 GUESS = 100_000  # bytes of a file that one look at its header may take

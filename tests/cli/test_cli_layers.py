@@ -28,6 +28,8 @@ from polars.testing import assert_frame_equal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 CAUSAL = [family for family, spec in models.FAMILIES.items() if spec.output]
 POSITIONS = ["gpt2", "gpt_neo", "opt"]  # they add a vector per position to the embeddings; the others rotate
 ROTARY = [family for family in CAUSAL if family not in POSITIONS]
@@ -681,7 +683,6 @@ def is_complete(path: Path) -> bool:
     return bool(load_file(path)["numbers"][-1])
 
 
-@pytest.mark.slow
 def test_kill_9_in_the_middle_of_each_pass_and_the_same_command_again(
     checkpoint, cli, digest, start, long_text, uninterrupted, tmp_path
 ):
@@ -720,7 +721,6 @@ def test_kill_9_in_the_middle_of_each_pass_and_the_same_command_again(
     assert digest(folder) == before
 
 
-@pytest.mark.slow
 def test_ctrl_c_in_the_middle_and_the_same_command_again(checkpoint, cli, start, long_text, uninterrupted, tmp_path):
     out = tmp_path / "interrupted"
     command = ("--text", long_text, *LONG, "--checkpoint-every", "0", "-o", out)
@@ -779,7 +779,6 @@ def at_once(*commands: Callable[[], subprocess.CompletedProcess[str]]) -> list[s
     return [succeed(command.result()) for command in running]
 
 
-@pytest.mark.slow
 def test_two_shards_at_the_same_time_give_what_one_process_gives(
     checkpoint, cli, hub_cli, long_text, uninterrupted, tmp_path
 ):

@@ -13,6 +13,8 @@ import polars as pl
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 PROGRAM = """
 import resource, sys
 limit = int(sys.argv.pop(1))

@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 WIDE = {"hidden_size": 64, "layers": 3}
 READ = ("--length", 16, "--windows", 4)
 FEW = ("--length", 16, "--windows", 2)
@@ -162,7 +164,6 @@ def test_verifying_says_that_a_rotation_changes_nothing_and_writes_nothing(check
     assert {p.name for p in tmp_path.iterdir()} <= {"text.txt", "hf_home"}
 
 
-@pytest.mark.slow
 def test_kill_9_leaves_no_folder_that_looks_complete(checkpoint, cli, killed, tmp_path):
     folder, out = checkpoint("llama", hidden_size=256, vocab_size=40_000, tokenizer=None), tmp_path / "narrow"
     arguments = (folder, "--width", 128, "--basis", "random", "--no-evaluate", "-o", out)
@@ -178,7 +179,6 @@ def test_kill_9_leaves_no_folder_that_looks_complete(checkpoint, cli, killed, tm
 # ---- trained -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_learned_and_healed_checkpoint_tells_how_it_was_trained_and_loads_in_stock_transformers(
     checkpoint, narrows, stock, tmp_path
 ):
@@ -274,7 +274,6 @@ def marked(state: Path, value: float) -> None:
     save_file(tensors, state, metadata=told | {"points": json.dumps(points)})
 
 
-@pytest.mark.slow
 def test_kill_9_while_healing_leaves_nothing_that_looks_complete_and_the_same_command_goes_on_to_the_same_weights(
     checkpoint, cli, killed, prose, tmp_path
 ):
@@ -365,7 +364,6 @@ def rough(folder: Path) -> Path:
 # ---- other families ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_qwen2_is_written_as_a_llama_and_a_gpt_neox_as_a_phi_that_say_the_same(
     checkpoint, editable, narrows, stock, tmp_path
 ):

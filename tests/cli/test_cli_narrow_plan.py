@@ -17,6 +17,8 @@ from dimscope.studies.narrowing.windows import split_windows
 from dimscope.texts.texts import open_text
 from dimscope.texts.windows import middle_windows
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio")
 READ = ("--length", 16, "--windows", 2)
 BASES = ("random", "raw", "normalised")  # of a plan that is asked for none
@@ -305,7 +307,6 @@ def test_what_was_healed_by_weights_is_not_taken_for_healed_by_low_rank_changes(
     assert low_rank["kl"] != weights["kl"]
 
 
-@pytest.mark.slow
 def test_kill_9_in_the_middle_keeps_what_is_finished_and_the_same_command_goes_on(
     cli, killed, model, usual, prose, tmp_path
 ):

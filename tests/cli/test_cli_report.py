@@ -16,6 +16,8 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 TABLES = {
     "budget", "tokens", "spectrum", "dimensions", "measures", "correlation",
     "correlation_blocks", "duplicates", "knn", "hubs", "probes",
@@ -165,7 +167,6 @@ def start_report(folder: Path, out: Path, environment: dict[str, str]) -> subpro
     return process
 
 
-@pytest.mark.slow
 def test_kill_9_in_the_middle_and_the_same_command_again(large, clean_environment, cli, digest, tmp_path):
     before, out = digest(large), tmp_path / "killed"
     process = start_report(large, out, clean_environment)
@@ -192,7 +193,6 @@ def test_kill_9_in_the_middle_and_the_same_command_again(large, clean_environmen
     assert facts[0] == facts[1]
 
 
-@pytest.mark.slow
 def test_ctrl_c_says_so_and_exits_with_130(large, clean_environment, digest, tmp_path):
     before, out = digest(large), tmp_path / "interrupted"
     process = start_report(large, out, clean_environment)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 
 @pytest.mark.parametrize("method", damage.QUANTIZATIONS)
 @pytest.mark.parametrize("tables", [False, True])

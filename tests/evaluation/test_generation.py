@@ -33,6 +33,8 @@ from dimscope.evaluation.generated_text import sample_windows
 from dimscope.evaluation.generation import Continuation, Decoding, generate
 from dimscope.evaluation.prompts import Prompt, check_context, prepare_prompt
 
+pytestmark = pytest.mark.slow  # generates with every family
+
 # ---- greedy --------------------------------------------------------------------------------------------------------
 
 

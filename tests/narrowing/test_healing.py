@@ -23,7 +23,10 @@ from dimscope.narrowing.training import Schedule, mean_kl
 from dimscope.narrowing.training_state import Point, best_point
 
 # peft asks transformers by a name that is to go; neither is ours.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,  # trains
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 D, K = 32, 16
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

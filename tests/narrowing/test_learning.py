@@ -24,6 +24,8 @@ from dimscope.narrowing.training import LONGEST_NORM, Schedule, mean_kl
 from dimscope.narrowing.training_state import Point, best_point
 from dimscope.studies.narrowing.session import table_summary
 
+pytestmark = pytest.mark.slow  # trains
+
 D, K = 32, 16
 PLACEMENT = Placement("float32", "cpu")
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

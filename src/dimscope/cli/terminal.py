@@ -53,9 +53,10 @@ def write(output: Output, folder: Path) -> None:
 
 
 def print_json(output: Output) -> None:
-    """One JSON object on standard output: the facts, and every frame as a list of rows."""
+    """One JSON object on standard output: the answer, the facts, and every frame as a list of rows."""
+    answer = {} if output.answer is None else {"answer": output.answer}
     tables = {name: plain(frame.to_dicts()) for name, frame in {**output.frames, **output.files_only}.items()}
-    json.dump({**plain(dict(output.facts)), **tables}, sys.stdout, ensure_ascii=False, allow_nan=False)
+    json.dump({**answer, **plain(dict(output.facts)), **tables}, sys.stdout, ensure_ascii=False, allow_nan=False)
     sys.stdout.write("\n")
 
 

@@ -36,6 +36,8 @@ from dimscope.studies.damage.tables import DAMAGE, GENERATIONS, POINT
 from dimscope.studies.study import Monitor, run_study
 from dimscope.vectors.moments import moments
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 LENGTH, WINDOWS, D = 16, 3, 32
 PROMPTS = ("The keeper counted", "On a clear morning there were seven")
 

@@ -23,6 +23,8 @@ from dimscope.studies.layers.study import LAYERS as LAYERS_STUDY
 from dimscope.studies.layers.tables import Pass
 from dimscope.studies.study import run_study
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 REAL, SHUFFLED, OTHER = Pass("m", "t", "real"), Pass("m", "t", "shuffled"), Pass("other", "t", "real")
 
 

@@ -29,6 +29,8 @@ from dimscope.studies.layers.study import LAYERS as LAYERS_STUDY
 from dimscope.studies.layers.tables import LAYERS, PREDICTIONS, Pass
 from dimscope.studies.study import run_study
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 HOME = Path(str(files("dimscope.builtin")))
 PROSE = (HOME / "texts/prose.txt").read_text(encoding="utf-8")
 EPS = 2.0**-23  # of float32

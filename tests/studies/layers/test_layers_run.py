@@ -28,6 +28,8 @@ from dimscope.studies.layers.summary import summary_frame
 from dimscope.studies.layers.tables import LAYERS, PREDICTIONS
 from dimscope.studies.study import Monitor, run_study
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 HOME = Path(str(files("dimscope.builtin")))
 SMALL = {"texts": ("builtin:prose",), "windows": 4, "length": 32, "shuffles": 2, "device": "cpu"}
 CONDITIONS = [("real", None), ("shuffled", 0), ("shuffled", 1), ("shuffled across", 0), ("random weights", 0)]

@@ -21,6 +21,8 @@ from dimscope.studies.narrowing.study import NARROWING
 from dimscope.studies.study import run_study
 from dimscope.texts.texts import text_from_string
 
+pytestmark = pytest.mark.slow  # whole commands or studies
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
