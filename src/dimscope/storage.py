@@ -127,6 +127,7 @@ def writing(path: Path) -> Generator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
 

@@ -26,7 +26,7 @@ import transformers
 from polars.testing import assert_frame_equal
 from rich.console import Console
 
-from dimscope.cli.terminal import writing_table
+from dimscope.cli.damage import writing_table
 from dimscope.interventions.perturbations import PERTURBATIONS
 from dimscope.studies.damage.run import Writing
 

@@ -13,12 +13,13 @@ from cyclopts import Group, Parameter
 from dimscope.checkpoints import BUILTIN
 from dimscope.cli.options import COMMON, Common
 from dimscope.cli.studies import run_command, study_help
-from dimscope.cli.terminal import writing_table
 from dimscope.errors import InvalidArgument
 from dimscope.interventions.perturbations import PERTURBATIONS, Perturbation
 from dimscope.studies.damage.settings import PRESETS, DamageSettings
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from dimscope.studies.damage.run import Writing
     from dimscope.studies.study import Study
 
@@ -113,3 +114,22 @@ def _shown(enabled: bool) -> Generator[Callable[[Writing], object] | None]:
             live.update(writing_table(writing), refresh=True)
 
         yield watch
+
+
+def writing_table(writing: Writing) -> Table:
+    """Return the answers to prompts as far as they are generated, beside those of the undamaged model."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from dimscope.units import readable_duration
+
+    left = f" · about {readable_duration(writing.seconds_left)} left" if writing.seconds_left is not None else ""
+    title = f"{escape(writing.change)} · {writing.number} of {writing.total}{left}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = [writing.prompts, *([writing.undamaged] if writing.undamaged is not None else []), writing.texts]
+    for name in ("prompt", *(["undamaged"] if writing.undamaged is not None else []), writing.change):
+        table.add_column(escape(name), overflow="fold", ratio=1 if name == "prompt" else 2)
+    for row in zip(*columns, strict=True):
+        table.add_row(*map(escape, row))
+    return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import polars as pl
 from cyclopts import Parameter
@@ -11,6 +11,9 @@ from dimscope.checkpoints import BUILTIN
 from dimscope.cli.options import COMMON, TABLE, Common, TableOptions
 from dimscope.cli.terminal import Output
 from dimscope.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def inspect(model: str = BUILTIN, /, *, common: Common = COMMON) -> None:
@@ -273,7 +276,7 @@ def _like_query(text: str) -> bool:
     return " " in text or text.startswith("#")
 
 
-def _tensor(ids: pl.Series):
+def _tensor(ids: pl.Series) -> Tensor:
     import torch
 
     return torch.from_numpy(ids.to_numpy().copy())

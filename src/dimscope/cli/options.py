@@ -75,6 +75,7 @@ class Common:
         self.print(output)
 
     def print(self, output: Output) -> None:
+        """Print the result of a command, as JSON on request."""
         if self.json:
             print_json(output)
         else:
@@ -92,6 +93,7 @@ class TableOptions:
     "Leave out rows with NaN or Inf instead of refusing the table."
 
     def open(self, checkpoint: Checkpoint) -> VectorTable:
+        """Open the chosen embedding table of a checkpoint."""
         from dimscope.vectors.embedding import open_table
 
         return open_table(checkpoint, self.side, skip_nonfinite=self.skip_nonfinite)

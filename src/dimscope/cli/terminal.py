@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 from rich import box
@@ -17,9 +17,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from dimscope.storage import versions, write_json, write_table
-
-if TYPE_CHECKING:
-    from dimscope.studies.damage.run import Writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +74,6 @@ def print_tables(output: Output, limit: int) -> None:
             console.print(_table(name, frame.drop(c for c in output.hidden if c in frame.columns), limit))
             if len(frame) > limit:
                 console.print(f"{limit} of {len(frame):,} rows; --limit shows more, --json and --out give all")
-
-
-def writing_table(writing: Writing) -> Table:
-    """Answers to prompts as they are written, beside those of the undamaged model."""
-    from dimscope.units import readable_duration
-
-    left = f" · about {readable_duration(writing.seconds_left)} left" if writing.seconds_left is not None else ""
-    title = f"{escape(writing.change)} · {writing.number} of {writing.total}{left}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = [writing.prompts, *([writing.undamaged] if writing.undamaged is not None else []), writing.texts]
-    for name in ("prompt", *(["undamaged"] if writing.undamaged is not None else []), writing.change):
-        table.add_column(escape(name), overflow="fold", ratio=1 if name == "prompt" else 2)
-    for row in zip(*columns, strict=True):
-        table.add_row(*map(escape, row))
-    return table
 
 
 def plain(value: Any) -> Any:

@@ -37,7 +37,9 @@ class Maker(Protocol):
 
     __name__: str
 
-    def __call__(self, table: TableSummary, strength: float, seed: int, /) -> RowMap: ...
+    def __call__(self, table: TableSummary, strength: float, seed: int, /) -> RowMap:
+        """Return the map of rows."""
+        ...
 
 
 ErrorFormula = Callable[["TableSummary", float], float]

@@ -57,7 +57,9 @@ SILENT = Monitor()
 class RunFunction(Protocol):
     """Runs a study. Every finished table goes through the store, which may have it already."""
 
-    def __call__(self, checkpoint: Checkpoint, settings: Any, store: Store, monitor: Monitor, /) -> RunOutput: ...
+    def __call__(self, checkpoint: Checkpoint, settings: Any, store: Store, monitor: Monitor, /) -> RunOutput:
+        """Run the study on a checkpoint."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

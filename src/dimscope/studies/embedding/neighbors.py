@@ -40,6 +40,7 @@ class Query:
 
     @property
     def ids(self) -> tuple[int, ...]:
+        """Return the ids of all terms."""
         return tuple(i for _, ids in self.terms for i in ids)
 
 
@@ -94,6 +95,7 @@ class Projection:
     components: Float[Tensor, "d k"]
 
     def apply(self, vector: Float[Tensor, " d"]) -> Float[Tensor, " k"]:
+        """Return the coordinates of another vector."""
         return (vector.double() - self.mean) @ self.components
 
 

@@ -60,43 +60,53 @@ class EmbeddingWork:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
+        """Read the tokens of the studied table."""
         return read_vocabulary(self.checkpoint.source, self.table.n_rows)
 
     @cached_property
     def moments(self) -> Moments:
+        """Compute the moments of the studied table."""
         return moments_of(self.table)
 
     @cached_property
     def untrained(self) -> UntrainedScores:
+        """Score how likely each token was never trained."""
         return tables.score_untrained(self.vocabulary, self.table)
 
     @cached_property
     def loaded(self) -> tuple[Int[Tensor, " n"], Float[Tensor, "n d"]]:
+        """Load the ids and rows of the studied table."""
         return self.table.load()
 
     @cached_property
     def index(self) -> NeighborIndex:
+        """Build the index of nearest neighbors of all rows."""
         return build_index(*self.loaded)
 
     def correlation(self) -> pl.DataFrame:
+        """Correlate the rows of the first ids."""
         ids = self.loaded[0][: self.settings.first_ids]
         labels = [self.vocabulary.tokens[i].label for i in ids.tolist()]
         return tables.correlation_frame(ids.tolist(), labels, correlation_matrix(self.loaded[1][: len(ids)]))
 
     def correlation_blocks(self) -> pl.DataFrame:
+        """Find the blocks of strongly correlated rows."""
         groups, pairs = correlated_blocks(self.loaded[1], CORRELATED, progress=True)
         return tables.blocks_frame(groups, pairs, self.loaded[0], self.vocabulary)
 
     def default_radius(self) -> float:
+        """Return the distance within which rows count as duplicates: a share of the mean norm."""
         return NEAR * float(self.loaded[1].norm(dim=1).double().mean())
 
     def duplicates(self) -> pl.DataFrame:
+        """Find the groups of rows that are duplicates."""
         ids, rows = self.loaded
         radius = self.default_radius()
         pairs = pairs_within(rows, principal_components(self.moments, LEADING), radius, progress=True)
         return tables.duplicates_frame(connected_groups(pairs, len(rows)), ids, rows, self.vocabulary, radius)
 
     def tokens(self, duplicates: pl.DataFrame) -> pl.DataFrame:
+        """Describe every token, with the group of its duplicates."""
         frame = tables.tokens_frame(self.vocabulary, self.table, self.moments, self.untrained)
         group = duplicates.select("id", duplicate_group="group")
         return frame.join(group, on="id", how="left", maintain_order="left")
@@ -108,6 +118,7 @@ class EmbeddingWork:
         return torch.randperm(n, generator=generator)[: self.settings.knn_sample].sort().values
 
     def knn(self) -> pl.DataFrame:
+        """Find the nearest neighbors of all tokens, or of the sample."""
         ids, rows = self.loaded
         places = torch.arange(len(ids)) if self.settings.full_knn else self.sample()
         return tables.knn_frame(self.index, ids[places], rows[places], self.settings.neighbors)
@@ -123,6 +134,7 @@ class EmbeddingWork:
         return tables.hubs_frame(ids[places], degrees, self.vocabulary)
 
     def measures(self, hubs: pl.DataFrame) -> pl.DataFrame:
+        """Compute the scalar measures of each table, and hubness."""
         null = None
         if not self.settings.full_knn:
             noise = torch.randn(len(hubs), self.table.dim, generator=torch.Generator().manual_seed(self.settings.seed))
