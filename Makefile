@@ -10,7 +10,9 @@ report: .venv/ready
 	@echo "open report/index.html"
 
 # One thread per worker: two workers of two threads each would mostly wait for each other on two cores.
+# Bytecode is kept whatever the environment says: each worker would spend ten seconds on compiling the tests again.
 test test-fast: export OMP_NUM_THREADS = 1
+test test-fast: export PYTHONDONTWRITEBYTECODE =
 
 test: .venv/dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=
