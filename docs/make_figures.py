@@ -1,6 +1,6 @@
 """Draws the figures of the README and the docs from a finished report.
 
-dimscope report builtin --with embedding layers damage narrowing -o report
+dimscope report builtin --studies embedding layers damage narrowing -o report
 python docs/make_figures.py report                                              (needs the `export` extra)
 """
 

@@ -1,4 +1,4 @@
-"""The verbs of the library. Each takes what the user has: a name or path, an opened checkpoint, a loaded model, an array.
+"""The verbs of the library. Each takes what the user has: a name or path, an opened checkpoint or a loaded model.
 
     dimscope.dimensions(array)                                    any N x d vectors, or the table of a model
     dimscope.neighbors(model, tokenizer, " water")
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dimscope import studies
 from dimscope.checkpoints.loaded import as_checkpoint
 from dimscope.errors import InvalidArgument
-from dimscope.studies.study import SILENT, Monitor, Study, StudyResult, run_study
+from dimscope.studies.study import SILENT, Monitor, Study, StudyResult
 from dimscope.vectors.embedding import open_table
 from dimscope.vectors.sources import is_vectors, open_vectors
 from dimscope.vectors.table import VectorTable
@@ -196,12 +196,8 @@ def run(
     from dimscope.report import run_studies
 
     own = settings_of(study, text, settings)
-    vectors = isinstance(model, VectorTable) or is_vectors(model)
-    source: Any = table_of(model) if vectors else as_checkpoint(model, tokenizer)
-    if out is None:
-        study.load().check(source)
-        return run_study(study, source, own, monitor=monitor)
-    [result] = run_studies(source, {study: own}, Path(out), monitor)
+    folder = None if out is None else Path(out)
+    [result] = run_studies(as_checkpoint(model, tokenizer), {study: own}, folder, monitor)
     return result
 
 
@@ -355,13 +351,13 @@ def evaluate(
     from dimscope.checkpoints.model import load_model
     from dimscope.checkpoints.vocabulary import require_tokenizer
     from dimscope.evaluation.text_loss import text_loss
-    from dimscope.studies.reading import window_length
+    from dimscope.studies.reading import fitted_length
     from dimscope.texts.texts import open_text
-    from dimscope.texts.windows import fitting_length, middle_windows
+    from dimscope.texts.windows import middle_windows
 
     checkpoint = as_checkpoint(model, tokenizer)
     reader = require_tokenizer(checkpoint.source)
     source = open_text(texts) if text is None else _texts(text)[0]
-    size = fitting_length(source, reader, window_length(checkpoint, length, LONGEST))
+    size = fitted_length(checkpoint, {source.name: source}, length, LONGEST).length
     windows = middle_windows(source, reader, length=size, count=None, most=MOST_WINDOWS)
     return text_loss(load_model(checkpoint), windows)

@@ -19,11 +19,12 @@ from dimscope.studies.study import SILENT, Monitor, Study, StudyResult, page_of,
 
 
 def run_studies(
-    checkpoint: Checkpoint, settings: Mapping[Study, Any], out: Path, monitor: Monitor = SILENT
+    checkpoint: Checkpoint, settings: Mapping[Study, Any], out: Path | None, monitor: Monitor = SILENT
 ) -> list[StudyResult]:
-    """Run studies into one folder, each with its settings: OUT/tables/*.parquet, OUT/report.json and OUT/index.html.
+    """Run studies, each with its settings: in memory, or into one folder.
 
-    Finished tables in the folder are used again. What other studies of the same model left there stays on the page.
+    A folder gets OUT/tables/*.parquet, OUT/report.json and OUT/index.html. Finished tables in it are used again. What
+    other studies of the same model left there stays on the page.
 
     Raises:
         DimscopeError: What a study raises; every study has checked the checkpoint before the first begins.
@@ -33,7 +34,7 @@ def run_studies(
     results = []
     for study, own in settings.items():
         result = run_study(study, checkpoint, own, out=out, monitor=monitor)
-        if not result.waiting:
+        if out is not None and not result.waiting:
             # A state folder that is still there belongs to shards, and two may finish together.
             with alone(out / STATE) if (out / STATE).exists() else nullcontext():
                 _add(result, out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
@@ -75,28 +75,40 @@ def _preset(arguments: Sequence[str]) -> list[Any]:
     values = study.presets.get(named[-1]) if study is not None and named else None
     if study is None or values is None:
         return []
-    return [Dict({study.name: {_option(study.settings, name): value for name, value in values.items()}})]
-
-
-def _option(settings: type, field: str) -> str:
-    """Return the name of an option, without hyphens before it."""
-    return option_names(settings).get(field, "--" + field.replace("_", "-")).removeprefix("--")
+    names = option_names(study.settings)
+    return [Dict({study.name: {names[field].removeprefix("--"): value for field, value in values.items()}})]
 
 
 def option_names(settings: type) -> dict[str, str]:
-    """Return the options whose name is not that of their field."""
-    names: dict[str, str] = {}
+    """Return the option of every field of settings."""
+    names = {field: as_option(field) for field in settings.__annotations__}
+    for field, extra in _parameters(settings):
+        if extra.name:
+            names[field] = next(iter(extra.name))
+    return names
+
+
+def as_option(field: str) -> str:
+    """Return the option of a field without a name of its own.
+
+    >>> as_option("show_layer")
+    '--show-layer'
+    """
+    return "--" + field.replace("_", "-")
+
+
+def _parameters(settings: type) -> Iterator[tuple[str, Parameter]]:
+    """Yield what the annotations of the fields say to the command line."""
     for field, hint in settings.__annotations__.items():
         for extra in getattr(hint, "__metadata__", ()):
-            if isinstance(extra, Parameter) and extra.name:
-                names[field] = next(iter(extra.name))
-    return names
+            if isinstance(extra, Parameter):
+                yield field, extra
 
 
 def with_options(message: str) -> str:
     """Return a message of the library with `parameters` as the --options of the command line."""
     names = {field: option for study in studies.STUDIES for field, option in option_names(study.settings).items()}
-    return re.sub(r"`(\w+)`", lambda m: names.get(m[1], "--" + m[1].replace("_", "-")), message)
+    return re.sub(r"`(\w+)`", lambda m: names.get(m[1]) or as_option(m[1]), message)
 
 
 def _require_values(arguments: Sequence[str]) -> None:
@@ -110,11 +122,7 @@ def _require_values(arguments: Sequence[str]) -> None:
 def lists_of(settings: type) -> list[str]:
     """Return the options that take several values."""
     names = option_names(settings)
-    return [
-        names.get(field, "--" + field.replace("_", "-"))
-        for field, hint in settings.__annotations__.items()
-        if any(isinstance(extra, Parameter) and extra.consume_multiple for extra in getattr(hint, "__metadata__", ()))
-    ]
+    return [names[field] for field, extra in _parameters(settings) if extra.consume_multiple]
 
 
 def _fail(message: str) -> int:

@@ -47,11 +47,8 @@ def study_help(study: Study) -> str:
         "With --out: OUT/tables/*.parquet and the page OUT/index.html. An interrupted study resumes when the same command is "
         "run again."
     )
-    return (
-        f"{study.question}\n\n{resumes}\n\nExample: `{study.example}`"
-        if study.example
-        else f"{study.question}\n\n{resumes}"
-    )
+    example = f"\n\nExample: `{study.example}`" if study.example else ""
+    return f"{study.question}\n\n{resumes}{example}"
 
 
 def run_command(
@@ -62,17 +59,12 @@ def run_command(
     `watching` is open while the study runs, and closed before the summary is printed.
     """
     from dimscope.report import run_studies
-    from dimscope.studies.study import Monitor, run_study
+    from dimscope.studies.study import Monitor
 
     checkpoint = common.open(model)
     own = prepared(settings, common)
     with watching as watch:
-        monitor = Monitor(announce, log_stage, watch)
-        if common.out is None:
-            study.load().check(checkpoint)
-            result = run_study(study, checkpoint, own, monitor=monitor)
-        else:
-            [result] = run_studies(checkpoint, {study: own}, common.out, monitor)
+        [result] = run_studies(checkpoint, {study: own}, common.out, Monitor(announce, log_stage, watch))
     common.print(result_output(result, common))
 
 

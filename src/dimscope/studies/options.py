@@ -1,7 +1,7 @@
 """What the settings of several studies have in common: types that the command line can read, and checks. Imports no torch."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
@@ -29,6 +29,11 @@ def require_one_of(settings: Any, name: str, choices: Iterable[str]) -> None:
     value, choices = getattr(settings, name), tuple(choices)
     if value not in choices:
         raise InvalidArgument(f"`{name}` must be one of {', '.join(choices)}, got {value!r}")
+
+
+def require_dtype(settings: Any) -> None:
+    """Raise InvalidArgument for a `dtype` that is none of DType."""
+    require_one_of(settings, "dtype", get_args(DType))
 
 
 def require_not_empty(settings: Any, name: str, what: str) -> None:

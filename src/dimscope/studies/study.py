@@ -242,7 +242,8 @@ def run_study(
     from dimscope.studies.provenance import checkpoint_facts, fingerprint
 
     began = time.monotonic()
-    store: Store = MemoryStore() if out is None else ResultFolder(out, fingerprint(checkpoint))
+    mark = fingerprint(checkpoint)  # of a model in memory this reads all weights
+    store: Store = MemoryStore() if out is None else ResultFolder(out, mark)
     output = study.load().run(checkpoint, settings, store, monitor)
     own = {
         "facts": dict(output.facts),
@@ -250,5 +251,5 @@ def run_study(
         "warnings": list(output.warnings),
         "seconds": round(time.monotonic() - began, 1),
     }
-    report = checkpoint_facts(checkpoint) | {"studies": {study.name: own}, "fingerprint": fingerprint(checkpoint)}
+    report = checkpoint_facts(checkpoint) | {"studies": {study.name: own}, "fingerprint": mark}
     return StudyResult(study, output.tables, report, output.waiting)

@@ -14,6 +14,7 @@ from dimscope.studies.options import (
     Texts,
     as_tuple,
     require_at_least,
+    require_dtype,
     require_not_empty,
     require_one_of,
     require_seed,
@@ -81,7 +82,7 @@ class DamageSettings:
         require_at_least(1, self, "draws", "windows", "new_tokens", "text_draws", "batch")
         require_at_least(2, self, "length")
         require_one_of(self, "decoding", ("greedy", "sample", "model"))
-        require_one_of(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
+        require_dtype(self)
         require_seed(self)
         if unknown := set(self.sides) - {"input", "output", "both"}:
             raise InvalidArgument(f"`sides` must be input, output or both, got {sorted(unknown)[0]!r}")

@@ -3,6 +3,7 @@
 import polars as pl
 
 from dimscope.checkpoints.budget import embedding_share
+from dimscope.geometry.metrics import PARTICIPATION_RATIO
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables
 from dimscope.page.wording import against, count, number, sentence, share
 from dimscope.studies.embedding import spectrum_figures, token_figures
@@ -162,7 +163,7 @@ def dimension_section(tables: Tables, facts: Facts) -> Section | None:
 
 
 def _dimension_finding(tables: Tables, facts: Facts) -> str:
-    row = dimension(tables, "participation ratio")
+    row = dimension(tables, PARTICIPATION_RATIO)
     if row is None:
         return "The family of effective dimensions"
     comparison = against(row["value"], row["null_gaussian"])

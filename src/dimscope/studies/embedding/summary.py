@@ -3,6 +3,7 @@
 import polars as pl
 
 from dimscope.checkpoints.budget import embedding_share
+from dimscope.geometry.metrics import PARTICIPATION_RATIO
 from dimscope.page.section import Facts, Tables
 from dimscope.page.wording import against, number, share
 from dimscope.studies.embedding.context import dimension
@@ -14,7 +15,7 @@ def highlights(tables: Tables, facts: Facts) -> list[Highlight]:
     found: list[Highlight] = []
     if "budget" in tables:
         found.append(("embedding share", share(embedding_share(tables["budget"])), "of all parameters"))
-    row = dimension(tables, "participation ratio")
+    row = dimension(tables, PARTICIPATION_RATIO)
     if row:
         found.append(("effective dimension", number(row["value"]), against(row["value"], row["null_gaussian"])))
     return found
@@ -22,7 +23,7 @@ def highlights(tables: Tables, facts: Facts) -> list[Highlight]:
 
 def summarise(tables: Tables, facts: Facts) -> Summary:
     """Return the participation ratio of the centred table in a sentence, and every linear dimension."""
-    row = dimension(tables, "participation ratio", table=facts.of("embedding")["side"])
+    row = dimension(tables, PARTICIPATION_RATIO, table=facts.of("embedding")["side"])
     answer = "The table has no variance, so it has no effective dimension."
     if row:
         answer = (

@@ -7,6 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
+from dimscope.geometry.metrics import NUMERICAL_RANK, TWO_NN
 from dimscope.page import charts
 from dimscope.page.section import finite
 from dimscope.page.theme import (
@@ -18,7 +19,7 @@ from dimscope.page.theme import (
     log_ticks,
     series_mark,
 )
-from dimscope.studies.layers.profiles import NORM, RANK, conditions, meaning, profile
+from dimscope.studies.layers.profiles import NORM, conditions, meaning, profile
 
 UPPER, LOWER = (0.42, 1.0), (0.0, 0.3)
 """The domains of two panels over one axis of layers."""
@@ -122,14 +123,14 @@ def _relative_panel(fig: go.Figure, profiles: Mapping[str, pl.DataFrame]) -> Non
 
 def _ranks(rows: pl.DataFrame) -> Iterable[go.Scatter]:
     """Draw the numerical rank of real text, and of another condition only where it differs."""
-    real = profile(rows, RANK)
+    real = profile(rows, NUMERICAL_RANK)
     for condition in reversed(conditions(rows)):
-        points = profile(rows, RANK, condition)
+        points = profile(rows, NUMERICAL_RANK, condition)
         same = points.select("layer", "value").equals(real.select("layer", "value"))
         if points.is_empty() or (same and condition != "real"):
             continue
         mark = CONDITION_MARKS[condition]
-        name = RANK if condition == "real" else f"{RANK}, {condition}"
+        name = NUMERICAL_RANK if condition == "real" else f"{NUMERICAL_RANK}, {condition}"
         thin = {"color": mark.colour, "dash": "dot", "width": 1.5}
         mode = "lines" if points.height > 1 else "markers"
         yield profile_line(points, name, mark, mode=mode).update(
@@ -180,7 +181,7 @@ def models_profile(rows: pl.DataFrame, metric: str) -> go.Figure:
     return fig.update_traces(hovertemplate="%{customdata}: %{y:.1%} of d<extra>%{fullData.name}</extra>")
 
 
-def intrinsic_profile(rows: pl.DataFrame, metric: str = "TwoNN, maximum likelihood") -> go.Figure:
+def intrinsic_profile(rows: pl.DataFrame, metric: str = TWO_NN) -> go.Figure:
     """Draw an intrinsic dimension by layer and condition; the bars are standard errors, the band is over the draws."""
     sites = rows.select("layer", "site").iter_rows()
     found = finite(rows.filter(pl.col("metric") == metric))
@@ -233,7 +234,7 @@ def highest(frames: Sequence[pl.DataFrame], metric: str) -> float:
     """Return the largest value that a profile of these frames reaches, its null and rank included: a common y axis."""
     tops = [0.0]
     for rows in frames:
-        told = finite(rows.filter(pl.col("metric").is_in([metric, RANK])))
+        told = finite(rows.filter(pl.col("metric").is_in([metric, NUMERICAL_RANK])))
         nulls = finite(told.filter(pl.col("metric") == metric), "null")
         tops += [float(told["value"].to_numpy().max(initial=0)), float(nulls["null"].to_numpy().max(initial=0))]
     return max(tops)

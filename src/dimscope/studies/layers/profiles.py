@@ -11,7 +11,6 @@ from dimscope.page.section import finite
 from dimscope.page.theme import CONDITION_MARKS
 from dimscope.page.wording import listed
 
-RANK = "numerical rank"
 MOST_RUNS = 4
 """Stretches of blocks that a sentence names; more are counted."""
 

@@ -4,14 +4,12 @@ import math
 
 import polars as pl
 
+from dimscope.geometry.metrics import GRIDE, PARTICIPATION_RATIO, TWO_NN
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, finite, table
 from dimscope.page.wording import count, listed, number, sentence, share
 from dimscope.studies.layers import figures, state_figures
 from dimscope.studies.layers.context import Asked, asked, at, counted, layer_choice, of, shown_layer, spread, subject
 from dimscope.studies.layers.profiles import conditions, meaning, preferred_count, profile, sites
-
-RATIO = "participation ratio"
-TWO_NN = "TwoNN, maximum likelihood"
 
 
 def preprocess_section(tables: Tables, facts: Facts) -> Section | None:
@@ -21,7 +19,7 @@ def preprocess_section(tables: Tables, facts: Facts) -> Section | None:
         return None
     found, _, metric = ready
     real = of(tables["layers"], found.model, found.text).filter(pl.col("centred") & (pl.col("condition") == "real"))
-    told = RATIO if (real["metric"] == RATIO).any() else metric
+    told = PARTICIPATION_RATIO if (real["metric"] == PARTICIPATION_RATIO).any() else metric
     rows = finite(real.filter(pl.col("metric") == told))
     if rows["preprocess"].n_unique() < 2:
         return None
@@ -105,13 +103,13 @@ def intrinsic_section(tables: Tables, facts: Facts) -> Section | None:
         return None
     rows = of(tables["layers"], found.model, found.text).filter(pl.col("preprocess") == "raw")
     # Distances do not change with the mean: where both were stored, one of them is enough.
-    rows = rows.filter(pl.col("metric").is_in([TWO_NN, "GRIDE"])).unique(
+    rows = rows.filter(pl.col("metric").is_in([TWO_NN, GRIDE])).unique(
         ["condition", "seed", "layer", "metric", "scale"], keep="first", maintain_order=True
     )
     real = profile(rows, TWO_NN)
     if real.is_empty():
         return None
-    curves = finite(rows.filter((pl.col("metric") == "GRIDE") & pl.col("scale").is_not_null()))
+    curves = finite(rows.filter((pl.col("metric") == GRIDE) & pl.col("scale").is_not_null()))
     plots = [Plot("layer-intrinsic", figures.intrinsic_profile(rows), "intrinsic dimension by layer", log_toggle=True)]
     if curves.height:
         layer = shown_layer(curves, found.layer)
@@ -178,7 +176,7 @@ def curve_section(tables: Tables, facts: Facts) -> Section | None:
     if found is None or frame is None:
         return None
     rows = finite(of(frame, found.model, found.text))
-    metric = preferred_count(rows.filter(pl.col("condition") == "real")) or RATIO
+    metric = preferred_count(rows.filter(pl.col("condition") == "real")) or PARTICIPATION_RATIO
     real = rows.filter((pl.col("condition") == "real") & (pl.col("metric") == metric))
     if real["n_tokens"].n_unique() < 2:
         return None

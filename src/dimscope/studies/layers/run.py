@@ -13,7 +13,8 @@ import polars as pl
 
 from dimscope.activations.collection import is_complete
 from dimscope.activations.reservoir import Reservoir
-from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dimscope.checkpoints.checkpoint import Checkpoint
+from dimscope.checkpoints.loaded import as_checkpoint
 from dimscope.errors import InvalidArgument
 from dimscope.storage import STATE, Store, alone
 from dimscope.studies.estimate import estimate_passes
@@ -39,7 +40,7 @@ def run_layers(checkpoint: Checkpoint, settings: LayersSettings, store: Store, m
     """
     if settings.shard[1] > 1 and store.folder is None:
         raise InvalidArgument("`shard` needs `out`: the parts meet in that folder")
-    others = [model if isinstance(model, Checkpoint) else open_checkpoint(model) for model in settings.compare]
+    others = [as_checkpoint(model) for model in settings.compare]
     plan = plan_layers([checkpoint, *others], settings)
     monitor.announce("\n".join([*plan.warnings, _estimate(plan)]))
     runner = PassRunner(plan, None if store.folder is None else store.folder / STATE)

@@ -5,6 +5,7 @@ import math
 import polars as pl
 
 from dimscope.geometry.dimension import percent
+from dimscope.geometry.metrics import NUMERICAL_RANK
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, finite, table
 from dimscope.page.wording import count, listed, number, sentence, share
 from dimscope.studies.layers import figures, state_figures
@@ -20,7 +21,7 @@ from dimscope.studies.layers.context import (
     spread,
     subject,
 )
-from dimscope.studies.layers.profiles import RANK, conditions, meaning, places, profile, sites
+from dimscope.studies.layers.profiles import conditions, meaning, places, profile, sites
 
 NOT_SMALL = (
     "Every count grows with the number of tokens until it settles, and white noise of the same shape shows how far that "
@@ -252,14 +253,14 @@ def _too_few(rows: pl.DataFrame) -> str:
 def _profile_grid(rows: pl.DataFrame, metric: str, found: Asked) -> Grid:
     real = profile(rows, metric)
     others = {name: profile(rows, metric, name) for name in conditions(rows) if name != "real"}
-    ranks = dict(profile(rows, RANK).select("layer", "value").iter_rows())
+    ranks = dict(profile(rows, NUMERICAL_RANK).select("layer", "value").iter_rows())
     cells = []
     for row in real.iter_rows(named=True):
         layer = row["layer"]
         beside = [_cell(points.filter(pl.col("layer") == layer)) for points in others.values()]
         rank = number(ranks.get(layer))
         cells.append((row["site"], number(row["value"]), *beside, number(row["null"]), rank, f"{row['n_tokens']:,}"))
-    header = ("layer", "real", *others, "white noise", RANK, "tokens N")
+    header = ("layer", "real", *others, "white noise", NUMERICAL_RANK, "tokens N")
     return Grid(f"{sentence(meaning(metric))}, {found.text}", header, tuple(cells), frozenset(range(1, len(header))))
 
 

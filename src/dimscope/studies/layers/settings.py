@@ -14,6 +14,7 @@ from dimscope.studies.options import (
     Texts,
     as_tuple,
     require_at_least,
+    require_dtype,
     require_not_empty,
     require_one_of,
     require_seed,
@@ -101,7 +102,7 @@ class LayersSettings:
         require_at_least(1, self, "batch")
         require_at_least(2, self, "length")
         require_at_least(64, self, "reservoir")
-        require_one_of(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
+        require_dtype(self)
         require_seed(self)
         if not all(0 < threshold < 1 for threshold in self.thresholds):
             raise InvalidArgument(f"`thresholds` must be between 0% and 100% of the variance, got {self.thresholds}")

@@ -11,6 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
+from dimscope.geometry.metrics import GRIDE
 from dimscope.page import charts
 from dimscope.page.section import finite
 from dimscope.page.theme import CONDITION_MARKS, GAUSSIAN_NULL, WHITE_NOISE, Mark, figure, log_ticks, tint
@@ -206,7 +207,7 @@ def _names(pairs: pl.DataFrame, layer: str, site: str) -> dict[int, str]:
 
 def scale_curve(rows: pl.DataFrame, layer: int) -> go.Figure:
     """Draw the GRIDE dimension over the order of the neighbours; every layer is held, `layer` is shown."""
-    gride = finite(rows.filter((pl.col("metric") == "GRIDE") & pl.col("scale").is_not_null()))
+    gride = finite(rows.filter((pl.col("metric") == GRIDE) & pl.col("scale").is_not_null()))
     top = max(float(gride["value"].to_numpy().max(initial=1.0)), 1.0)
     scales = sorted(gride["scale"].unique())
     fig = figure(

@@ -4,7 +4,7 @@ import polars as pl
 
 from dimscope.activations.sites import FINAL_NORM
 from dimscope.geometry.dimension import preferred_count
-from dimscope.geometry.metrics import VARIANCE_COUNT
+from dimscope.geometry.metrics import NUMERICAL_RANK, PARTICIPATION_RATIO_CORRECTED, TWO_NN, VARIANCE_COUNT
 from dimscope.page.section import Facts, Tables
 from dimscope.studies.layers.sections import layers_strip
 from dimscope.studies.study import Summary
@@ -44,9 +44,9 @@ def summary_frame(layers: pl.DataFrame) -> pl.DataFrame:
         beside.append(draws.group_by(place).agg(pl.col("value").mean().alias(condition.split()[0]), *spread))
     beside += [
         column(told, "noise", "null"),
-        column("numerical rank", "rank"),
-        column("participation ratio, corrected", "ratio"),
-        column("TwoNN, maximum likelihood", "TwoNN"),
+        column(NUMERICAL_RANK, "rank"),
+        column(PARTICIPATION_RATIO_CORRECTED, "ratio"),
+        column(TWO_NN, "TwoNN"),
     ]
     for frame in beside:
         found = found.join(frame, on=place, how="left", maintain_order="left")

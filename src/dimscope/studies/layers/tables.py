@@ -16,6 +16,18 @@ from dimscope.activations.predictions import QUANTITIES, Predictions
 from dimscope.activations.site_sums import SiteSums
 from dimscope.geometry.dimension import FLOAT32_EPS, effective_rank, linear_dimensions
 from dimscope.geometry.intrinsic import intrinsic_dimensions, white_noise_dimension
+from dimscope.geometry.metrics import (
+    ANISOTROPY,
+    EFFECTIVE_RANK_UNIT_ROWS,
+    LARGEST_ACTIVATION,
+    MASSIVE_ACTIVATIONS,
+    MEAN_COSINE,
+    MEDIAN_NORM,
+    NUMERICAL_RANK,
+    ROGUE_DIMENSION_INDEX,
+    ROGUE_DIMENSION_SHARE,
+    STABLE_RANK,
+)
 from dimscope.geometry.nulls import white_noise_spectrum
 from dimscope.geometry.spectrum import Spectrum, spectrum_of
 from dimscope.vectors.moments import Moments, combined
@@ -32,7 +44,6 @@ PREDICTIONS = {
 }  # fmt: skip
 TYPES = {"seed": pl.Int64, "layer": pl.Int64, "n_tokens": pl.Int64}  # of columns that polars would type otherwise
 SMALLEST = 64  # rows of the shortest stretch of the curve over N
-NUMERICAL_RANK, STABLE_RANK = "numerical rank", "stable rank"
 FEWEST = 3  # rows from which there is a dimension to speak of
 
 Rows = Tensor | Moments  # few rows as they are, many as their moments
@@ -148,7 +159,7 @@ def _spectral_rows(
     for d in family:
         yield _dimension_row(d.metric, d.value, n, dim, null[d.metric], rank=rank, **columns)
     widest = float(spectrum.explained_variance_ratio[:1].sum())
-    yield _row("anisotropy", widest, n, dim, null=1 / null[STABLE_RANK], **columns)
+    yield _row(ANISOTROPY, widest, n, dim, null=1 / null[STABLE_RANK], **columns)
 
 
 def _row(metric: str, value: float, n: int, dim: int, **columns: Any) -> dict[str, Any]:
@@ -177,13 +188,13 @@ def _whole_rows(sums: SiteSums, everything: Rows) -> Iterator[dict[str, Any]]:
     m, total = sums.unit_count, sums.unit_total
     # Ethayarajh 2019: the mean over pairs is (||sum u||^2 - m) / (m (m - 1)).
     cosine = float((total.cpu().square().sum() - m) / (m * (m - 1))) if m > 1 and total is not None else math.nan
-    yield _row("mean cosine", cosine, n, dim, null=0.0, centred=False, n_dropped=n - m)
-    yield _row("massive activations", sums.n_massive, n, dim, centred=False)
-    yield _row("largest activation", sums.largest, n, dim, centred=False)
+    yield _row(MEAN_COSINE, cosine, n, dim, null=0.0, centred=False, n_dropped=n - m)
+    yield _row(MASSIVE_ACTIVATIONS, sums.n_massive, n, dim, centred=False)
+    yield _row(LARGEST_ACTIVATION, sums.largest, n, dim, centred=False)
     variances = _variances(everything)
     share = float(variances.max() / variances.sum()) if bool(variances.sum() > 0) else math.nan
-    yield _row("rogue dimension share", share, n, dim, null=1 / dim)
-    yield _row("rogue dimension index", int(variances.argmax()), n, dim)
+    yield _row(ROGUE_DIMENSION_SHARE, share, n, dim, null=1 / dim)
+    yield _row(ROGUE_DIMENSION_INDEX, int(variances.argmax()), n, dim)
 
 
 def _variances(rows: Rows) -> Float[Tensor, " d"]:
@@ -197,12 +208,12 @@ def _sampled_rows(sample: Float[Tensor, "n d"]) -> Iterator[dict[str, Any]]:
     if len(sample) < FEWEST:
         return
     n, dim = sample.shape
-    yield _row("median norm", float(sample.double().norm(dim=1).median()), n, dim, centred=False)
+    yield _row(MEDIAN_NORM, float(sample.double().norm(dim=1).median()), n, dim, centred=False)
     # Centred first, then of length 1, and not centred again: the eRank of Wei et al. 2024 (arXiv 2401.17139).
     unit = torch.nn.functional.normalize(sample.double() - sample.double().mean(dim=0), dim=1)
     null = effective_rank(white_noise_spectrum(n, dim, 1.0, centred=True), of_lambda=True)
     value = effective_rank(spectrum_of(unit, centred=False), of_lambda=True)
-    yield _dimension_row("effective rank (unit rows)", value, n, dim, null)
+    yield _dimension_row(EFFECTIVE_RANK_UNIT_ROWS, value, n, dim, null)
     for e in intrinsic_dimensions(sample):
         noise = white_noise_dimension(e.n_used, dim).get((e.metric, e.scale))
         columns = {"n_dropped": e.n_dropped, "stderr": e.stderr, "scale": e.scale}

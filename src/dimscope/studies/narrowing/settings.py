@@ -11,8 +11,8 @@ from dimscope.studies.options import (
     Texts,
     as_tuple,
     require_at_least,
+    require_dtype,
     require_not_empty,
-    require_one_of,
     require_seed,
 )
 
@@ -63,7 +63,7 @@ class NarrowSettings:
         require_at_least(0, self, "heal_steps")
         require_at_least(1, self, "learn_steps", "lora", "windows")
         require_at_least(2, self, "length")
-        require_one_of(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
+        require_dtype(self)
         require_seed(self)
         if unknown := set(self.bases) - set(BASES):
             raise InvalidArgument(f"`bases` must be {', '.join(BASES)}, got {sorted(unknown)[0]!r}")
