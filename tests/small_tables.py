@@ -18,7 +18,8 @@ EMBEDDING_FACTS = {
     "side": "input",
     "radius": 0.001,
     "tokenizer_size": 7,
-    "knn": {"k": 2, "n_queries": 2, "full": False},
+    "neighbors": 2,
+    "n_queries": 2,
 }
 REPORT = {
     "model": "my model's <tiny>",

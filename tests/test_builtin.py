@@ -86,10 +86,10 @@ def test_alice_reads_as_the_model_card_says(model, tokenizer, shared_data):
 
 def test_untrained_rows_are_found_in_it():
     """Rows beyond the tokenizer and impossible bytes were never a target or an input: the study must say so."""
-    from dimscope.studies.embedding.run import token_table
+    from dimscope.studies.embedding.row_tables import tokens_table
+    from dimscope.studies.embedding.source import open_source
 
-    checkpoint = dimscope.open("builtin")
-    tokens, _ = token_table(checkpoint, dimscope.open_table(checkpoint), duplicates=False)
+    tokens = tokens_table(open_source(dimscope.open("builtin")))
     beyond = tokens.filter(category="beyond")
     assert len(beyond) > 0
     assert beyond["untrained"].mean() > 0.9

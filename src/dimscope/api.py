@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dimscope import studies
+from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.loaded import as_checkpoint
 from dimscope.errors import InvalidArgument
 from dimscope.studies.study import SILENT, Monitor, Study, StudyResult
 from dimscope.vectors.embedding import open_table
-from dimscope.vectors.sources import is_vectors, open_vectors
-from dimscope.vectors.table import VectorTable
+from dimscope.vectors.sources import is_vectors, vectors_of
+from dimscope.vectors.table import VectorTable, require_finite
 
 if TYPE_CHECKING:
     import polars as pl
@@ -98,9 +99,26 @@ def table_of(source: Any, *, side: Side = "input") -> VectorTable:
         source: As for `dimensions`.
         side: "input" or "output" embeddings, for a model.
     """
-    if isinstance(source, VectorTable):
-        return source
-    return open_vectors(source) if is_vectors(source) else open_table(as_checkpoint(source), side)
+    opened = as_source(source)
+    return require_finite(opened) if isinstance(opened, VectorTable) else open_table(opened, side)
+
+
+def as_source(source: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Checkpoint | VectorTable:
+    """Return what a user passes as an opened checkpoint, or as vectors that are not checked yet.
+
+    Args:
+        source: As for `dimensions`.
+        tokenizer: The tokenizer of a PreTrainedModel.
+
+    Raises:
+        InvalidArgument: A tokenizer comes with vectors, or `source` is neither a model nor vectors.
+        CheckpointError: The model cannot be opened.
+    """
+    if not isinstance(source, VectorTable) and not is_vectors(source):
+        return as_checkpoint(source, tokenizer)
+    if tokenizer is not None:
+        raise InvalidArgument("`tokenizer` goes with a loaded transformers model, and vectors have no tokens")
+    return source if isinstance(source, VectorTable) else vectors_of(source)
 
 
 def neighbors(
@@ -115,7 +133,7 @@ def neighbors(
     """Find the nearest tokens of each query, exactly, in all dimensions and in the first 10 components.
 
     Args:
-        model: Name or path, Checkpoint or PreTrainedModel.
+        model: Name or path, Checkpoint or PreTrainedModel, or N x d vectors as for `dimensions`, whose labels are searched.
         tokenizer: The tokenizer of a PreTrainedModel; None for a checkpoint, which has its own.
         queries: A text (" water"), an id ("#3015"), an expression ("king - man + woman"), or several of them.
         k: Neighbors per query.
@@ -135,16 +153,21 @@ def neighbors(
     import polars as pl
 
     from dimscope.studies.embedding.neighbors import neighbor_tables
+    from dimscope.studies.embedding.source import open_source
 
     queries = (queries,) if isinstance(queries, str) else tuple(queries)
     if not queries:
         raise InvalidArgument("`queries` takes one or more texts, ids or expressions, got none")
-    checkpoint = as_checkpoint(model, tokenizer)
-    tables = neighbor_tables(checkpoint, open_table(checkpoint, side), queries, k=k, metric=metric)
+    source = open_source(as_source(model, tokenizer), side)
+    tables = neighbor_tables(source, queries, k=k, metric=metric)
     return pl.concat(tables.values())
 
 
 # ---- studies -------------------------------------------------------------------------------------------------------
+
+
+_MODEL = "Name or path, Checkpoint, or PreTrainedModel."
+_MODEL_OR_VECTORS = "Name or path, Checkpoint, PreTrainedModel, or N x d vectors as for `dimensions`."
 
 
 def study_verb(study: Study) -> Callable[..., StudyResult]:
@@ -165,7 +188,7 @@ def study_verb(study: Study) -> Callable[..., StudyResult]:
     verb.__doc__ = f"""{study.question}
 
     Args:
-        model: Name or path, Checkpoint, or PreTrainedModel.
+        model: {_MODEL_OR_VECTORS if study.takes_vectors else _MODEL}
         tokenizer: The tokenizer of a PreTrainedModel.
         text: The text itself, or several; `texts` takes files, URLs and builtin:prose instead.
         out: Folder in which tables and page are written, and from which finished tables are reused. None keeps all in memory.
@@ -197,7 +220,7 @@ def run(
 
     own = settings_of(study, text, settings)
     folder = None if out is None else Path(out)
-    [result] = run_studies(as_checkpoint(model, tokenizer), {study: own}, folder, monitor)
+    [result] = run_studies(as_source(model, tokenizer), {study: own}, folder, monitor)
     return result
 
 

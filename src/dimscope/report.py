@@ -1,4 +1,4 @@
-"""From an opened checkpoint to the finished page: run studies into a folder, and write the page from all tables there."""
+"""From an opened model or vectors to the finished page: run studies into a folder, and write the page from all tables there."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from dimscope.page.render import write_page
 from dimscope.page.section import Facts
 from dimscope.storage import STATE, alone, write_json
 from dimscope.studies.study import SILENT, Monitor, Study, StudyResult, page_of, run_study
+from dimscope.vectors.table import VectorTable
 
 
 def run_studies(
-    checkpoint: Checkpoint, settings: Mapping[Study, Any], out: Path | None, monitor: Monitor = SILENT
+    source: Checkpoint | VectorTable, settings: Mapping[Study, Any], out: Path | None, monitor: Monitor = SILENT
 ) -> list[StudyResult]:
     """Run studies, each with its settings: in memory, or into one folder.
 
@@ -27,13 +28,13 @@ def run_studies(
     other studies of the same model left there stays on the page.
 
     Raises:
-        DimscopeError: What a study raises; every study has checked the checkpoint before the first begins.
+        DimscopeError: What a study raises; every study has checked the source before the first begins.
     """
     for study in settings:
-        study.load().check(checkpoint)
+        study.check(source)
     results = []
     for study, own in settings.items():
-        result = run_study(study, checkpoint, own, out=out, monitor=monitor)
+        result = run_study(study, source, own, out=out, monitor=monitor)
         if out is not None and not result.waiting:
             # A state folder that is still there belongs to shards, and two may finish together.
             with alone(out / STATE) if (out / STATE).exists() else nullcontext():

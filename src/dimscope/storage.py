@@ -182,11 +182,13 @@ class ResultFolder:
     """The finished tables of one run: DIR/tables/NAME.parquet with DIR/tables/NAME.json.
 
     `recipe` is what every table of the run depends on (model, its fingerprint, seed). A finished table is used again
-    only where its recipe, with the table's own arguments, is the same.
+    only where its recipe, with the table's own arguments, is the same, and where `definition_number` still gives the
+    numbers that it gave for the table's metrics.
     """
 
     path: Path
     recipe: Mapping[str, Any]
+    definition_number: Callable[[str], int] = lambda metric: 1
 
     @property
     def folder(self) -> Path:
@@ -199,16 +201,23 @@ class ResultFolder:
         recipe = json.loads(json.dumps(recipe))
         parquet, provenance = self.path / "tables" / f"{name}.parquet", self.path / "tables" / f"{name}.json"
         finished = _read_json(provenance)
-        if finished.get("recipe") == recipe and parquet.exists() and finished.get("sha256") == _digest(parquet):
+        current = finished.get("recipe") == recipe and self._defined_as(finished.get("definitions", {}))
+        if current and parquet.exists() and finished.get("sha256") == _digest(parquet):
             return pl.read_parquet(parquet)
         with writing(provenance):
             provenance.unlink(missing_ok=True)  # from here to the end of the write there is no finished table
         table = compute()
         check_columns(name, table)
         write_table(parquet, table)
-        facts = {"recipe": recipe, "rows": len(table), "sha256": _digest(parquet), "versions": versions()}
-        write_json(provenance, facts)
+        names = table["metric"].drop_nulls().unique().sort().to_list() if "metric" in table.columns else []
+        definitions = {name: self.definition_number(name) for name in names}
+        facts = {"recipe": recipe, "definitions": definitions, "rows": len(table), "sha256": _digest(parquet)}
+        write_json(provenance, facts | {"versions": versions()})
         return table
+
+    def _defined_as(self, definitions: Mapping[str, int]) -> bool:
+        """Return whether the metrics of a finished table still have these definition numbers."""
+        return all(self.definition_number(name) == number for name, number in definitions.items())
 
     def drop(self, name: str) -> None:
         """Takes a table away that this run does not have: what an earlier one left would be taken for its own."""

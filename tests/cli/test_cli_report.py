@@ -37,7 +37,8 @@ def test_every_family_gets_its_page(checkpoint, cli, digest, tmp_path, family):
     facts = models.read_json(tmp_path / "report" / "report.json")
     spec = models.FAMILIES[family]
     assert (facts["vocab_size"], facts["hidden_size"]) == (512, 32)
-    assert facts["studies"]["embedding"]["facts"]["knn"] == {"k": 10, "n_queries": 100, "full": False}
+    own = facts["studies"]["embedding"]["facts"]
+    assert (own["neighbors"], own["n_queries"], own["full_knn"]) == (10, 100, False)
     assert facts["tied"] == spec.tied
     tables = read_tables(tmp_path / "report")
     assert tables.keys() == TABLES
@@ -62,7 +63,7 @@ def test_json_names_the_page_and_nothing_else_is_printed(checkpoint, cli, tmp_pa
     assert result.returncode == 0, result.stderr
     assert Path(json.loads(result.stdout)["page"]) == tmp_path / "report" / "index.html"
     facts = models.read_json(tmp_path / "report" / "report.json")["studies"]["embedding"]["facts"]
-    assert facts["knn"] == {"k": 10, "n_queries": 512, "full": True}
+    assert (facts["neighbors"], facts["n_queries"], facts["full_knn"]) == (10, 512, True)
 
 
 def stamps(folder: Path) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -41,7 +41,7 @@ class Common:
     "Run the Python code that comes with the model. It can do anything that you can."
 
     def open(self, model: str, revision: str | None = None) -> Checkpoint:
-        """Opens a model, at the revision of the command line unless told another."""
+        """Open a model, at this revision or else at that of the command line."""
         from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging
 
@@ -59,9 +59,19 @@ class Common:
             trust_remote_code=self.trust_remote_code,
         )
 
+    def open_source(self, source: str) -> Checkpoint | VectorTable:
+        """Open a model, or vectors from a .npy, .npz, .parquet or .safetensors file."""
+        from dimscope.vectors.sources import is_vectors, vectors_of
+
+        if not is_vectors(source):
+            return self.open(source)
+        if self.out is not None:
+            check_folder(self.out)
+        return vectors_of(source)
+
     @contextmanager
     def folder(self) -> Generator[Path]:
-        """The folder that was given, or one that is gone afterwards."""
+        """Yield the folder of the command line, or a temporary one."""
         if self.out is not None:
             yield self.out
             return
@@ -69,7 +79,7 @@ class Common:
             yield Path(temporary)
 
     def show(self, output: Output) -> None:
-        """Prints what was found, and writes it where a folder was given."""
+        """Print the result of a command, and write it to the folder if there is one."""
         if self.out is not None:
             write(output, self.out)
         self.print(output)
@@ -82,24 +92,7 @@ class Common:
             print_tables(output, self.limit)
 
 
-@Parameter(name="*")
-@dataclass(frozen=True)
-class TableOptions:
-    """Options of every command about an embedding table."""
-
-    side: Literal["input", "output"] = "input"
-    "Which table: the input embeddings, or the output embeddings of an untied model."
-    skip_nonfinite: Annotated[bool, Parameter(negative=())] = False
-    "Leave out rows with NaN or Inf instead of refusing the table."
-
-    def open(self, checkpoint: Checkpoint) -> VectorTable:
-        """Open the chosen embedding table of a checkpoint."""
-        from dimscope.vectors.embedding import open_table
-
-        return open_table(checkpoint, self.side, skip_nonfinite=self.skip_nonfinite)
-
-
-COMMON, TABLE = Common(), TableOptions()
+COMMON = Common()
 
 
 def text_sources(sources: tuple[str, ...]) -> tuple[str, ...]:

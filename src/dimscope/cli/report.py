@@ -16,7 +16,9 @@ from dimscope.errors import InvalidArgument
 from dimscope.studies.options import DType
 
 if TYPE_CHECKING:
+    from dimscope.checkpoints.checkpoint import Checkpoint
     from dimscope.studies.study import Study
+    from dimscope.vectors.table import VectorTable
 
 
 @Parameter(name="*")
@@ -46,7 +48,7 @@ class Shared:
 
 SHARED = Shared()
 PROMPT = "Once upon a time"  # which any language model can continue
-ROOM = 128  # tokens that a model must read at once for a prompt and its continuation
+PROMPT_TOKENS = 128  # tokens that a model must read at once for a prompt and its continuation
 
 
 def report_command(known: Sequence[Study]) -> Callable[..., None]:
@@ -108,19 +110,26 @@ def with_shared(settings: Any, shared: Shared) -> Any:
 
 def _run(settings: Mapping[Study, Any], shared: Shared, model: str, common: Common) -> None:
     from dimscope.report import run_studies
-    from dimscope.studies.reading import context_of
     from dimscope.studies.study import Monitor
 
     assert common.out is not None, "report() sees to it"
-    checkpoint = common.open(model)
-    if shared.prompts is None and _runs_model(settings) and (context_of(checkpoint) or ROOM) >= ROOM:
+    source = common.open_source(model)
+    if shared.prompts is None and _runs_model(settings) and _reads_prompts(source):
         shared = replace(shared, prompts=(PROMPT,))
     own = {study: prepared(with_shared(chosen, shared), common) for study, chosen in settings.items()}
-    results = run_studies(checkpoint, own, common.out, Monitor(announce, log_stage))
-    facts: dict[str, Any] = {"model": checkpoint.name}
+    results = run_studies(source, own, common.out, Monitor(announce, log_stage))
+    facts: dict[str, Any] = {"model": source.name}
     waiting = [shard for result in results for shard in result.waiting]
     facts |= {"waiting_for_shards": ", ".join(waiting)} if waiting else {"page": common.out / "index.html"}
     common.print(Output({**facts, "seconds": round(sum(result.facts.seconds or 0.0 for result in results), 1)}))
+
+
+def _reads_prompts(source: Checkpoint | VectorTable) -> bool:
+    """Return whether this is a model that reads a prompt and its continuation at once."""
+    from dimscope.checkpoints.checkpoint import Checkpoint
+    from dimscope.studies.reading import context_of
+
+    return isinstance(source, Checkpoint) and (context_of(source) or PROMPT_TOKENS) >= PROMPT_TOKENS
 
 
 def _runs_model(settings: Mapping[Study, Any]) -> bool:

@@ -61,10 +61,10 @@ def run_command(
     from dimscope.report import run_studies
     from dimscope.studies.study import Monitor
 
-    checkpoint = common.open(model)
+    source = common.open_source(model)
     own = prepared(settings, common)
     with watching as watch:
-        [result] = run_studies(checkpoint, {study: own}, common.out, Monitor(announce, log_stage, watch))
+        [result] = run_studies(source, {study: own}, common.out, Monitor(announce, log_stage, watch))
     common.print(result_output(result, common))
 
 
@@ -82,7 +82,7 @@ def prepared(settings: Any, common: Common) -> Any:
 
 def result_output(result: StudyResult, common: Common) -> Output:
     """Return what is printed of a finished study; on request as JSON, whole."""
-    facts: dict[str, Any] = {"model": result.facts.model}
+    facts: dict[str, Any] = {"model" if result.facts.is_model else "vectors": result.facts.name}
     if result.waiting:
         return Output({**facts, "waiting_for_shards": ", ".join(result.waiting), "seconds": result.facts.seconds})
     summary = result.study.load().summarise(result.tables, result.facts)

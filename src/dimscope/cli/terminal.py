@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,9 @@ def print_tables(output: Output, limit: int) -> None:
         for frame in [whole] if column is None or whole.is_empty() else whole.partition_by(column, maintain_order=True):
             if frame.is_empty():
                 continue
-            console.print(_table(name, frame.drop(c for c in output.hidden if c in frame.columns), limit))
+            console.print(
+                _table(name, frame.drop(c for c in output.hidden if c in frame.columns), limit, console.width)
+            )
             if len(frame) > limit:
                 console.print(f"{limit} of {len(frame):,} rows; --limit shows more, --json and --out give all")
 
@@ -89,8 +92,8 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _table(name: str, frame: pl.DataFrame, limit: int) -> Table:
-    """A rich table; columns that say the same in every row go into its title."""
+def _table(name: str, frame: pl.DataFrame, limit: int, width: int) -> Table:
+    """Return a rich table; columns that say the same in every row go into its title."""
     constant = [
         c for c in frame.columns if len(frame) > 1 and frame[c].n_unique() == 1 and frame.schema[c] == pl.String
     ]
@@ -101,11 +104,46 @@ def _table(name: str, frame: pl.DataFrame, limit: int) -> Table:
         title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     shown = frame.drop(constant)
+    cells = {column: [_cell(value) for value in shown[column].head(limit)] for column in shown.columns}
+    widest = _folded(cells, width)
     for column, dtype in shown.schema.items():
-        table.add_column(column.replace("_", " "), justify="right" if dtype.is_numeric() else "left", overflow="fold")
-    for row in shown.head(limit).iter_rows():
-        table.add_row(*map(_cell, row))
+        right = "right" if dtype.is_numeric() else "left"
+        table.add_column(column.replace("_", " "), justify=right, overflow="fold", no_wrap=column == widest)
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _folded(cells: dict[str, list[str]], width: int) -> str | None:
+    """Fold the widest names of a table that is wider than the terminal behind a dot, slash or underscore.
+
+    Names such as those of tensors have no spaces, and would otherwise break anywhere.
+
+    Returns:
+        The column whose cells were folded in place; None where none was.
+    """
+    widths = {column: max(map(len, [*values, *column.split("_")]), default=0) + 2 for column, values in cells.items()}
+    names = [column for column, values in cells.items() if values and not any(" " in value for value in values)]
+    if sum(widths.values()) < width or not names:
+        return None
+    widest = max(names, key=widths.__getitem__)
+    left = max(12, width - 2 - sum(widths.values()) + widths[widest])
+    cells[widest] = [_fold(value, left) for value in cells[widest]]
+    return widest
+
+
+def _fold(name: str, width: int) -> str:
+    r"""Return a name in lines of at most this width, as far as its dots, slashes and underscores allow.
+
+    >>> _fold("model.layers.0.mlp.weight", 12)
+    'model.\nlayers.0.\nmlp.weight'
+    """
+    lines = [""]
+    for part in re.findall(r"[^./_]*[./_]|[^./_]+$", name) or [name]:
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _cell(value: Any) -> str:

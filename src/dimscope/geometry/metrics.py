@@ -5,7 +5,6 @@ definition is computed again. Nothing here imports torch.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 NUMERICAL_RANK = "numerical rank"
@@ -165,15 +164,3 @@ def variance_count_name(threshold: float) -> str:
     'variance count 99.5%'
     """
     return f"{VARIANCE_COUNT} {100 * threshold:.6g}%"
-
-
-def definition_numbers(names: Iterable[str]) -> dict[str, int]:
-    """Return the definition number of each measure among the names; variance counts are one entry.
-
-    Raises:
-        KeyError: for a name that no measure has.
-
-    >>> definition_numbers(["stable rank", "variance count 90%", "variance count 95%"])
-    {'stable rank': 1, 'variance count': 1}
-    """
-    return {metric.name: metric.definition for metric in map(metric_of, names)}

@@ -51,6 +51,7 @@ def render_page(page: Page, downloads: Iterable[Download] = ()) -> str:
         .get_template("page.html.jinja")
         .render(
             facts=facts,
+            row=facts.row,
             highlights=[*model_highlights(facts), *page.highlights],
             sections=page.sections,
             downloads=list(downloads),
@@ -75,11 +76,13 @@ def write_page(page: Page, out: Path) -> Path:
 
 
 def model_highlights(facts: Facts) -> list[tuple[str, str, str]]:
-    """Return what the head of the page says about the model itself, as (name, value, note)."""
+    """Return what the head of the page says about the model or the vectors, as (name, value, note)."""
+    if facts.n_parameters is None:
+        return [("vectors", f"{facts.n_rows:,} × {facts.dim:,}", f"rows × dimensions, stored as {facts.dtype}")]
     shared = "one table reads and predicts" if facts.tied else "two separate tables"
     return [
         ("parameters", magnitude(facts.n_parameters), f"{facts.n_parameters:,} stored as {facts.dtype}"),
-        ("embedding table", f"{facts.vocab_size:,} × {facts.hidden_size:,}", "tokens × dimensions"),
+        ("embedding table", f"{facts.n_rows:,} × {facts.dim:,}", "tokens × dimensions"),
         ("tied", "yes" if facts.tied else "no", shared),
     ]
 

@@ -24,13 +24,27 @@ class StudyFacts:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What report.json says about the model and the run; keys that later versions add are kept in `raw` only."""
+    """What report.json says about the model, or the vectors, and the run; keys of later versions are kept in `raw` only.
 
-    model: str
-    vocab_size: int
-    hidden_size: int
-    n_parameters: int
-    tied: bool
+    Attributes:
+        name: The name or path of the model or the vectors.
+        n_rows: Rows of the table: the size of the vocabulary of a model.
+        dim: Dimensions of a row: the hidden size of a model.
+        n_parameters: Parameters of the model; None for vectors.
+        tied: Whether a model reads and predicts with one table.
+        architecture: The class of the model.
+        dtype: The dtype in which the numbers are stored.
+        revision: The commit of a model from the hub.
+        studies: The facts of each study by its name.
+        versions: Versions of the packages.
+        raw: The whole report.
+    """
+
+    name: str
+    n_rows: int
+    dim: int
+    n_parameters: int | None = None
+    tied: bool = False
     architecture: str = "unknown architecture"
     dtype: str = "unknown"
     revision: str | None = None
@@ -40,8 +54,18 @@ class Facts:
 
     @property
     def title(self) -> str:
-        """Return the human-readable name of the model: a hub id whole, of a path its last part."""
-        return title_of(self.model)
+        """Return the human-readable name: a hub id whole, of a path its last part."""
+        return title_of(self.name)
+
+    @property
+    def is_model(self) -> bool:
+        """Return whether this is a model: vectors have no vocabulary and no parameters."""
+        return self.n_parameters is not None
+
+    @property
+    def row(self) -> str:
+        """Return what a row of the table is, as a noun: "token", or "row" where it is no model."""
+        return "token" if self.is_model else "row"
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -65,9 +89,11 @@ class Facts:
         Raises:
             TypeError: A required key is missing.
         """
-        known = {f.name for f in fields(cls)} - {"raw", "studies"}
+        names = {f.name for f in fields(cls)} - {"raw", "studies"}
+        of_model = {"model": "name", "vectors": "name", "vocab_size": "n_rows", "hidden_size": "dim"}
+        renamed = {of_model.get(key, key): value for key, value in report.items()}
         # A null stands for "unknown", which is what the default says.
-        present = {key: value for key, value in report.items() if key in known and value is not None}
+        present = {key: value for key, value in renamed.items() if key in names and value is not None}
         studies = {
             name: StudyFacts(own["facts"], tuple(own["tables"]), tuple(own.get("warnings") or ()), own.get("seconds"))
             for name, own in report.get("studies", {}).items()

@@ -35,6 +35,7 @@ CATEGORY_MARKS: dict[str, Mark] = {
     "undecodable": Mark("#b07f00", "triangle-up"),
     "unreachable": Mark("#c45a9c", "cross"),
     "beyond": Mark("#8d79d6", "x"),
+    "vectors": Mark("#3f86cf", "circle"),  # rows that are no tokens
 }
 
 # The measured table shares the blue of ordinary tokens: blue is what the model holds, grey and brown are chance.

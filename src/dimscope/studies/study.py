@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dimscope.page.render import Page
     from dimscope.page.section import Facts, Section, SectionMaker, Tables
     from dimscope.storage import Store
+    from dimscope.vectors.table import VectorTable
 
 Highlight = tuple[str, str, str]
 """A number of the head of the page: its name, its value, a note."""
@@ -57,8 +58,8 @@ SILENT = Monitor()
 class RunFunction(Protocol):
     """Runs a study. Every finished table goes through the store, which may have it already."""
 
-    def __call__(self, checkpoint: Checkpoint, settings: Any, store: Store, monitor: Monitor, /) -> RunOutput:
-        """Run the study on a checkpoint."""
+    def __call__(self, source: Any, settings: Any, store: Store, monitor: Monitor, /) -> RunOutput:
+        """Run the study on a Checkpoint; where the study takes vectors, also on a VectorTable."""
         ...
 
 
@@ -128,6 +129,7 @@ class Study:
         load: Imports and returns the code of the study.
         example: A command line to try.
         presets: Values of settings by the name of a preset, which other options override.
+        takes_vectors: Whether the study also runs on N x d vectors that belong to no model.
     """
 
     name: str
@@ -136,6 +138,16 @@ class Study:
     load: Callable[[], StudyCode]
     example: str = ""
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    takes_vectors: bool = False
+
+    def check(self, source: Checkpoint | VectorTable) -> None:
+        """Raise DimscopeError for a source that the study cannot work on; reads no weights."""
+        from dimscope.checkpoints.checkpoint import Checkpoint
+
+        if isinstance(source, Checkpoint):
+            self.load().check(source)
+        elif not self.takes_vectors:
+            raise InvalidArgument(f"{self.name} runs a model, and {source.name} holds vectors; pass a model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +239,7 @@ def page_of(codes: Sequence[StudyCode], tables: Tables, facts: Facts) -> Page:
 
 def run_study(
     study: Study,
-    checkpoint: Checkpoint,
+    source: Checkpoint | VectorTable,
     settings: Any,
     *,
     out: Path | None = None,
@@ -239,17 +251,17 @@ def run_study(
         DimscopeError: What the study, and opening, reading and running its models raise.
     """
     from dimscope.storage import MemoryStore, ResultFolder
-    from dimscope.studies.provenance import checkpoint_facts, fingerprint
+    from dimscope.studies.provenance import definition_number, fingerprint, source_facts
 
     began = time.monotonic()
-    mark = fingerprint(checkpoint)  # of a model in memory this reads all weights
-    store: Store = MemoryStore() if out is None else ResultFolder(out, mark)
-    output = study.load().run(checkpoint, settings, store, monitor)
+    mark = fingerprint(source)  # of a model or vectors in memory this reads all numbers
+    store: Store = MemoryStore() if out is None else ResultFolder(out, mark, definition_number)
+    output = study.load().run(source, settings, store, monitor)
     own = {
         "facts": dict(output.facts),
         "tables": list(output.tables),
         "warnings": list(output.warnings),
         "seconds": round(time.monotonic() - began, 1),
     }
-    report = checkpoint_facts(checkpoint) | {"studies": {study.name: own}, "fingerprint": mark}
+    report = source_facts(source) | {"studies": {study.name: own}, "fingerprint": mark}
     return StudyResult(study, output.tables, report, output.waiting)

@@ -54,6 +54,17 @@ def open_vectors(
     >>> open_vectors([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], labels=["a", "b", "c"])
     VectorTable(vectors: 3 x 2, float64, labelled)
     """
+    return require_finite(vectors_of(source, key=key, labels=labels, name=name), skip_nonfinite=skip_nonfinite)
+
+
+def vectors_of(
+    source: object, *, key: str | None = None, labels: Sequence[str] | None = None, name: str | None = None
+) -> VectorTable:
+    """Open N x d vectors as `open_vectors` does, but without the pass that checks that they are finite.
+
+    Raises:
+        InvalidArgument: as `open_vectors`.
+    """
     table = _open(source, key)
     table = replace(table, name=name or table.name or "vectors")
     if labels is not None:
@@ -62,7 +73,7 @@ def open_vectors(
         table = replace(table, labels=tuple(labels))
     if table.labels is not None and len(table.labels) != table.n_rows:
         raise InvalidArgument(f"`labels` must be {table.n_rows:,}, one per row, got {len(table.labels):,}")
-    return require_finite(table, skip_nonfinite=skip_nonfinite)
+    return table
 
 
 def is_vectors(source: object) -> bool:

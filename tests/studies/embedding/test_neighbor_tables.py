@@ -16,14 +16,17 @@ from dimscope.errors import InvalidArgument, TokenizerMissing
 from dimscope.geometry.neighbors import NEIGHBOR_METRICS, build_index
 from dimscope.studies.embedding.neighbors import (
     Query,
+    SearchSpace,
     find_neighbors,
     neighbor_tables,
     parse_query,
     project,
     query_vector,
 )
+from dimscope.studies.embedding.source import open_source
 from dimscope.vectors.embedding import open_table
 from dimscope.vectors.moments import moments
+from dimscope.vectors.sources import vectors_of
 from dimscope.vectors.table import table_from_tensor
 
 PIECES = ["king", " king", " man", "man", " woman", " w", "at", "er", "+", "-", "#", " "]
@@ -151,7 +154,11 @@ def test_a_query_is_not_its_own_neighbour():
     x = gaussian(12, 5)
     query = parse_query("king - #3", VOCABULARY)
     found = find_neighbors(
-        query, query_vector(query, table_from_tensor(x)), build_index(torch.arange(12), x), VOCABULARY, 5, "all"
+        query,
+        query_vector(query, table_from_tensor(x)),
+        [SearchSpace("all", build_index(torch.arange(12), x))],
+        VOCABULARY,
+        5,
     )
     assert len(found) == 5
     assert not {1, 3} & set(found["id"])
@@ -165,7 +172,9 @@ def test_a_query_is_not_its_own_neighbour():
 def test_more_neighbours_than_tokens_are_all_others():
     x = gaussian(12, 5)
     query = parse_query(" king", VOCABULARY)
-    found = find_neighbors(query, x[1].double(), build_index(torch.arange(12), x, "euclidean"), VOCABULARY, 50, "all")
+    found = find_neighbors(
+        query, x[1].double(), [SearchSpace("all", build_index(torch.arange(12), x, "euclidean"))], VOCABULARY, 50
+    )
     assert sorted(found["id"]) == [i for i in range(12) if i != 1]
     assert found["distance"].is_sorted()
     assert found.schema["distance"] == pl.Float64
@@ -174,10 +183,10 @@ def test_more_neighbours_than_tokens_are_all_others():
 @pytest.mark.parametrize("metric", NEIGHBOR_METRICS)
 def test_the_tables_are_those_of_scikit_learn_in_both_spaces(checkpoint, metric):
     opened = open_checkpoint(checkpoint("qwen2"))
-    table = open_table(opened)
-    _, rows = table.load()
+    source = open_source(opened)
+    rows = source.loaded.rows
     x = rows.double().numpy()
-    found = neighbor_tables(opened, table, ["#300", " the"], k=7, metric=metric, components=4)
+    found = neighbor_tables(source, ["#300", " the"], k=7, metric=metric, components=4)
     assert list(found) == ["#300", " the"]
     pca = PCA(4).fit(x)
     for space, points in (("all 32 dimensions", x), ("first 4 components", pca.transform(x))):
@@ -199,7 +208,7 @@ def test_neighbours_of_a_planted_copy_and_of_text(checkpoint, editable):
     (the,) = vocabulary.ids(" the")
     set_rows(folder, [400], open_table(opened).rows(torch.tensor([the]))[0] * 2)
     opened = open_checkpoint(folder)
-    found = neighbor_tables(opened, open_table(opened), [" the", f"#{the}"], k=3, components=0)
+    found = neighbor_tables(open_source(opened), [" the", f"#{the}"], k=3, components=0)
     for frame in found.values():
         assert frame["id"][0] == 400
         assert frame["cosine"][0] == pytest.approx(1, abs=1e-6)
@@ -211,39 +220,38 @@ def test_excluded_rows_are_nobodys_neighbours_and_cannot_be_asked_for(checkpoint
     folder = editable(checkpoint("qwen2"))
     set_rows(folder, [5, 300], math.nan)
     opened = open_checkpoint(folder)
-    table = open_table(opened, skip_nonfinite=True)
-    found = neighbor_tables(opened, table, ["#6"], k=600, components=3)["#6"]
+    source = open_source(opened, skip_nonfinite=True)
+    found = neighbor_tables(source, ["#6"], k=600, components=3)["#6"]
     assert not {5, 6, 300} & set(found["id"])
     assert len(found) == 2 * 509
     assert found["cosine"].is_finite().all()
     labels = dict(zip(found["id"], found["label"], strict=True))
     assert labels[301] == read_vocabulary(opened.source, 512).tokens[301].label
     with pytest.raises(InvalidArgument, match="row 300 holds NaN or Inf"):
-        neighbor_tables(opened, table, ["#6 - #300"])
+        neighbor_tables(source, ["#6 - #300"])
 
 
 @pytest.mark.parametrize("components", [-1, 33])
 def test_components_outside_the_table_are_refused(checkpoint, components):
     opened = open_checkpoint(checkpoint("qwen2"))
-    with pytest.raises(InvalidArgument, match=f"from 0 to 32, not {components}"):
-        neighbor_tables(opened, open_table(opened), ["#1"], components=components)
+    with pytest.raises(InvalidArgument, match=f"must be 0 to 32, got {components}"):
+        neighbor_tables(open_source(opened), ["#1"], components=components)
 
 
 @pytest.mark.parametrize(("hidden_size", "components"), [(32, 10), (8, 8)])
 def test_the_projection_has_ten_components_or_all_there_are(checkpoint, hidden_size, components):
     opened = open_checkpoint(checkpoint("gpt2", hidden_size=hidden_size))
-    found = neighbor_tables(opened, open_table(opened), ["#300"])["#300"]
+    found = neighbor_tables(open_source(opened), ["#300"])["#300"]
     assert set(found["space"]) == {f"all {hidden_size} dimensions", f"first {components} components"}
 
 
 def test_a_checkpoint_without_tokenizer_answers_for_rows(checkpoint, editable):
     folder = editable(checkpoint("qwen2"))
     remove_tokenizer(folder)
-    opened = open_checkpoint(folder)
-    table = open_table(opened)
-    assert neighbor_tables(opened, table, ["#4 - #5"], k=2)["#4 - #5"]["label"][0].startswith("#")
+    source = open_source(open_checkpoint(folder))
+    assert neighbor_tables(source, ["#4 - #5"], k=2)["#4 - #5"]["label"][0].startswith("#")
     with pytest.raises(TokenizerMissing):
-        neighbor_tables(opened, table, ["the"])
+        neighbor_tables(source, ["the"])
 
 
 def test_ids_of_a_table_with_gaps_are_kept():
@@ -251,15 +259,26 @@ def test_ids_of_a_table_with_gaps_are_kept():
     x[0] = math.nan
     ids, rows = table_without(x, {0}).load()
     query = parse_query("#3", VOCABULARY)
-    found = find_neighbors(query, x[3].double(), build_index(ids, rows), VOCABULARY, 3, "all")
+    found = find_neighbors(query, x[3].double(), [SearchSpace("all", build_index(ids, rows))], VOCABULARY, 3)
     expected = torch.nn.functional.cosine_similarity(x, x[3:4]).nan_to_num(-9)
     expected[3] = -9
     assert found["id"].to_list() == expected.topk(3).indices.tolist()
 
 
 def test_a_lone_string_is_one_query():
-    checkpoint = open_checkpoint("builtin")
-    table = open_table(checkpoint)
-    alone = neighbor_tables(checkpoint, table, " water", k=2)
+    source = open_source(open_checkpoint("builtin"))
+    alone = neighbor_tables(source, " water", k=2)
     assert list(alone) == [" water"]
-    assert alone[" water"].equals(neighbor_tables(checkpoint, table, [" water"], k=2)[" water"])
+    assert alone[" water"].equals(neighbor_tables(source, [" water"], k=2)[" water"])
+
+
+def test_rows_of_vectors_are_searched_by_label_and_by_number():
+    x = gaussian(30, 6)
+    x[7] = 2 * x[3]
+    source = open_source(vectors_of(x, labels=[f"word{i}" for i in range(30)]))
+    tables = neighbor_tables(source, ["word3", "#3", "word3 - word5 + word5"], k=1, components=0)
+    assert [frame["label"].to_list() for frame in tables.values()] == [["word7"]] * 3
+    with pytest.raises(InvalidArgument, match="no row of vectors has the label 'word99'"):
+        neighbor_tables(source, "word99")
+    with pytest.raises(TokenizerMissing, match="has no labels"):
+        neighbor_tables(open_source(vectors_of(x)), "word3")

@@ -7,8 +7,8 @@ from matrices import gaussian
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.geometry.pairs import LEADING
 from dimscope.geometry.spectrum import principal_components
-from dimscope.studies.embedding.run import closest_distance, pair_tables
-from dimscope.vectors.embedding import open_table
+from dimscope.studies.embedding.row_tables import closest_distance, pair_tables
+from dimscope.studies.embedding.source import open_source
 from dimscope.vectors.moments import moments
 
 
@@ -28,10 +28,9 @@ def test_the_closest_distance_of_copies_is_zero():
 
 
 def test_the_closest_pair_is_reported_where_none_is_within_the_radius():
-    checkpoint = open_checkpoint("builtin")
-    table = open_table(checkpoint)
-    none = pair_tables(checkpoint, table, 1e-4)
+    source = open_source(open_checkpoint("builtin"))
+    none = pair_tables(source, 1e-4)
     assert none.pairs.is_empty()
     assert none.groups.is_empty()
-    some = pair_tables(checkpoint, table, none.closest * 1.001)
+    some = pair_tables(source, none.closest * 1.001)
     assert some.pairs["distance"][0] == some.closest == pytest.approx(none.closest)

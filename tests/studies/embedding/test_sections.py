@@ -88,7 +88,7 @@ def test_spectrum_counts_the_leading_directions_above_the_permuted_table(
     ],
 )
 def test_title_is_the_hub_id_or_the_last_part_of_a_path(facts: Facts, model: str, title: str) -> None:
-    assert replace(facts, model=model).title == title
+    assert replace(facts, name=model).title == title
 
 
 def test_untied_model_shows_both_tables(tables: Tables, facts: Facts) -> None:
@@ -130,22 +130,22 @@ def test_norms_rise_fall_or_neither(tables: Tables, facts: Facts, rho: float, wo
     assert "mean cosine is 0.31 (0.00 after centring)" in title
 
 
-def _with_knn(facts: Facts, knn: dict[str, object]) -> Facts:
+def _with_queries(facts: Facts, n: int) -> Facts:
     study = facts.studies["embedding"]
-    return replace(facts, studies={"embedding": replace(study, facts={**study.facts, "knn": knn})})
+    return replace(facts, studies={"embedding": replace(study, facts={**study.facts, "n_queries": n})})
 
 
 def test_map_says_which_neighbours_it_has(tables: Tables, facts: Facts) -> None:
     sample = _section(rows.map_section(tables, facts)).how_to_read
-    full = _section(rows.map_section(tables, _with_knn(facts, {"n_queries": 8, "full": True}))).how_to_read
-    none = _section(rows.map_section(tables, _with_knn(facts, {}))).how_to_read
+    full = _section(rows.map_section(tables, _with_queries(facts, 8))).how_to_read
+    none = _section(rows.map_section(tables, _with_queries(facts, 0))).how_to_read
     assert "random sample of 2 tokens" in sample
-    assert "all 8 tokens were computed (--full-knn)" in full
+    assert "all 8 tokens were computed" in full
     assert "No neighbours were computed" in none
 
 
 def test_neighbours_count_what_the_projection_keeps(tables: Tables, facts: Facts) -> None:
-    wide = replace(facts, hidden_size=64)
+    wide = replace(facts, dim=64)
     title = _section(rows.neighbours_section(tables, wide)).title
     assert title == "Keeping 10 of 64 dimensions keeps 1 of 2 nearest neighbours, for one query"
     # With ten dimensions or fewer nothing is left out, so nothing is claimed.
@@ -156,8 +156,8 @@ def test_neighbours_count_what_the_projection_keeps(tables: Tables, facts: Facts
     ("n_groups", "title"),
     [
         (0, "No two rows of the table are copies of each other (radius 0.001)"),
-        (1, "2 tokens share what is practically one row (radius 0.001)"),
-        (2, "4 tokens share only 2 practically different rows (radius 0.001)"),
+        (1, "2 tokens are practically one vector (radius 0.001)"),
+        (2, "4 tokens share only 2 practically different vectors (radius 0.001)"),
     ],
 )
 def test_duplicates_for_none_one_and_many(tables: Tables, facts: Facts, n_groups: int, title: str) -> None:
@@ -174,7 +174,7 @@ def test_correlation_blocks_for_none_one_and_many(tables: Tables, facts: Facts) 
         for blocks in (frame.clear(), frame, two)
     ]
     assert titles == [
-        "No two tokens in the vocabulary are near-perfectly correlated",
+        "No two tokens of the table are near-perfectly correlated",
         "One block of 2 tokens is almost perfectly correlated (r of 0.999 or more)",
         "2 blocks of tokens are almost perfectly correlated, the largest of 3 (r of 0.999 or more)",
     ]
@@ -216,15 +216,15 @@ def test_surprising_tokens_come_first(tables: Tables, facts: Facts) -> None:
 def test_hubs_tell_the_largest_the_mean_and_the_unnamed(tables: Tables, facts: Facts) -> None:
     title = _section(rows.hubness_section(tables, facts)).title
     assert (
-        title == "The largest hub is a near neighbour of 6 tokens, where 2 is the average; "
-        "66.7% of tokens are nobody's neighbour"
+        title == "The largest hub is in the neighbour lists of 6 tokens, where 2 is the average; "
+        "66.7% of tokens are in no list"
     )
 
 
 def test_a_graph_where_everyone_is_named(tables: Tables, facts: Facts) -> None:
     hubs = tables["hubs"].with_columns(in_degree=pl.lit(2, dtype=pl.Int64))
     title = _section(rows.hubness_section({**tables, "hubs": hubs}, facts)).title
-    assert title.endswith("every token is somebody's neighbour")
+    assert title.endswith("every token is in a list")
 
 
 def test_model_without_tokenizer(tables: Tables, facts: Facts) -> None:

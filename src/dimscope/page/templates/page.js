@@ -296,9 +296,9 @@
   function find(text) {
     view.hits = search(text);
     const n = view.hits.length;
-    const said = n === 0 ? "No token" : n === 1 ? "1 token" : `${n.toLocaleString("en")} tokens`;
+    const count = n === 0 ? `No ${payload.row}` : n === 1 ? `1 ${payload.row}` : `${n.toLocaleString("en")} ${payload.row}s`;
     const listed = n > LISTED ? `, the first ${LISTED} are listed` : "";
-    byId("found").textContent = text === "" ? "" : `${said} found${listed}.`;
+    byId("found").textContent = text === "" ? "" : `${count} found${listed}.`;
     byId("hits").replaceChildren(...view.hits.slice(0, LISTED).map((row) => chip(row)));
     return look(n > 0 && n <= FEW ? view.hits : null);
   }
@@ -316,10 +316,10 @@
   }
 
   function neighbourPart(id) {
-    if (!knn) return [line("No neighbours were computed for this page. For this token run ", code(`${payload.command} '#${id}'`))];
+    if (!knn) return [line(`No neighbours were computed for this page. For this ${payload.row} run `, code(`${payload.command} '#${id}'`))];
     if (!knn.has(id)) {
       const n = knn.count.toLocaleString("en");
-      return [line(`Only a random sample of ${n} tokens has precomputed neighbours, and this token is not in it. Run `,
+      return [line(`Only a random sample of ${n} ${payload.row}s has precomputed neighbours, and this ${payload.row} is not in it. Run `,
         code(`${payload.command} '#${id}'`))];
     }
     const list = document.createElement("ol");
@@ -331,8 +331,8 @@
       item.append(row === undefined ? `#${other}` : chip(row), value);
       list.append(item);
     }
-    const everyone = `computed for every token${payload.knnFull ? " (--full-knn)" : ""}`;
-    const sample = `computed for a sample of ${knn.count.toLocaleString("en")} tokens`;
+    const everyone = `computed for every ${payload.row}`;
+    const sample = `computed for a sample of ${knn.count.toLocaleString("en")} ${payload.row}s`;
     const scope = knn.count === tokens.count ? everyone : sample;
     const note = line(`Nearest neighbours by cosine in all dimensions, ${scope}.`);
     note.className = "hint";
@@ -361,7 +361,7 @@
   function showAll() {
     byId("find").value = "";
     view.picked = null;
-    byId("picked").replaceChildren(Object.assign(line("Click a token to see its nearest neighbours."), { className: "hint" }));
+    byId("picked").replaceChildren(Object.assign(line(`Click a ${payload.row} to see its nearest neighbours.`), { className: "hint" }));
     return find("");
   }
 

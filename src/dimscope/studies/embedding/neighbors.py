@@ -1,4 +1,4 @@
-"""Neighbours of a query: a token, an id, a phrase, or an expression such as `king - man + woman`."""
+"""Neighbors of a query: a token, an id, a phrase, or an expression such as `king - man + woman`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dimscope.checkpoints.checkpoint import Checkpoint
-from dimscope.checkpoints.vocabulary import Vocabulary, read_vocabulary
+from dimscope.checkpoints.vocabulary import Vocabulary
 from dimscope.errors import InvalidArgument
 from dimscope.geometry.neighbors import NeighborIndex, NeighborMetric, build_index
-from dimscope.geometry.spectrum import moments_of, principal_components
+from dimscope.geometry.spectrum import principal_components
+from dimscope.studies.embedding import tables
+from dimscope.studies.embedding.source import EmbeddingSource
 from dimscope.vectors.moments import Moments
 from dimscope.vectors.table import VectorTable
 
@@ -45,7 +46,7 @@ class Query:
 
 
 def parse_query(text: str, vocabulary: Vocabulary) -> Query:
-    """Reads a query. ` + ` and ` - ` between spaces make an expression; `#123` is the row 123.
+    """Read a query. ` + ` and ` - ` between spaces make an expression; `#123` is the row 123.
 
     A text alone is taken as typed, leading space and all. In an expression, where spaces separate, a word means the
     token with a leading space if there is one (`king` is ` king`), since that is how words stand in running text.
@@ -75,9 +76,9 @@ def _term_ids(term: str, vocabulary: Vocabulary, alone: bool) -> tuple[int, ...]
 
 
 def query_vector(query: Query, table: VectorTable, combine: Combine = "mean") -> Float[Tensor, " d"]:
-    """The signed sum of the terms, float64; the rows of a term are averaged, or summed.
+    """Return the signed sum of the terms, float64; the rows of a term are averaged, or summed.
 
-    The sum grows with the number of tokens and drifts towards their common mean; it matters for Euclidean neighbours.
+    The sum grows with the number of tokens and drifts towards their common mean; it matters for Euclidean neighbors.
     """
     vector = torch.zeros(table.dim, dtype=torch.float64)
     for sign, ids in query.terms:
@@ -99,38 +100,70 @@ class Projection:
         return (vector.double() - self.mean) @ self.components
 
 
-def project(of: Moments, rows: Float[Tensor, "n d"], k: int) -> Projection:
-    """Rows in the k leading components of the centred table whose moments are `of`."""
-    components = principal_components(of, k)
-    return Projection((rows - of.mean.float()) @ components.float(), of.mean, components)
+def project(moments: Moments, rows: Float[Tensor, "n d"], k: int) -> Projection:
+    """Project rows onto the k leading components of the centred table that has these moments."""
+    components = principal_components(moments, k)
+    return Projection((rows - moments.mean.float()) @ components.float(), moments.mean, components)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SearchSpace:
+    """Where neighbors are searched: all dimensions, or the leading components."""
+
+    name: str
+    index: NeighborIndex
+    projection: Projection | None = None
+
+    def locate(self, vector: Float[Tensor, " d"]) -> Float[Tensor, " k"]:
+        """Return the coordinates of a vector in this space."""
+        return vector if self.projection is None else self.projection.apply(vector)
+
+
+def search_spaces(
+    source: EmbeddingSource, components: int, metric: NeighborMetric = "cosine", name: str | None = None
+) -> list[SearchSpace]:
+    """Return all dimensions of a source, and its first components where there are to be some.
+
+    Args:
+        source: The vectors to search.
+        components: Dimensions of the projection; 0 leaves it out.
+        metric: The similarity or distance.
+        name: What tables call the space of all dimensions; by default with their number.
+    """
+    ids, rows = source.loaded
+    whole = source.index if metric == "cosine" else build_index(ids, rows, metric)
+    spaces = [SearchSpace(name or f"all {source.table.dim} dimensions", whole)]
+    if components:
+        projection = project(source.moments, rows, components)
+        index = build_index(ids, projection.rows, metric)
+        spaces.append(SearchSpace(f"first {components} components", index, projection))
+    return spaces
 
 
 def find_neighbors(
-    query: Query, vector: Float[Tensor, " d"], index: NeighborIndex, vocabulary: Vocabulary, k: int, space: str
+    query: Query, vector: Float[Tensor, " d"], spaces: Sequence[SearchSpace], vocabulary: Vocabulary, k: int
 ) -> pl.DataFrame:
-    """The k nearest tokens other than those of the query itself: query, space, rank, id, label, category, similarity."""
-    own = set(query.ids)
-    ids, scores = index.search(vector[None], k + len(own))
-    found = [(i, s) for i, s in zip(ids[0].tolist(), scores[0].tolist(), strict=True) if i not in own][:k]
-    column = "distance" if index.metric == "euclidean" else "cosine"
-    tokens = [vocabulary.tokens[i] for i, _ in found]
-    return pl.DataFrame(
-        {
-            "query": [query.text] * len(found),
-            "space": [space] * len(found),
-            "rank": range(1, len(found) + 1),
-            "id": [i for i, _ in found],
-            "label": [t.label for t in tokens],
-            "category": [t.category for t in tokens],
-            column: [s for _, s in found],
-        },
-        schema=NEIGHBORS | {column: pl.Float64},
-    )
+    """Return the k nearest tokens in each space, other than those of the query itself.
+
+    Returns:
+        Columns query, space, rank, id, label, category, and cosine or distance.
+    """
+    own, frames = set(query.ids), []
+    for space in spaces:
+        ids, scores = space.index.search(space.locate(vector)[None], k + len(own))
+        nearest = [(i, s) for i, s in zip(ids[0].tolist(), scores[0].tolist(), strict=True) if i not in own][:k]
+        tokens = [vocabulary.tokens[i] for i, _ in nearest]
+        rows = [
+            (query.text, space.name, rank, token.id, token.label, token.category, score)
+            for rank, (token, (_, score)) in enumerate(zip(tokens, nearest, strict=True), 1)
+        ]
+        column = "distance" if space.index.metric == "euclidean" else "cosine"
+        frames.append(pl.DataFrame(rows, schema=NEIGHBORS | {column: pl.Float64}, orient="row"))
+    return pl.concat(frames)
 
 
 def neighbor_tables(
-    checkpoint: Checkpoint,
-    table: VectorTable,
+    source: EmbeddingSource,
     texts: str | Sequence[str],
     *,
     k: int = 20,
@@ -138,13 +171,12 @@ def neighbor_tables(
     components: int | None = None,
     combine: Combine = "mean",
 ) -> dict[str, pl.DataFrame]:
-    """Return the neighbours of each query in all dimensions and in the first components, as one table per query.
+    """Return the neighbors of each query in all dimensions and in the first components, as one table per query.
 
     Args:
-        checkpoint: The model, for its vocabulary.
-        table: The vectors to search.
+        source: The vectors to search, and the names of their rows.
         texts: The queries; a single string is one query.
-        k: Neighbours per query and space.
+        k: Neighbors per query and space.
         metric: The similarity or distance.
         components: Dimensions of the projection: 10 by default, or d where that is less; 0 leaves the projection out.
         combine: How the tokens of a phrase are combined.
@@ -152,27 +184,16 @@ def neighbor_tables(
     Raises:
         InvalidArgument: A query names an excluded row, or `parse_query` refuses it.
     """
+    table = source.table
     if components is None:
-        components = min(10, table.dim)
+        components = min(tables.COMPONENTS, table.dim)
     if not 0 <= components <= table.dim:
-        raise InvalidArgument(f"components go from 0 to {table.dim}, not {components}")
-    vocabulary = read_vocabulary(checkpoint.source, table.n_rows)
-    queries = [parse_query(text, vocabulary) for text in ([texts] if isinstance(texts, str) else texts)]
-    if bad := sorted(table.excluded & {i for q in queries for i in q.ids}):
-        raise InvalidArgument(f"row {bad[0]} holds NaN or Inf, so it has no neighbours")
-    ids, rows = table.load()
-    spaces: list[tuple[str, Projection | None, NeighborIndex]] = [
-        (f"all {table.dim} dimensions", None, build_index(ids, rows, metric))
-    ]
-    if components:
-        projected = project(moments_of(table), rows, components)
-        spaces.append((f"first {components} components", projected, build_index(ids, projected.rows, metric)))
-    results = {}
-    for query in queries:
-        vector = query_vector(query, table, combine)
-        frames = [
-            find_neighbors(query, vector if p is None else p.apply(vector), index, vocabulary, k, space)
-            for space, p, index in spaces
-        ]
-        results[query.text] = pl.concat(frames)
-    return results
+        raise InvalidArgument(f"`components` must be 0 to {table.dim}, got {components}")
+    queries = [parse_query(text, source.vocabulary) for text in ([texts] if isinstance(texts, str) else texts)]
+    if bad := sorted(table.excluded & {i for query in queries for i in query.ids}):
+        raise InvalidArgument(f"row {bad[0]} holds NaN or Inf, so it has no neighbors")
+    spaces = search_spaces(source, components, metric)
+    return {
+        query.text: find_neighbors(query, query_vector(query, table, combine), spaces, source.vocabulary, k)
+        for query in queries
+    }

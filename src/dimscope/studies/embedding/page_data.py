@@ -16,7 +16,7 @@ def page_data(tables: Tables, facts: Facts) -> Mapping[str, Any]:
         "components": [] if tokens is None else [name for name in tokens.columns if name.startswith("pc")],
         "tokens": None if tokens is None else token_columns(tokens),
         "knn": None if knn is None or knn.is_empty() else neighbour_lists(knn),
-        "knnFull": bool(facts.of("embedding").get("knn", {}).get("full")),
+        "row": facts.row,
         "explained": explained_variance(tables)[:10],
-        "command": f"dimscope neighbors {shlex.quote(facts.model)}",
+        "command": f"dimscope neighbors {shlex.quote(facts.name)}",
     }

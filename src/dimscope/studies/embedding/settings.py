@@ -1,4 +1,4 @@
-"""What the embedding study is asked for. Imports no torch."""
+"""The settings of the embedding study. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -7,12 +7,14 @@ from cyclopts import Parameter
 
 from dimscope.studies.options import Flag, require_at_least, require_one_of, require_seed
 
+Side = Literal["input", "output"]
+
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingSettings:
     """Options of the embedding study."""
 
-    side: Literal["input", "output"] = "input"
+    side: Side = "input"
     "Which table leads: the input embeddings, or the output embeddings of an untied model."
     first_ids: int = 500
     "Token ids 0 to this one are in the correlation matrix."

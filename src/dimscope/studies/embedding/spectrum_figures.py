@@ -71,7 +71,8 @@ def spectrum(curves: pl.DataFrame, *, log: bool = True) -> go.Figure:
     )
     for _, column, name, mark in CURVES:
         if curves[column].is_not_null().any():
-            fig.add_trace(_line(curves["index"], curves[column], name, mark, "singular value"))
+            sd = curves.get_column("permuted_sd", default=None) if column == "permuted_singular_value" else None
+            fig.add_trace(_line(curves["index"], curves[column], name, mark, "singular value", sd))
     return fig
 
 
@@ -85,8 +86,8 @@ def cumulative_variance(curves: pl.DataFrame) -> go.Figure:
     for _, column, name, mark in CURVES:
         if curves[column].is_not_null().any():
             energy = curves[column] ** 2
-            held = energy.cum_sum() / max(energy.sum(), np.finfo(float).tiny)
-            fig.add_trace(_line(curves["index"], held, name, mark, "share held"))
+            share_of_first = energy.cum_sum() / max(energy.sum(), np.finfo(float).tiny)
+            fig.add_trace(_line(curves["index"], share_of_first, name, mark, "share of the variance"))
     return fig
 
 
@@ -94,14 +95,17 @@ def cumulative_variance(curves: pl.DataFrame) -> go.Figure:
 _WIDTHS = {GAUSSIAN_NULL: 4.5, PERMUTED_NULL: 2, MEASURED: 2.5}
 
 
-def _line(x: pl.Series, y: pl.Series, name: str, mark: Mark, quantity: str) -> go.Scatter:
+def _line(x: pl.Series, y: pl.Series, name: str, mark: Mark, quantity: str, sd: pl.Series | None = None) -> go.Scatter:
+    """Return a curve, with the standard deviation over the random seeds in its hover text where there is one."""
+    spread = "" if sd is None else " (sd over seeds %{customdata:.2g})"
     return go.Scatter(
         x=x.to_numpy(),
         y=y.to_numpy(),
         name=name,
         mode="lines",
         line={"color": mark.colour, "dash": mark.dash, "width": _WIDTHS[mark]},
-        hovertemplate=f"{name}<br>%{{x}}: {quantity} %{{y:.4g}}<extra></extra>",
+        customdata=None if sd is None else sd.to_numpy(),
+        hovertemplate=f"{name}<br>%{{x}}: {quantity} %{{y:.4g}}{spread}<extra></extra>",
     )
 
 

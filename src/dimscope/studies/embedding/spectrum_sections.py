@@ -3,11 +3,11 @@
 import polars as pl
 
 from dimscope.checkpoints.budget import embedding_share
-from dimscope.geometry.metrics import PARTICIPATION_RATIO
+from dimscope.geometry import metrics
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables
 from dimscope.page.wording import against, count, number, sentence, share
 from dimscope.studies.embedding import spectrum_figures, token_figures
-from dimscope.studies.embedding.context import dimension, measure, table_sides
+from dimscope.studies.embedding.context import NAMES, dimension, measure, table_sides
 
 
 def intro_section(tables: Tables, facts: Facts) -> Section:
@@ -23,8 +23,9 @@ def intro_section(tables: Tables, facts: Facts) -> Section:
             "Every point has two coordinates, so each cloud lives in two dimensions. But in the first panel one number per "
             "point says everything: the cloud really has one dimension. In the second the points leave the line only "
             "a little: a bit more than one. In the third both directions matter equally: two. The number above each "
-            "panel, the participation ratio, is computed from the points drawn. An embedding table is such a "
-            f"cloud: here {facts.vocab_size:,} points, one per token, with {facts.hidden_size:,} coordinates each."
+            "panel, the participation ratio, is computed from the points drawn. "
+            f"{'An embedding table is such a cloud' if facts.is_model else 'The vectors are such a cloud'}: here "
+            f"{facts.n_rows:,} points, one per {facts.row}, with {facts.dim:,} coordinates each."
         ),
         caveat=(
             "Near is not on: in the second panel the other direction is small but not empty. A small direction can "
@@ -74,7 +75,7 @@ def spectrum_section(tables: Tables, facts: Facts) -> Section | None:
     frame = tables["spectrum"].filter(pl.col("preprocess") == "centred").sort("index")
     blocks = []
     for side in table_sides(frame):
-        curves, suffix = frame.filter(pl.col("table") == side), f" of the {side} table"
+        curves, suffix = frame.filter(pl.col("table") == side), f" of the {NAMES[side]}"
         alt = f"singular values{suffix}"
         blocks.append(Plot(f"spectrum-{side}", spectrum_figures.spectrum(curves), alt, log_toggle=True))
         blocks.append(
@@ -86,7 +87,7 @@ def spectrum_section(tables: Tables, facts: Facts) -> Section | None:
         title=_spectrum_finding(frame, facts),
         blocks=tuple(blocks),
         how_to_read=(
-            "Turn the cloud of tokens until its widest direction comes first, then the next widest, and so on: the "
+            f"Turn the cloud of {facts.row}s until its widest direction comes first, then the next widest, and so on: the "
             "first figure shows how wide each direction is (singular values, the mean row removed). The title counts "
             "how far blue runs above brown, what chance makes of the same columns; since the variances add up to the "
             "same, wider ones at the front leave narrower ones behind. The second figure adds the directions up: how "
@@ -96,7 +97,7 @@ def spectrum_section(tables: Tables, facts: Facts) -> Section | None:
             "Grey is a table of independent Gaussian numbers of the same shape and standard deviation "
             "(Marchenko–Pastur). Brown permutes each column by itself: it keeps columns of unequal variance and "
             "destroys every relation between them, so what brown explains needs no relation between dimensions. "
-            f"{_noise_note(tables)}Every number uses all {facts.vocab_size:,} rows."
+            f"{_noise_note(tables)}Every number uses all {facts.n_rows:,} rows."
         ),
         tables=("spectrum", "measures"),
     )
@@ -109,11 +110,11 @@ def _spectrum_finding(frame: pl.DataFrame, facts: Facts) -> str:
     n = wider.index(False) if False in wider else len(wider)
     verb = "is" if n == 1 else "are"
     who = f"{n:,}" if n else "None"
-    return f"{who} of {facts.hidden_size:,} directions {verb} wider than chance would make {'it' if n == 1 else 'them'}"
+    return f"{who} of {facts.dim:,} directions {verb} wider than chance would make {'it' if n == 1 else 'them'}"
 
 
 def _noise_note(tables: Tables) -> str:
-    rank, spikes = measure(tables, "Gavish-Donoho rank"), measure(tables, "spikes above the edge")
+    rank, spikes = measure(tables, metrics.GAVISH_DONOHO_RANK), measure(tables, metrics.SPIKES)
     if not rank or not spikes:
         return ""
     return (
@@ -135,8 +136,8 @@ def dimension_section(tables: Tables, facts: Facts) -> Section | None:
     blocks = tuple(
         Plot(
             f"dimensions-{side}",
-            spectrum_figures.dimensions(frame.filter(pl.col("table") == side), facts.hidden_size),
-            f"effective dimensions of the {side} table",
+            spectrum_figures.dimensions(frame.filter(pl.col("table") == side), facts.dim),
+            f"effective dimensions of the {NAMES[side]}",
         )
         for side in table_sides(frame)
     )
@@ -154,7 +155,7 @@ def dimension_section(tables: Tables, facts: Facts) -> Section | None:
         ),
         caveat=(
             "The measures answer different questions and differ by design; a number without its name says nothing. "
-            f"All use {facts.vocab_size:,} rows. Even pure noise of this shape falls short of {facts.hidden_size:,}, "
+            f"All use {facts.n_rows:,} rows. Even pure noise of this shape falls short of {facts.dim:,}, "
             "which is why a null stands beside each. The corrected participation ratio assumes independent Gaussian "
             "rows. None of them says how much quality a smaller table would cost."
         ),
@@ -163,12 +164,12 @@ def dimension_section(tables: Tables, facts: Facts) -> Section | None:
 
 
 def _dimension_finding(tables: Tables, facts: Facts) -> str:
-    row = dimension(tables, PARTICIPATION_RATIO)
+    row = dimension(tables, metrics.PARTICIPATION_RATIO)
     if row is None:
         return "The family of effective dimensions"
     comparison = against(row["value"], row["null_gaussian"])
-    found = number(row["value"])
-    return f"By the participation ratio the table uses {found} of {facts.hidden_size:,} dimensions, {comparison}"
+    users = "table uses" if facts.is_model else "vectors use"
+    return f"By the participation ratio the {users} {number(row['value'])} of {facts.dim:,} dimensions, {comparison}"
 
 
 def _both_sides_of(frame: pl.DataFrame) -> str:
@@ -180,33 +181,44 @@ def isotropy_section(tables: Tables, facts: Facts) -> Section | None:
     if "tokens" not in tables:
         return None
     tokens = tables["tokens"]
-    blocks: tuple[Plot | Grid, ...] = (
-        Plot("norms-id", token_figures.norms_by_id(tokens), "norm of each row against its token id"),
-        Plot("norms-category", token_figures.norms_by_category(tokens), "norms by category of token"),
-    )
-    grid = _isotropy_grid(tables)
+    number_name = "token id" if facts.is_model else "row number"
+    blocks: list[Plot | Grid] = [
+        Plot("norms-id", token_figures.norms_by_id(tokens, number_name), f"norm of each row against its {number_name}")
+    ]
+    if facts.is_model:
+        blocks.append(Plot("norms-category", token_figures.norms_by_category(tokens), "norms by category of token"))
+    if grid := _isotropy_grid(tables):
+        blocks.append(grid)
+    boxes = "The boxes hold the middle half of each category, whiskers reach from 1% to 99%. "
     return Section(
         anchor="isotropy",
         name="Isotropy and norms",
-        title=f"{_cosine_finding(tables)}; {_norm_finding(tables)}",
-        blocks=(*blocks, grid) if grid else blocks,
+        title=f"{_cosine_finding(tables)}; {_norm_finding(tables, number_name)}",
+        blocks=tuple(blocks),
         how_to_read=(
-            "The norm is the length of a token's row. Ids of most tokenizers run from frequent to rare, so a slope "
-            "of the red line means that frequent and rare tokens differ in length. The boxes hold the middle half of "
-            "each category, whiskers reach from 1% to 99%. A mean cosine of 0 and an isotropy of 1 mean that rows "
-            "point every way equally."
+            f"The norm is the length of a row. {_IDS_ARE_RANKS + boxes if facts.is_model else ''}"
+            "A mean cosine of 0 and an isotropy of 1 mean that rows point every way equally."
         ),
         caveat=(
-            "An id is not a frequency: merges learned early are frequent in the tokenizer's text, not necessarily "
-            "in the model's. A mean cosine far from 0 often comes from one shared offset alone: compare the value "
-            "after centring. Rows never trained pull all of these numbers."
+            f"{_IDS_ARE_NOT_FREQUENCIES if facts.is_model else ''}"
+            "A mean cosine far from 0 often comes from one shared offset alone: compare the value after centring."
+            f"{' Rows never trained pull all of these numbers.' if facts.is_model else ''}"
         ),
         tables=("measures", "tokens"),
     )
 
 
+_IDS_ARE_RANKS = (
+    "Ids of most tokenizers run from frequent to rare, so a slope of the red line means that frequent and rare tokens "
+    "differ in length. "
+)
+_IDS_ARE_NOT_FREQUENCIES = (
+    "An id is not a frequency: early merges are frequent in the text of the tokenizer, not necessarily in the model's. "
+)
+
+
 def _cosine_finding(tables: Tables) -> str:
-    raw, centred = (measure(tables, "mean cosine", how) for how in ("none", "centred"))
+    raw, centred = (measure(tables, metrics.MEAN_COSINE, how) for how in ("none", "centred"))
     if raw is None:
         return "How long the rows are"
     after = f" ({centred['value']:.2f} after centring)".replace("-0.00", "0.00") if centred else ""
@@ -215,33 +227,33 @@ def _cosine_finding(tables: Tables) -> str:
     return f"{verdict}: their mean cosine is {raw['value']:.2f}{after}".replace("-0.00", "0.00")
 
 
-def _norm_finding(tables: Tables) -> str:
-    row = measure(tables, "norm-rank correlation")
+def _norm_finding(tables: Tables, number_name: str) -> str:
+    row = measure(tables, metrics.NORM_RANK_CORRELATION)
     if row is None:
-        return "whether norms follow the id was not measured"
+        return f"whether norms follow the {number_name} was not measured"
     rho = row["value"]
     if abs(rho) < 0.1:
-        return f"their norms do not follow the token id (rank correlation {rho:.2f})"
-    return f"their norms {'rise' if rho > 0 else 'fall'} with the token id (rank correlation {rho:.2f})"
+        return f"their norms do not follow the {number_name} (rank correlation {rho:.2f})"
+    return f"their norms {'rise' if rho > 0 else 'fall'} with the {number_name} (rank correlation {rho:.2f})"
 
 
 _ISOTROPY = (
-    "mean cosine",
-    "partition isotropy",
-    "IsoScore",
-    "energy of the mean",
-    "mean norm",
-    "norm-rank correlation",
+    metrics.MEAN_COSINE,
+    metrics.PARTITION_ISOTROPY,
+    metrics.ISOSCORE,
+    metrics.ENERGY_OF_MEAN,
+    metrics.MEAN_NORM,
+    metrics.NORM_RANK_CORRELATION,
 )
 
 
 def _isotropy_grid(tables: Tables) -> Grid | None:
     if "measures" not in tables:
         return None
-    found = tables["measures"].filter(pl.col("metric").is_in(_ISOTROPY))
+    frame = tables["measures"].filter(pl.col("metric").is_in(_ISOTROPY))
     rows = tuple(
         (sentence(row["metric"]), row["table"], row["preprocess"], number(row["value"]), number(row["null"]))
-        for row in found.iter_rows(named=True)
+        for row in frame.iter_rows(named=True)
     )
     header = ("measure", "table", "preprocessing", "value", "random table")
     return Grid("Isotropy in numbers", header, rows, frozenset({3, 4})) if rows else None

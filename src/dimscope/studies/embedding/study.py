@@ -33,4 +33,5 @@ EMBEDDING = Study(
     EmbeddingSettings,
     _load,
     example="dimscope embedding builtin -o report",
+    takes_vectors=True,
 )

@@ -1,4 +1,4 @@
-"""The tables of the embedding study, one function each: objects in, a tidy frame out. Nothing here reads or writes files."""
+"""The tables of the embedding study but its single numbers, one function each: objects in, a tidy frame out."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dimscope.checkpoints.vocabulary import Vocabulary
-from dimscope.geometry.dimension import Dimension, isoscore, linear_dimensions
-from dimscope.geometry.isotropy import mean_cosine, partition_isotropy, row_norms
-from dimscope.geometry.neighbors import NeighborIndex, drop_self, hubness
+from dimscope.geometry.dimension import Dimension, linear_dimensions
+from dimscope.geometry.isotropy import row_norms
+from dimscope.geometry.neighbors import NeighborIndex, drop_self
 from dimscope.geometry.nulls import (
-    gavish_donoho_rank,
-    noise_edge,
-    noise_scale,
     permuted_moments,
     permuted_spectrum,
     white_noise_spectrum,
@@ -33,81 +30,62 @@ COMPONENTS = 10  # coordinates kept for the map and for neighbours in a projecti
 
 
 def vocabulary_frame(vocabulary: Vocabulary) -> pl.DataFrame:
-    """id, piece, label, bytes, category, reason: one row per row of the table."""
-    tokens = vocabulary.tokens
-    return pl.DataFrame(
-        {
-            "id": [t.id for t in tokens],
-            "piece": [t.piece for t in tokens],
-            "label": [t.label for t in tokens],
-            "bytes": [t.data for t in tokens],
-            "category": [t.category for t in tokens],
-            "reason": [t.reason for t in tokens],
-        },
-        schema={
-            "id": pl.Int64,
-            "piece": pl.String,
-            "label": pl.String,
-            "bytes": pl.Binary,
-            "category": pl.String,
-            "reason": pl.String,
-        },
-    )
+    """Return id, piece, label, bytes, category and reason of every row of the table."""
+    rows = [(t.id, t.piece, t.label, t.data, t.category, t.reason) for t in vocabulary.tokens]
+    text = pl.String
+    schema = {"id": pl.Int64, "piece": text, "label": text, "bytes": pl.Binary, "category": text, "reason": text}
+    return pl.DataFrame(rows, schema=schema, orient="row")
 
 
 def seed_ids(vocabulary: Vocabulary) -> list[int]:
-    """Rows that no text can have trained: beyond the tokenizer, or unreachable for it."""
+    """Return the rows that no text can have trained: beyond the tokenizer, or unreachable for it."""
     return [t.id for t in vocabulary.tokens if t.category in ("beyond", "unreachable")]
 
 
 def score_untrained(vocabulary: Vocabulary, table: VectorTable) -> UntrainedScores:
-    """Under-trained scores of a table, seeded with the rows that no text can have trained."""
+    """Score the rows of a table, seeded with the rows that no text can have trained."""
     return untrained_scores(
         table, torch.tensor([i for i in seed_ids(vocabulary) if i not in table.excluded], dtype=torch.int64)
     )
 
 
-def tokens_frame(vocabulary: Vocabulary, table: VectorTable, of: Moments, found: UntrainedScores) -> pl.DataFrame:
-    """The vocabulary with each row's norm, principal coordinates and under-trained score. Excluded rows have nulls."""
-    components = principal_components(of, COMPONENTS)
-    mean = of.mean.float()
+def tokens_frame(
+    vocabulary: Vocabulary, table: VectorTable, moments: Moments, untrained: UntrainedScores
+) -> pl.DataFrame:
+    """Describe every row: its token, norm, principal coordinates and under-trained score. Excluded rows have nulls."""
+    components = principal_components(moments, COMPONENTS)
+    mean = moments.mean.float()
     ids, coordinates = [], []
     for block_ids, rows in table.blocks():
         ids.append(block_ids)
         coordinates.append((rows.float() - mean) @ components.float())
     projected = torch.cat(coordinates).numpy()
+    scores = [None] * table.n_used if untrained.scores is None else untrained.scores
     measured = pl.DataFrame(
         {"id": torch.cat(ids).numpy(), "norm": row_norms(table).float().numpy()}
         | {f"pc{c + 1}": projected[:, c] for c in range(projected.shape[1])}
-        | {
-            "untrained_score": pl.Series(found.scores, dtype=pl.Float32)
-            if found.scores is not None
-            else pl.Series([None] * table.n_used, dtype=pl.Float32),
-            "untrained": found.flagged,
-        }
+        | {"untrained_score": pl.Series(scores, dtype=pl.Float32), "untrained": untrained.flagged}
     )
-    joined = (
-        vocabulary_frame(vocabulary)
-        .join(measured, on="id", how="left")
-        .with_columns(pl.col("untrained").fill_null(False))
+    joined = vocabulary_frame(vocabulary).join(measured, on="id", how="left")
+    return joined.with_columns(pl.col("untrained").fill_null(False)).with_columns(
+        untrained_reason=_untrained_reason(untrained)
     )
-    return joined.with_columns(untrained_reason=_untrained_reason(found))
 
 
-def _untrained_reason(found: UntrainedScores) -> pl.Expr:
-    if found.scores is None:
+def _untrained_reason(untrained: UntrainedScores) -> pl.Expr:
+    if untrained.scores is None:
         return pl.lit(None, dtype=pl.String)
     near = pl.format("lies with the untrainable rows (score {})", pl.col("untrained_score").cast(pl.Float64).round(4))
     both = pl.when(pl.col("reason").is_not_null()).then(pl.format("{}; {}", "reason", near)).otherwise(near)
     return pl.when(pl.col("untrained")).then(both)
 
 
-def spectrum_frame(side: str, table: VectorTable, of: Moments, draws: int, seed: int) -> pl.DataFrame:
-    """Singular values, centred and not, beside those of a Gaussian table and of the column-permuted table."""
+def spectrum_frame(side: str, table: VectorTable, moments: Moments, draws: int, seed: int) -> pl.DataFrame:
+    """Return singular values, centred and not, beside those of a Gaussian table and of the column-permuted table."""
     shuffled = permuted_moments(table, draws=draws, seed=seed)
     parts = []
     for centred in (True, False):
-        measured = spectrum(of, centred=centred)
+        measured = spectrum(moments, centred=centred)
         share = measured.explained_variance_ratio
         permuted = permuted_spectrum(shuffled, centred=centred)
         parts.append(
@@ -129,14 +107,14 @@ def spectrum_frame(side: str, table: VectorTable, of: Moments, draws: int, seed:
 
 
 def gaussian_like(measured: Spectrum) -> Spectrum:
-    """The expected spectrum of a Gaussian table of the same shape and standard deviation."""
-    n = measured.n_rows - measured.centred
+    """Return the expected spectrum of a Gaussian table of the same shape and standard deviation."""
+    n = max(measured.n_rows - measured.centred, 1)
     std = math.sqrt(float(measured.singular_values.square().sum()) / (n * measured.dim))
     return white_noise_spectrum(measured.n_rows, measured.dim, std, centred=measured.centred)
 
 
 def dimensions_frame(side: str, spectra: pl.DataFrame, n_rows: int, dim: int) -> pl.DataFrame:
-    """Every linear dimension of the family, beside its value on the two nulls of the same shape."""
+    """Return every linear dimension of the family, beside its value on the two nulls of the same shape."""
     rows = []
     for preprocess in ("centred", "uncentred"):
         part = spectra.filter(table=side, preprocess=preprocess)
@@ -149,114 +127,16 @@ def dimensions_frame(side: str, spectra: pl.DataFrame, n_rows: int, dim: int) ->
             (side, d.metric, preprocess, d.spectrum, d.order, d.value, gaussian.value, permuted.value, n_rows, dim)
             for d, gaussian, permuted in zip(*values, strict=True)
         ]
-    names = (
-        "table",
-        "metric",
-        "preprocess",
-        "spectrum",
-        "order",
-        "value",
-        "null_gaussian",
-        "null_permuted",
-        "n_tokens",
-        "dim",
-    )
-    return pl.DataFrame(
-        rows, schema=dict(zip(names, (*[pl.String] * 4, *[pl.Float64] * 4, *[pl.Int64] * 2), strict=True)), orient="row"
-    )
-
-
-def measures_frame(side: str, table: VectorTable, of: Moments) -> pl.DataFrame:
-    """Single numbers about a table: noise fit, isotropy, norms."""
-    from scipy.stats import spearmanr
-
-    n, d = table.n_used, table.dim
-    centred = spectrum(of, centred=True)
-    scale = noise_scale(centred)
-    edge = noise_edge(centred, scale)
-    norms = row_norms(table)
-    used = [i for i in range(table.n_rows) if i not in table.excluded]
-    mean_norm, centred_norm = float(norms.mean()), float(row_norms(table, of.mean).mean())
-    cosine_sd = math.sqrt(2 / (n * (n - 1) * d)) if n > 1 else None
-    rank_correlation = float(spearmanr(used, norms.numpy()).statistic) if float(norms.std()) > 0 else math.nan
-    rows = [
-        (
-            "energy of the mean",
-            "none",
-            float(n * of.mean.square().sum() / of.gram.trace()),
-            None,
-            1 / n,
-            "share of the sum of squares",
-        ),
-        (
-            "noise scale",
-            "centred",
-            scale,
-            None,
-            None,
-            "standard deviation of the white noise with the same median singular value",
-        ),
-        (
-            "Marchenko-Pastur edge",
-            "centred",
-            edge,
-            None,
-            None,
-            "singular value; exceeded by one white-noise table in 100",
-        ),
-        ("spikes above the edge", "centred", float((centred.singular_values > edge).sum()), None, 0.0, "count"),
-        ("Gavish-Donoho rank", "centred", float(gavish_donoho_rank(centred)), None, 0.0, "count"),
-        ("mean cosine", "none", mean_cosine(table), cosine_sd, 0.0, "stderr: of isotropic rows"),
-        ("mean cosine", "centred", mean_cosine(table, of.mean), cosine_sd, 0.0, "stderr: of isotropic rows"),
-        (
-            "partition isotropy",
-            "none",
-            partition_isotropy(table, of, mean_norm, centred=False),
-            None,
-            1.0,
-            "rows scaled to mean norm 1",
-        ),
-        (
-            "partition isotropy",
-            "centred",
-            partition_isotropy(table, of, centred_norm, centred=True),
-            None,
-            1.0,
-            "rows scaled to mean norm 1",
-        ),
-        ("IsoScore", "centred", isoscore(centred), None, isoscore(gaussian_like(centred)), None),
-        ("mean norm", "none", mean_norm, float(norms.std() / math.sqrt(n)), None, None),
-        (
-            "norm-rank correlation",
-            "none",
-            rank_correlation,
-            1 / math.sqrt(max(n - 1, 1)),
-            0.0,
-            "Spearman, norm against token id",
-        ),
-    ]
-    return measures(side, rows, n)
-
-
-def measures(side: str, rows: list[tuple], n_tokens: int) -> pl.DataFrame:
-    """Rows of (metric, preprocess, value, stderr, null, note) as the tidy frame."""
-    names = ("table", "metric", "preprocess", "value", "stderr", "null", "n_tokens", "note")
-    types = (pl.String, pl.String, pl.String, pl.Float64, pl.Float64, pl.Float64, pl.Int64, pl.String)
-    full = [(side, *row[:-1], n_tokens, row[-1]) for row in rows]
-    return pl.DataFrame(full, schema=dict(zip(names, types, strict=True)), orient="row")
-
-
-def untrained_measures(side: str, found: UntrainedScores, n_tokens: int) -> pl.DataFrame:
-    """How many seed rows there were, and the threshold of the score (null where seed rows do not stand apart)."""
-    rows = [
-        ("seed rows", "none", float(found.n_seed), None, None, "rows beyond the tokenizer or unreachable"),
-        ("untrained threshold", "none", found.threshold, None, None, "score at or below which a row is flagged"),
-    ]
-    return measures(side, rows, n_tokens)
+    text, value, n = pl.String, pl.Float64, pl.Int64
+    schema = {
+        "table": text, "metric": text, "preprocess": text, "spectrum": text, "order": value, "value": value,
+        "null_gaussian": value, "null_permuted": value, "n_tokens": n, "dim": n,
+    }  # fmt: skip
+    return pl.DataFrame(rows, schema=schema, orient="row").fill_nan(None)  # a table without variance has no dimension
 
 
 def correlation_frame(ids: list[int], labels: list[str], matrix: Float[Tensor, "n n"]) -> pl.DataFrame:
-    """One row per token: id, label, and its correlations with all the tokens in the same order."""
+    """Return one row per token: id, label, and its correlations with all the tokens in the same order."""
     values = matrix.float().numpy()
     return pl.DataFrame(
         {"id": ids, "label": labels, "r": pl.Series(values, dtype=pl.Array(pl.Float32, values.shape[1]))}
@@ -264,7 +144,7 @@ def correlation_frame(ids: list[int], labels: list[str], matrix: Float[Tensor, "
 
 
 def groups_frame(groups: Groups, ids: Int[Tensor, " n"], vocabulary: Vocabulary, name: str) -> pl.DataFrame:
-    """Members of groups: the group's number (column `name`), id, label, category, size."""
+    """Return the members of groups: the group's number (column `name`), id, label, category, size."""
     members = ids[torch.from_numpy(groups.position)].tolist()
     tokens = [vocabulary.tokens[i] for i in members]
     frame = pl.DataFrame(
@@ -282,7 +162,7 @@ def groups_frame(groups: Groups, ids: Int[Tensor, " n"], vocabulary: Vocabulary,
 def duplicates_frame(
     groups: Groups, ids: Int[Tensor, " n"], rows: Float[Tensor, "n d"], vocabulary: Vocabulary, radius: float
 ) -> pl.DataFrame:
-    """Groups of rows linked by distances within the radius, with the largest distance inside each group."""
+    """Return groups of rows linked by distances within the radius, with the largest distance inside each group."""
     frame = groups_frame(groups, ids, vocabulary, "group")
     n_groups = int(groups.group.max()) + 1 if len(groups.group) else 0
     widths = [diameter(rows[torch.from_numpy(groups.position[groups.group == g])]) for g in range(n_groups)]
@@ -293,7 +173,7 @@ def duplicates_frame(
 
 
 def blocks_frame(groups: Groups, pairs: Pairs, ids: Int[Tensor, " n"], vocabulary: Vocabulary) -> pl.DataFrame:
-    """Blocks of correlated tokens, with the least correlation among the linked pairs of each block."""
+    """Return blocks of correlated tokens, with the least correlation among the linked pairs of each block."""
     frame = groups_frame(groups, ids, vocabulary, "block")
     block_of = np.full(len(ids), -1, dtype=np.int64)
     block_of[groups.position] = groups.group
@@ -309,36 +189,28 @@ def blocks_frame(groups: Groups, pairs: Pairs, ids: Int[Tensor, " n"], vocabular
 
 
 def knn_frame(index: NeighborIndex, queries: Int[Tensor, " q"], rows: Float[Tensor, "q d"], k: int) -> pl.DataFrame:
-    """The k nearest tokens (cosine) of each query token among all tokens: id, rank, neighbor, cosine."""
-    found, scores = drop_self(*index.search(rows, k + 1, progress=True), queries)
-    k = found.shape[1]
+    """Return the k nearest tokens (cosine) of each query token among all tokens: id, rank, neighbor, cosine."""
+    neighbors, scores = drop_self(*index.search(rows, k + 1, progress=True), queries)
+    k = neighbors.shape[1]
     return pl.DataFrame(
         {
             "id": queries.repeat_interleave(k).numpy(),
             "rank": np.tile(np.arange(1, k + 1), len(queries)),
-            "neighbor": found.flatten().numpy(),
+            "neighbor": neighbors.flatten().numpy(),
             "cosine": scores.flatten().float().numpy(),
         }
     )
 
 
 def in_degrees(index: NeighborIndex, k: int) -> Int[Tensor, " n"]:
-    """How often each row of an index is among the k nearest of the others."""
-    places = torch.arange(len(index.ids))
-    found, _ = drop_self(*replace(index, ids=places).search(index.rows, k + 1), places)
-    return torch.bincount(found.flatten(), minlength=len(places))
+    """Count how often each row of an index is among the k nearest of the others."""
+    positions = torch.arange(len(index.ids))
+    neighbors, _ = drop_self(*replace(index, ids=positions).search(index.rows, k + 1), positions)
+    return torch.bincount(neighbors.flatten(), minlength=len(positions))
 
 
 def hubs_frame(ids: Int[Tensor, " n"], degrees: Int[Tensor, " n"], vocabulary: Vocabulary) -> pl.DataFrame:
-    """id, label, in_degree: the most sought neighbours first."""
+    """Return id, label and in_degree, the largest in-degree first."""
     labels = [vocabulary.tokens[i].label for i in ids.tolist()]
     frame = pl.DataFrame({"id": ids.numpy(), "label": labels, "in_degree": degrees.numpy()})
     return frame.sort("in_degree", "id", descending=[True, False])
-
-
-def hubness_measure(side: str, hubs: pl.DataFrame, null: float | None) -> pl.DataFrame:
-    """Skewness of the in-degrees; `null` is that of Gaussian rows of the same shape, where it was computed."""
-    note = "kNN graph among the rows counted; null: Gaussian rows of the same shape"
-    return measures(
-        side, [("hubness skewness", "none", hubness(hubs["in_degree"].to_numpy()), None, null, note)], len(hubs)
-    )

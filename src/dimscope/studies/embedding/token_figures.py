@@ -165,7 +165,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def correlation(matrix: pl.DataFrame) -> go.Figure:
+def correlation(matrix: pl.DataFrame, axis: str = "token id") -> go.Figure:
     """Draw the Pearson correlation of an id range as a heat map whose colours always run from -1 to 1."""
     # An id in every name keeps tokens with equal labels apart on the category axes.
     names = [f"{label}  #{i}" for label, i in zip(plain(matrix["label"]), matrix["id"], strict=True)]
@@ -173,7 +173,7 @@ def correlation(matrix: pl.DataFrame) -> go.Figure:
     ticks = {
         "tickvals": names[::step],
         "ticktext": [f"{i:,}" for i in matrix["id"][::step]],
-        "title": {"text": "token id"},
+        "title": {"text": axis},
         "showgrid": False,
     }
     fig = figure(
@@ -192,10 +192,10 @@ def correlation(matrix: pl.DataFrame) -> go.Figure:
     return fig
 
 
-def norms_by_id(tokens: pl.DataFrame) -> go.Figure:
-    """Draw the length of every row against its token id, with the median of each fiftieth of the vocabulary."""
+def norms_by_id(tokens: pl.DataFrame, axis: str = "token id") -> go.Figure:
+    """Draw the length of every row against its id, with the median of each fiftieth of the table."""
     fig = figure(
-        380, xaxis={"title": {"text": "token id"}}, yaxis={"title": {"text": "norm of the row"}, "rangemode": "tozero"}
+        380, xaxis={"title": {"text": axis}}, yaxis={"title": {"text": "norm of the row"}, "rangemode": "tozero"}
     )
     for category, rows in _by_category(tokens):
         fig.add_trace(_token_trace(rows, "id", "norm", category, len(tokens)))
@@ -239,7 +239,7 @@ def untrained_scores(tokens: pl.DataFrame, threshold: float | None, *, bins: int
         barmode="overlay",
         bargap=0.04,
         xaxis={"title": {"text": "score (0: untrained, 1: usual)"}},
-        yaxis=_count_axis(tokens.height),
+        yaxis=_count_axis(tokens.height, "token"),
     )
     scored = tokens.filter(pl.col("untrained_score").is_finite())
     farthest = float(scored["untrained_score"].to_numpy().max(initial=1.0))
@@ -268,34 +268,34 @@ def untrained_scores(tokens: pl.DataFrame, threshold: float | None, *, bins: int
     return fig
 
 
-def _count_axis(most: int) -> dict[str, object]:
-    # Starting below 1 leaves a bar or dot for a single token some height.
+def _count_axis(most: int, row: str) -> dict[str, object]:
+    # Starting below 1 leaves a bar or dot for a single row some height.
     top = max(most, 10)
     axis_range = [math.log10(0.6), math.log10(1.5 * top)]
-    return {"title": {"text": "tokens"}, "type": "log", "tickvals": log_ticks(1, top), "range": axis_range}
+    return {"title": {"text": f"{row}s"}, "type": "log", "tickvals": log_ticks(1, top), "range": axis_range}
 
 
-def hubness(hubs: pl.DataFrame) -> go.Figure:
-    """Draw how many tokens are a near neighbour of how many others, beside a graph with random edges (Poisson)."""
+def hubness(hubs: pl.DataFrame, row: str = "token") -> go.Figure:
+    """Draw how many rows are a near neighbour of how many others, beside a graph with random edges (Poisson)."""
     counts = hubs.group_by("in_degree").len().sort("in_degree")
     mean = float(hubs["in_degree"].to_numpy().mean())
     fig = figure(
         380,
-        xaxis={"title": {"text": "in-degree (how many tokens name it)"}, "rangemode": "tozero"},
+        xaxis={"title": {"text": "in-degree (neighbour lists that it is in)"}, "rangemode": "tozero"},
     )
     degrees = np.arange(counts["in_degree"].to_numpy().max() + 1)
     expected = np.array([hubs.height * _poisson(int(k), mean) for k in degrees])
     shown = expected >= 0.6
-    fig.update_yaxes(_count_axis(int(max(counts["len"].to_numpy().max(), expected.max()))))
+    fig.update_yaxes(_count_axis(int(max(counts["len"].to_numpy().max(), expected.max())), row))
     fig.add_scatter(
         x=degrees[shown], y=expected[shown], mode="lines", name="random neighbours",
         line={"color": GAUSSIAN_NULL.colour, "dash": GAUSSIAN_NULL.dash, "width": 2},
-        hovertemplate="random: %{y:,.0f} tokens with in-degree %{x}<extra></extra>",
+        hovertemplate=f"random: %{{y:,.0f}} {row}s with in-degree %{{x}}<extra></extra>",
     )  # fmt: skip
     fig.add_scatter(
         x=counts["in_degree"].to_numpy(), y=counts["len"].to_numpy(), mode="markers", name="this table",
         marker={"color": MEASURED.colour, "size": 7},
-        hovertemplate="%{y:,} tokens with in-degree %{x}<extra></extra>",
+        hovertemplate=f"%{{y:,}} {row}s with in-degree %{{x}}<extra></extra>",
     )  # fmt: skip
     return fig
 

@@ -4,10 +4,12 @@ import statistics
 
 import polars as pl
 
+from dimscope.geometry.metrics import HUBNESS, SEED_ROWS, UNTRAINED_THRESHOLD
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, Token
 from dimscope.page.wording import count, number, sentence, share
 from dimscope.studies.embedding import token_figures
 from dimscope.studies.embedding.context import explained_variance, measure
+from dimscope.studies.embedding.facts import embedding_facts
 
 ALL_DIMENSIONS, FIRST_COMPONENTS = "all d dimensions", "first 10 components"
 
@@ -17,23 +19,24 @@ def map_section(tables: Tables, facts: Facts) -> Section | None:
     if "tokens" not in tables or "pc2" not in tables["tokens"].columns:
         return None
     tokens, explained = tables["tokens"], explained_variance(tables)
-    odd = tokens.filter(pl.col("category") != "ordinary").height
-    kinds = f": {odd:,} {'is' if odd == 1 else 'are'} not ordinary text" if odd else ""
+    row, kinds = facts.row, _kinds(tokens) if facts.is_model else ""
     return Section(
         anchor="map",
-        name="Token map",
-        title=_map_finding(tokens, explained),
+        name=f"{sentence(row)} map",
+        title=_map_finding(tokens, explained, row),
         blocks=(
-            Plot("token-map", token_figures.token_map(tokens, explained=explained), "map of all tokens", explorer=True),
+            Plot(
+                "token-map", token_figures.token_map(tokens, explained=explained), f"map of all {row}s", explorer=True
+            ),
         ),
         how_to_read=(
-            "Every point is one token; near points have similar rows, as far as two components can show. Colours and "
-            f"shapes mark the kind of token{kinds}. Search for a text, for a range of ids such as #0:100, or for an id such as #177, "
-            "choose other components, colour by category or by norm, and click a token for its "
-            f" nearest neighbours. {_knn_note(facts)}"
+            f"Every point is one {row}; near points have similar rows, as far as two components can show. {kinds}"
+            "Search for a text, for a range of ids such as #0:100, or for an id such as #177, "
+            f"choose other components, colour by category or by norm, and click a {row} for its nearest neighbours. "
+            f"{_knn_note(facts)}"
         ),
         caveat=(
-            f"This is a shadow on two of {facts.hidden_size:,} dimensions: the exact leading components of all rows "
+            f"This is a shadow on two of {facts.dim:,} dimensions: the exact leading components of all rows "
             "(PCA, the mean removed). Far apart here means far apart in the table, but close here "
             "does not mean close there. The neighbours in the list use all dimensions."
         ),
@@ -41,25 +44,29 @@ def map_section(tables: Tables, facts: Facts) -> Section | None:
     )
 
 
-def _map_finding(tokens: pl.DataFrame, explained: list[float]) -> str:
-    who = f"All {count(tokens.height, 'token')} on two components"
+def _kinds(tokens: pl.DataFrame) -> str:
+    odd = tokens.filter(pl.col("category") != "ordinary").height
+    n = f": {odd:,} {'is' if odd == 1 else 'are'} not ordinary text" if odd else ""
+    return f"Colours and shapes mark the kind of token{n}. "
+
+
+def _map_finding(tokens: pl.DataFrame, explained: list[float], row: str) -> str:
+    who = f"All {count(tokens.height, row)} on two components"
     return f"{who}, which hold {share(sum(explained[:2]))} of their variance" if explained else who
 
 
 def _knn_note(facts: Facts) -> str:
-    knn = facts.of("embedding").get("knn", {})
-    n = knn.get("n_queries", 0)
+    n = embedding_facts(facts).n_queries
     if not n:
         return "No neighbours were computed for this page."
-    if n >= facts.vocab_size:
-        asked = " (--full-knn)" if knn.get("full") else ""
-        return f"The neighbours of all {n:,} tokens were computed{asked}."
-    return f"Neighbours were computed for a random sample of {count(n, 'token')} among all tokens."
+    if n >= facts.n_rows:
+        return f"The neighbours of all {n:,} {facts.row}s were computed."
+    return f"Neighbours were computed for a random sample of {count(n, facts.row)} among all {facts.row}s."
 
 
 def id_range_section(tables: Tables, facts: Facts) -> Section | None:
     """Show the first hundred ids on components 1 and 3."""
-    if "tokens" not in tables or "pc3" not in tables["tokens"].columns:
+    if not facts.is_model or "tokens" not in tables or "pc3" not in tables["tokens"].columns:
         return None
     tokens = tables["tokens"]
     stop = min(100, tokens.height)
@@ -75,7 +82,7 @@ def id_range_section(tables: Tables, facts: Facts) -> Section | None:
             "dot."
         ),
         caveat=(
-            f"{sentence(count(stop, 'token'))} of {facts.vocab_size:,} and 2 of {facts.hidden_size:,} dimensions: "
+            f"{sentence(count(stop, 'token'))} of {facts.n_rows:,} and 2 of {facts.dim:,} dimensions: "
             "groups seen here are worth a question, not an answer."
         ),
         tables=("tokens",),
@@ -109,7 +116,7 @@ def neighbours_section(tables: Tables, facts: Facts) -> Section | None:
         title=_neighbours_finding(probes, shared, facts),
         blocks=grids,
         how_to_read=(
-            f"Each table lists the nearest tokens by cosine, on the left in all {facts.hidden_size:,} dimensions, "
+            f"Each table lists the nearest tokens by cosine, on the left in all {facts.dim:,} dimensions, "
             "on the right when only the first 10 components are kept. Tokens found by both are bold. Cosines on the "
             "right are usually higher: fewer dimensions leave less room to differ. Click a token to see it on the map."
         ),
@@ -130,10 +137,10 @@ def _shared(probes: pl.DataFrame, query: str) -> set[int]:
 def _neighbours_finding(probes: pl.DataFrame, shared: list[set[int]], facts: Facts) -> str:
     k, kept = probes["rank"].to_numpy().max(), statistics.mean(len(ids) for ids in shared)
     over = f"on average over {count(len(shared), 'query', 'queries')}" if len(shared) > 1 else "for one query"
-    if facts.hidden_size <= 10:
+    if facts.dim <= 10:
         return f"Nearest neighbours of {count(len(shared), 'query', 'queries')}"
     kept_names = f"{number(round(kept, 1))} of {k} nearest neighbours"
-    return f"Keeping 10 of {facts.hidden_size:,} dimensions keeps {kept_names}, {over}"
+    return f"Keeping 10 of {facts.dim:,} dimensions keeps {kept_names}, {over}"
 
 
 def _probe_grid(probes: pl.DataFrame, query: str, shared: set[int], facts: Facts) -> Grid:
@@ -151,7 +158,7 @@ def _probe_grid(probes: pl.DataFrame, query: str, shared: set[int], facts: Facts
             else:
                 cells += ["", ""]
         rows.append(tuple(cells))
-    header = ("", f"all {facts.hidden_size:,} dimensions", "cosine", "first 10 components", "cosine")
+    header = ("", f"all {facts.dim:,} dimensions", "cosine", "first 10 components", "cosine")
     return Grid(query, header, tuple(rows), frozenset({0, 2, 4}))
 
 
@@ -161,72 +168,79 @@ def correlation_section(tables: Tables, facts: Facts) -> Section | None:
         return None
     matrix = tables["correlation"]
     first, last = matrix["id"].min(), matrix["id"].max()
+    row, ids = facts.row, "ids" if facts.is_model else "rows"
+    figure = token_figures.correlation(matrix, "token id" if facts.is_model else "row number")
     blocks: list[Plot | Grid] = [
-        Plot("correlation-map", token_figures.correlation(matrix), f"correlation of ids {first} to {last}", square=True)
+        Plot("correlation-map", figure, f"correlation of {ids} {first} to {last}", square=True)
     ]
     groups = tables.get("correlation_blocks")
     if groups is not None and not groups.is_empty():
-        blocks.append(_group_grid(groups, "block", "min_r", "Blocks in the whole vocabulary", "lowest r inside"))
+        blocks.append(_group_grid(groups, "block", "min_r", f"Blocks among all {row}s", "lowest r inside", row))
     return Section(
         anchor="correlation",
         name="Correlation",
-        title=_correlation_finding(groups),
+        title=_correlation_finding(groups, row),
         blocks=tuple(blocks),
         how_to_read=(
-            f"Each cell compares two of the ids {first} to {last}: red pairs rise and fall together over the "
+            f"Each cell compares two of the {ids} {first} to {last}: red pairs rise and fall together over the "
             "dimensions, blue ones against each other, and the colour of the page means no relation. The diagonal is "
-            "each token with itself. A solid red square means tokens that the model can hardly tell apart."
+            f"each {row} with itself. A solid red square means {row}s that can hardly be told apart."
         ),
         caveat=(
-            f"The picture shows {count(matrix.height, 'token')} of {facts.vocab_size:,}; the blocks are searched in "
+            f"The picture shows {count(matrix.height, row)} of {facts.n_rows:,}; the blocks are searched in "
             "the whole table. Correlation is not a distance: rows of very different length can correlate perfectly. "
-            f"Unrelated random rows scatter around 0 by about ±{1 / max(facts.hidden_size - 1, 1) ** 0.5:.2f}."
+            f"Unrelated random rows scatter around 0 by about ±{1 / max(facts.dim - 1, 1) ** 0.5:.2f}."
         ),
         tables=("correlation", "correlation_blocks"),
     )
 
 
-def _correlation_finding(groups: pl.DataFrame | None) -> str:
+def _correlation_finding(groups: pl.DataFrame | None, row: str) -> str:
     if groups is None:
-        return "How tokens correlate"
+        return f"How {row}s correlate"
     if groups.is_empty():
-        return "No two tokens in the vocabulary are near-perfectly correlated"
+        return f"No two {row}s of the table are near-perfectly correlated"
     n, largest = groups["block"].n_unique(), groups["size"].to_numpy().max()
     lowest = groups["min_r"].min()
     if n == 1:
-        return f"One block of {largest:,} tokens is almost perfectly correlated (r of {lowest:.3f} or more)"
+        return f"One block of {largest:,} {row}s is almost perfectly correlated (r of {lowest:.3f} or more)"
     bound = f"(r of {lowest:.3f} or more)"
-    return f"{n:,} blocks of tokens are almost perfectly correlated, the largest of {largest:,} {bound}"
+    return f"{n:,} blocks of {row}s are almost perfectly correlated, the largest of {largest:,} {bound}"
 
 
-def _group_grid(groups: pl.DataFrame, key: str, spread: str, caption: str, spread_name: str, shown: int = 10) -> Grid:
-    """List the largest groups with their first tokens."""
+GROUPS_SHOWN = 10
+
+
+def _group_grid(groups: pl.DataFrame, key: str, spread: str, caption: str, spread_name: str, row: str) -> Grid:
+    """List the largest groups with their first rows."""
     largest = groups.sort("size", key, descending=[True, False])[key].unique(maintain_order=True).to_list()
     rows = []
-    for group in largest[:shown]:
+    for group in largest[:GROUPS_SHOWN]:
         members = groups.filter(pl.col(key) == group).sort("id")
         names = [f"{label} #{i}" for label, i in members.select("label", "id").head(6).iter_rows()]
         more = f", … {members.height - 6:,} more" if members.height > 6 else ""
         kinds = ", ".join(members["category"].unique().sort())
         rows.append((f"{members.height:,}", kinds, ", ".join(names) + more, f"{members[spread][0]:.3g}"))
-    note = f"{caption}: the {shown} largest of {len(largest):,}" if len(largest) > shown else caption
-    return Grid(note, ("tokens", "category", "which", spread_name), tuple(rows), frozenset({0, 3}))
+    note = f"{caption}: the {GROUPS_SHOWN} largest of {len(largest):,}" if len(largest) > GROUPS_SHOWN else caption
+    return Grid(note, (f"{row}s", "category", "which", spread_name), tuple(rows), frozenset({0, 3}))
 
 
 def duplicates_section(tables: Tables, facts: Facts) -> Section | None:
     """Tell which rows lie within a small radius of each other in all dimensions."""
     if "duplicates" not in tables:
         return None
-    groups = tables["duplicates"]
-    grid = _group_grid(groups, "group", "diameter", "Groups of copies", "largest distance") if groups.height else None
+    groups, grid = tables["duplicates"], None
+    if groups.height:
+        grid = _group_grid(groups, "group", "diameter", "Groups of copies", "largest distance", facts.row)
     return Section(
         anchor="duplicates",
         name="Duplicates",
-        title=_duplicates_finding(groups, facts.of("embedding").get("radius")),
+        title=_duplicates_finding(groups, embedding_facts(facts).radius, facts.row),
         blocks=(grid,) if grid else (),
         how_to_read=(
             "Two rows are joined when their distance, measured in all dimensions, is at most the radius; a group is "
-            "everything that can be reached over such steps. Copies usually are rows that training never touched."
+            "everything that can be reached over such steps."
+            f"{' Copies usually are rows that training never touched.' if facts.is_model else ''}"
         ),
         caveat=(
             "The search is exact and covers all pairs, but the radius is a choice: a larger one finds more. Inside a "
@@ -236,14 +250,14 @@ def duplicates_section(tables: Tables, facts: Facts) -> Section | None:
     )
 
 
-def _duplicates_finding(groups: pl.DataFrame, radius: float | None) -> str:
+def _duplicates_finding(groups: pl.DataFrame, radius: float | None, row: str) -> str:
     within = f" (radius {number(radius)})" if radius is not None else ""
     if groups.is_empty():
         return f"No two rows of the table are copies of each other{within}"
     n, members = groups["group"].n_unique(), groups.height
     if n == 1:
-        return f"{members:,} tokens share what is practically one row{within}"
-    return f"{members:,} tokens share only {n:,} practically different rows{within}"
+        return f"{members:,} {row}s are practically one vector{within}"
+    return f"{members:,} {row}s share only {n:,} practically different vectors{within}"
 
 
 def untrained_section(tables: Tables, facts: Facts) -> Section | None:
@@ -253,7 +267,7 @@ def untrained_section(tables: Tables, facts: Facts) -> Section | None:
     tokens = tables["tokens"]
     if tokens["untrained_score"].is_null().all():
         return None
-    row = measure(tables, "untrained threshold")
+    row = measure(tables, UNTRAINED_THRESHOLD)
     threshold = row["value"] if row else None
     flagged = tokens.filter(pl.col("untrained"))
     grid = _untrained_grid(flagged)
@@ -312,7 +326,7 @@ def _untrained_grid(flagged: pl.DataFrame, shown: int = 20) -> Grid | None:
 
 
 def _untrained_caveat(tables: Tables) -> str:
-    seeds = measure(tables, "seed rows")
+    seeds = measure(tables, SEED_ROWS)
     n = round(seeds["value"]) if seeds else 0
     basis = f"The seed is {count(n, 'row')}. " if n else ""
     return (
@@ -325,45 +339,42 @@ def hubness_section(tables: Tables, facts: Facts) -> Section | None:
     """Tell whether a few tokens are near neighbours of very many others."""
     if "hubs" not in tables or tables["hubs"].is_empty():
         return None
-    hubs = tables["hubs"].sort("in_degree", descending=True)
+    hubs, row = tables["hubs"].sort("in_degree", descending=True), facts.row
     rows = tuple(
         (Token(i, label), f"{i:,}", f"{degree:,}")
         for i, label, degree in hubs.head(10).select("id", "label", "in_degree").iter_rows()
     )
     grid = Grid(
-        "The ten largest hubs" if len(rows) == 10 else "Hubs", ("token", "id", "in-degree"), rows, frozenset({1, 2})
+        "The ten largest hubs" if len(rows) == 10 else "Hubs", (row, "id", "in-degree"), rows, frozenset({1, 2})
     )
     return Section(
         anchor="hubness",
         name="Hubs",
-        title=_hubness_finding(hubs),
+        title=_hubness_finding(hubs, row),
         blocks=(
-            Plot("hub-degrees", token_figures.hubness(hubs), "in-degrees of the neighbour graph", log_toggle=True),
+            Plot("hub-degrees", token_figures.hubness(hubs, row), "in-degrees of the neighbour graph", log_toggle=True),
             grid,
         ),
         how_to_read=(
-            "Every token names its nearest neighbours; the in-degree counts how often a token is named. Grey is what "
-            "random naming would give. A long tail to the right means hubs: tokens that are near to everything, "
-            "and that crowd the neighbour lists. Dots at 0 are tokens that nobody names."
+            f"Every {row} has a list of nearest neighbours; the in-degree counts the lists that a {row} is in. Grey is "
+            f"what random lists would give. A long tail to the right means hubs: {row}s that are near to everything, "
+            f"and that crowd the neighbour lists. Dots at 0 are {row}s that are in no list."
         ),
         caveat=_hubness_caveat(tables, facts, hubs),
         tables=("hubs", "knn"),
     )
 
 
-def _hubness_finding(hubs: pl.DataFrame) -> str:
+def _hubness_finding(hubs: pl.DataFrame, row: str) -> str:
     top, mean = hubs["in_degree"][0], hubs["in_degree"].to_numpy().mean()
-    unnamed = hubs.filter(pl.col("in_degree") == 0).height
-    rest = f"{share(unnamed / hubs.height)} of tokens are nobody's" if unnamed else "every token is somebody's"
+    absent = hubs.filter(pl.col("in_degree") == 0).height
+    rest = f"{share(absent / hubs.height)} of {row}s are in no list" if absent else f"every {row} is in a list"
     average = number(round(float(mean), 1))
-    return (
-        f"The largest hub is a near neighbour of {count(top, 'token')}, where {average} is the average; "
-        f"{rest} neighbour"
-    )
+    return f"The largest hub is in the neighbour lists of {count(top, row)}, where {average} is the average; {rest}"
 
 
 def _hubness_caveat(tables: Tables, facts: Facts, hubs: pl.DataFrame) -> str:
-    skew = measure(tables, "hubness skewness")
+    skew = measure(tables, HUBNESS)
     null = (
         f"; that of Gaussian rows of the same shape is {number(skew['null'])}"
         if skew and skew["null"] is not None
@@ -371,9 +382,9 @@ def _hubness_caveat(tables: Tables, facts: Facts, hubs: pl.DataFrame) -> str:
     )
     skewness = f" The skewness of the in-degrees is {number(skew['value'])}{null}." if skew else ""
     scope = (
-        f"The graph has all {hubs.height:,} tokens."
-        if hubs.height >= facts.vocab_size
-        else f"The graph lives inside a random sample of {hubs.height:,} tokens: neighbours are sought within the "
+        f"The graph has all {hubs.height:,} {facts.row}s."
+        if hubs.height >= facts.n_rows
+        else f"The graph lives inside a random sample of {hubs.height:,} {facts.row}s: neighbours are sought within the "
         "sample, so these lists differ from those of the map."
     )
     return f"{scope}{skewness} High dimension alone makes hubs, so their existence says little; who they are says more."

@@ -1,0 +1,125 @@
+"""Single numbers about a table: noise fit, isotropy, norms, hubness."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+
+import polars as pl
+import torch
+
+from dimscope.geometry import metrics
+from dimscope.geometry.dimension import isoscore
+from dimscope.geometry.isotropy import mean_cosine, partition_isotropy, row_norms
+from dimscope.geometry.neighbors import build_index, hubness
+from dimscope.geometry.nulls import gavish_donoho_rank, noise_edge, noise_scale
+from dimscope.geometry.spectrum import spectrum
+from dimscope.geometry.untrained import UntrainedScores
+from dimscope.studies.embedding.tables import gaussian_like, in_degrees
+from dimscope.vectors.moments import Moments
+from dimscope.vectors.table import VectorTable
+
+SCHEMA = {
+    "table": pl.String, "metric": pl.String, "preprocess": pl.String, "value": pl.Float64, "stderr": pl.Float64,
+    "null": pl.Float64, "n_tokens": pl.Int64, "note": pl.String,
+}  # fmt: skip
+RAW, CENTRED = "none", "centred"  # preprocessing
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One number about a table, with its standard error and null where there are such."""
+
+    metric: str
+    preprocess: str
+    value: float | None
+    stderr: float | None = None
+    null: float | None = None
+    note: str | None = None
+
+
+def measures_frame(side: str, table: VectorTable, moments: Moments) -> pl.DataFrame:
+    """Return the noise fit, isotropy and norms of one table."""
+    rows = [*noise_measures(moments), *isotropy_measures(table, moments), *norm_measures(table)]
+    return _frame(side, rows, table.n_used)
+
+
+def noise_measures(moments: Moments) -> list[Measure]:
+    """Fit white noise to the bulk of the centred spectrum, and count what exceeds it."""
+    centred = spectrum(moments, centred=True)
+    scale = noise_scale(centred)
+    edge = noise_edge(centred, scale)
+    spikes = float((centred.singular_values > edge).sum())
+    scale_note = "standard deviation of the white noise with the same median singular value"
+    return [
+        Measure(metrics.NOISE_SCALE, CENTRED, scale, note=scale_note),
+        Measure(metrics.NOISE_EDGE, CENTRED, edge, note="singular value; exceeded by one white-noise table in 100"),
+        Measure(metrics.SPIKES, CENTRED, spikes, null=0.0, note="count"),
+        Measure(metrics.GAVISH_DONOHO_RANK, CENTRED, float(gavish_donoho_rank(centred)), null=0.0, note="count"),
+    ]
+
+
+def isotropy_measures(table: VectorTable, moments: Moments) -> list[Measure]:
+    """Measure how evenly the rows point in all directions, before and after the mean row is removed."""
+    n, d = table.n_used, table.dim
+    centred = spectrum(moments, centred=True)
+    raw_norm, centred_norm = float(row_norms(table).mean()), float(row_norms(table, moments.mean).mean())
+    cosine_sd = math.sqrt(2 / (n * (n - 1) * d)) if n > 1 else None
+    cosine, of_isotropic = metrics.MEAN_COSINE, "stderr: of isotropic rows"
+    partition, scaled = metrics.PARTITION_ISOTROPY, "rows scaled to mean norm 1"
+    mean_share = float(n * moments.mean.square().sum() / moments.gram.trace())
+    return [
+        Measure(metrics.ENERGY_OF_MEAN, RAW, mean_share, null=1 / n, note="share of the sum of squares"),
+        Measure(cosine, RAW, mean_cosine(table), cosine_sd, 0.0, of_isotropic),
+        Measure(cosine, CENTRED, mean_cosine(table, moments.mean), cosine_sd, 0.0, of_isotropic),
+        Measure(partition, RAW, partition_isotropy(table, moments, raw_norm, centred=False), null=1.0, note=scaled),
+        Measure(
+            partition, CENTRED, partition_isotropy(table, moments, centred_norm, centred=True), null=1.0, note=scaled
+        ),
+        Measure(metrics.ISOSCORE, CENTRED, isoscore(centred), null=isoscore(gaussian_like(centred))),
+    ]
+
+
+def norm_measures(table: VectorTable) -> list[Measure]:
+    """Measure the length of the rows, and whether it follows their number."""
+    from scipy.stats import spearmanr
+
+    n, norms = table.n_used, row_norms(table)
+    used = [i for i in range(table.n_rows) if i not in table.excluded]
+    scatter = float(norms.std()) if n > 1 else 0.0
+    correlation = float(spearmanr(used, norms.numpy()).statistic) if scatter > 0 else None
+    sd, note = 1 / math.sqrt(max(n - 1, 1)), "Spearman, norm against token id"
+    return [
+        Measure(metrics.MEAN_NORM, RAW, float(norms.mean()), scatter / math.sqrt(n) if n > 1 else None),
+        Measure(metrics.NORM_RANK_CORRELATION, RAW, correlation, sd, 0.0, note),
+    ]
+
+
+def untrained_measures(side: str, untrained: UntrainedScores, n_tokens: int) -> pl.DataFrame:
+    """Return the number of seed rows, and the threshold of the score (null where seed rows do not stand apart)."""
+    seeds, threshold = float(untrained.n_seed), untrained.threshold
+    rows = [
+        Measure(metrics.SEED_ROWS, RAW, seeds, note="rows beyond the tokenizer or unreachable"),
+        Measure(metrics.UNTRAINED_THRESHOLD, RAW, threshold, note="score at or below which a row is flagged"),
+    ]
+    return _frame(side, rows, n_tokens)
+
+
+def hubness_measure(side: str, hubs: pl.DataFrame, null: float | None) -> pl.DataFrame:
+    """Return the skewness of the in-degrees; `null` is that of Gaussian rows of the same shape, where it was computed."""
+    note = "kNN graph among the rows counted; null: Gaussian rows of the same shape"
+    return _frame(
+        side, [Measure(metrics.HUBNESS, RAW, hubness(hubs["in_degree"].to_numpy()), null=null, note=note)], len(hubs)
+    )
+
+
+def gaussian_hubness(n_rows: int, dim: int, k: int, seed: int) -> float:
+    """Return the skewness of the in-degrees among Gaussian rows of this shape."""
+    noise = torch.randn(n_rows, dim, generator=torch.Generator().manual_seed(seed))
+    return hubness(in_degrees(build_index(torch.arange(n_rows), noise), k).numpy())
+
+
+def _frame(side: str, measures: list[Measure], n_tokens: int) -> pl.DataFrame:
+    """Return measures as a tidy frame, in which a value that does not exist is null."""
+    rows = [(side, *row[:-1], n_tokens, row[-1]) for row in map(astuple, measures)]
+    return pl.DataFrame(rows, schema=SCHEMA, orient="row").fill_nan(None)
