@@ -1,4 +1,4 @@
-"""The README is a promise: its example runs, its commands exist, its links lead somewhere."""
+"""The README is a promise: its example runs and its commands exist. test_docs.py checks its links."""
 
 import re
 from pathlib import Path
@@ -36,24 +36,6 @@ def test_every_command_of_the_table_exists(run_cli):
         "report",
     }
     assert all(name in listed for name in named)
-
-
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "docs/index.md",
-        "docs/hidden-layers.md",
-        "training/README.md",
-        "training/MODEL_CARD.md",
-        "benchmarks/README.md",
-    ],
-)
-def test_links_lead_to_files(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
-    assert missing == []
 
 
 @pytest.mark.parametrize(
