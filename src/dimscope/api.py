@@ -314,7 +314,7 @@ def perturbation(kind: str, source: Any, strength: float = 0.0, *, seed: int = 0
     """Make a perturbation of an embedding table, such as its truncation to 100 dimensions.
 
     Args:
-        kind: Its name, see `dimscope damage --kinds`.
+        kind: Its name, as `dimscope damage --help` lists them: "truncate", "noise" and others.
         source: A model or vectors, as for `dimensions`: whose moments the perturbation is made from.
         strength: Dimensions, standard deviations, bits or a factor, as the kind has it.
         seed: Random seed, where the kind is random.

@@ -239,7 +239,12 @@ def correlate(
     chosen = range(min(CORRELATED_ROWS, n_rows)) if ids is None else parse_range(ids, n_rows)
     result = correlation_tables(source, chosen, at_least)
     n_blocks = result.blocks["block"].n_unique()
-    facts = {**_source_facts(source), "ids": f"{chosen.start}:{chosen.stop}", "n_tokens": len(result.matrix), "n_blocks": n_blocks}
+    facts = {
+        **_source_facts(source),
+        "ids": f"{chosen.start}:{chosen.stop}",
+        "n_tokens": len(result.matrix),
+        "n_blocks": n_blocks,
+    }
     answer = _correlation_answer(result, at_least, source.row)
     common.show(Output(facts, {"blocks": result.blocks}, files_only={"correlation": result.matrix}, answer=answer))
 
