@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from cyclopts.config import Dict
 
 from dimscope import studies
@@ -23,6 +23,11 @@ from dimscope.studies.study import Study
 SPECIAL = {"damage": damage_command, "narrowing": narrow.narrow_command}
 """Studies whose command does more than run the study."""
 
+EPILOGUE = (
+    "MODEL is a folder, a hub id (owner/name), a .gguf file, or builtin, the small model that ships here. Commands that "
+    "read only the embedding table also take a file of N x d vectors: .npy, .npz, .parquet or .safetensors."
+)
+
 
 def build_app(known: Sequence[Study]) -> App:
     """Return the commands: those about tables and checkpoints, one for each study, and the report."""
@@ -30,7 +35,8 @@ def build_app(known: Sequence[Study]) -> App:
         name="dimscope",
         suppress_keyboard_interrupt=False,  # `main` says what is kept
         help="How many dimensions does a language model really use?",
-        help_epilogue="MODEL is a folder, a hub id (owner/name), a .gguf file, or builtin, the small model that ships here.",
+        default_parameter=Parameter(show_default=shown_default, negative_iterable=()),
+        help_epilogue=EPILOGUE,
     )
     for command in embedding.COMMANDS:
         app.command(command)
@@ -38,6 +44,17 @@ def build_app(known: Sequence[Study]) -> App:
         app.command(SPECIAL.get(study.name, study_command)(study))
     app.command(report_command(known), name="report")
     return app
+
+
+def shown_default(value: Any) -> str | None:
+    """Return a default as the help shows it: nothing where the option is off or empty.
+
+    >>> shown_default(("builtin:prose", "builtin:html")), shown_default(False)
+    ('builtin:prose builtin:html', None)
+    """
+    if value is None or value is False or value == ():
+        return None
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def main(tokens: list[str] | None = None) -> int:
@@ -55,7 +72,7 @@ def main(tokens: list[str] | None = None) -> int:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as e:
         own = e.__cause__  # a ValueError of ours that was raised while a value was read
-        return _fail(with_options(str(own)) if isinstance(own, DimscopeError) else str(e))
+        return _fail(with_options(str(own)) if isinstance(own, DimscopeError) else _usage(e))
     except DimscopeError as e:
         return _fail(with_options(str(e)))
     except KeyboardInterrupt:
@@ -65,6 +82,13 @@ def main(tokens: list[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     return 0
+
+
+def _usage(error: CycloptsError) -> str:
+    """Return what is wrong with the arguments, in words of the command line."""
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return f"unexpected argument {error.unused_tokens[0]!r}; dimscope COMMAND --help lists the arguments"
+    return str(error)
 
 
 def _preset(arguments: Sequence[str]) -> list[Any]:

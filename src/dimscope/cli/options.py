@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from dimscope.cli.terminal import Output, print_json, print_tables, write
 from dimscope.storage import check_folder
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 STANDARD_INPUT = "\0-"  # how the command line hands "-" on; no shell can pass it
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=Group("Options of every command", sort_key=1))
 @dataclass(frozen=True)
 class Common:
     """Options of every command."""

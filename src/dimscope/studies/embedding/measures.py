@@ -40,7 +40,9 @@ class Measure:
 
 def measures_frame(side: str, table: VectorTable, moments: Moments) -> pl.DataFrame:
     """Return the noise fit, isotropy and norms of one table."""
-    rows = [*noise_measures(moments), *isotropy_measures(table, moments), *norm_measures(table)]
+    share = float(table.n_used * moments.mean.square().sum() / moments.gram.trace())
+    energy = Measure(metrics.ENERGY_OF_MEAN, RAW, share, null=1 / table.n_used, note="share of the sum of squares")
+    rows = [energy, *noise_measures(moments), *isotropy_measures(table, moments), *norm_measures(table)]
     return _frame(side, rows, table.n_used)
 
 
@@ -67,9 +69,7 @@ def isotropy_measures(table: VectorTable, moments: Moments) -> list[Measure]:
     cosine_sd = math.sqrt(2 / (n * (n - 1) * d)) if n > 1 else None
     cosine, of_isotropic = metrics.MEAN_COSINE, "stderr: of isotropic rows"
     partition, scaled = metrics.PARTITION_ISOTROPY, "rows scaled to mean norm 1"
-    mean_share = float(n * moments.mean.square().sum() / moments.gram.trace())
     return [
-        Measure(metrics.ENERGY_OF_MEAN, RAW, mean_share, null=1 / n, note="share of the sum of squares"),
         Measure(cosine, RAW, mean_cosine(table), cosine_sd, 0.0, of_isotropic),
         Measure(cosine, CENTRED, mean_cosine(table, moments.mean), cosine_sd, 0.0, of_isotropic),
         Measure(partition, RAW, partition_isotropy(table, moments, raw_norm, centred=False), null=1.0, note=scaled),

@@ -17,11 +17,11 @@ class EmbeddingSettings:
     side: Side = "input"
     "Which table leads: the input embeddings, or the output embeddings of an untied model."
     first_ids: int = 500
-    "Token ids 0 to this one are in the correlation matrix."
+    "First rows of the table that are in the correlation matrix."
     neighbors: int = 10
     "Nearest neighbors per token for the token map and hubness."
     knn_sample: int = 5000
-    "Tokens whose nearest neighbors are computed."
+    "Tokens sampled for nearest neighbors and hubness."
     full_knn: Flag = False
     "Compute the nearest neighbors of every token. V x V x d operations: minutes for 150,000 tokens."
     permutations: int = 3
