@@ -29,7 +29,7 @@ EPILOGUE = (
 )
 
 
-def build_app(known: Sequence[Study]) -> App:
+def build_app(listed: Sequence[Study]) -> App:
     """Return the commands: those about tables and checkpoints, one for each study, and the report."""
     app = App(
         name="dimscope",
@@ -40,9 +40,9 @@ def build_app(known: Sequence[Study]) -> App:
     )
     for command in embedding.COMMANDS:
         app.command(command)
-    for study in known:
+    for study in listed:
         app.command(SPECIAL.get(study.name, study_command)(study))
-    app.command(report_command(known), name="report")
+    app.command(report_command(listed), name="report")
     return app
 
 

@@ -17,8 +17,6 @@ from dimscope.geometry.metrics import PARTICIPATION_RATIO
 from dimscope.page.wording import against, count, number, sentence
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dimscope.studies.embedding.row_tables import CorrelationTables
     from dimscope.studies.embedding.source import EmbeddingSource
 
@@ -102,22 +100,33 @@ def tokens(
     source = which.open(model, common)
     frame = tokens_table(source)
     counts = dict(frame.group_by("category").len().sort("len", "category", descending=[True, False]).iter_rows())
-    answer = f"{source.table.n_rows:,} rows: {', '.join(f'{n:,} {category}' for category, n in counts.items())}."
+    population = f"{source.table.n_rows:,} rows"
+    answer = f"{population}: {', '.join(f'{n:,} {category}' for category, n in counts.items())}."
     if untrained:
         frame = frame.filter("untrained").sort("untrained_score")
-        answer = f"{len(frame):,} of {source.table.n_rows:,} rows look under-trained."
+        answer = f"{len(frame):,} of {population} look under-trained."
     if duplicates:
         groups = duplicates_table(source)
         frame = frame.join(groups, on=["id", "label", "category"], maintain_order="left").sort("group", "id")
-        n_groups = frame["group"].n_unique()
-        answer = f"{len(frame):,} of {source.table.n_rows:,} rows have near-duplicates, in {count(n_groups, 'group')}."
+        answer = f"{len(frame):,} of {population} have near-duplicates, in {count(frame['group'].n_unique(), 'group')}."
     if vectors:
-        rows = source.table.rows(_tensor(frame["id"])).numpy()
-        frame = frame.with_columns(vector=pl.Series(rows, dtype=pl.Array(pl.Float32, source.table.dim)))
-    hidden = ["piece", "bytes", "vector", *(c for c in frame.columns if c.startswith("pc"))]
-    hidden += ["untrained", "reason"] if untrained else ["untrained_reason"]
+        frame = frame.with_columns(vector=_vectors(source, frame["id"]))
     facts = {**_source_facts(source), "rows": source.table.n_rows, **counts}
-    common.show(Output(facts, {"tokens": frame}, hidden, answer=answer))
+    common.show(Output(facts, {"tokens": frame}, _hidden(frame, untrained=untrained), answer=answer))
+
+
+def _hidden(frame: pl.DataFrame, *, untrained: bool) -> list[str]:
+    """Return the columns of the token table that a terminal does not show."""
+    components = [column for column in frame.columns if column.startswith("pc")]
+    reasons = ["untrained", "reason"] if untrained else ["untrained_reason"]
+    return ["piece", "bytes", "vector", *components, *reasons]
+
+
+def _vectors(source: EmbeddingSource, ids: pl.Series) -> pl.Series:
+    import torch
+
+    rows = source.table.rows(torch.from_numpy(ids.to_numpy().copy()))
+    return pl.Series(rows.numpy(), dtype=pl.Array(pl.Float32, source.table.dim))
 
 
 def neighbors(
@@ -158,9 +167,8 @@ def neighbors(
     frames = neighbor_tables(source, query, k=k, metric=metric, components=components, combine=combine)
     facts = {**_source_facts(source), "metric": metric, "combine": combine}
     frame = pl.concat(frames.values())
-    common.show(
-        Output(facts, {"neighbors": frame}, answer=_nearest(frame, source.row), split_by={"neighbors": "query"})
-    )
+    answer = _nearest(frame, source.row)
+    common.show(Output(facts, {"neighbors": frame}, answer=answer, split_by={"neighbors": "query"}))
 
 
 def _check_queries(model: str, queries: Sequence[str], k: int) -> None:
@@ -346,9 +354,3 @@ def _source_facts(source: EmbeddingSource) -> dict[str, Any]:
 def _like_query(text: str) -> bool:
     """Return whether a text can only be meant as a query: no path and no name of a model holds a space or starts with #."""
     return " " in text or text.startswith("#")
-
-
-def _tensor(ids: pl.Series) -> Tensor:
-    import torch
-
-    return torch.from_numpy(ids.to_numpy().copy())

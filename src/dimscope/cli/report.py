@@ -51,61 +51,64 @@ PROMPT = "Once upon a time"  # which any language model can continue
 PROMPT_TOKENS = 128  # tokens that a model must read at once for a prompt and its continuation
 
 
-def report_command(known: Sequence[Study]) -> Callable[..., None]:
+def report_command(listed: Sequence[Study]) -> Callable[..., None]:
     """Return the command that runs several studies into one page."""
-    # --STUDY.OPTION for every setting of every study.
-    hidden = Parameter(show=False)
-    columns = []
-    for study in known:
-        kind = Annotated[study.settings, hidden]  # ty: ignore[invalid-type-form]
-        columns.append((study.name, kind, field(default=study.settings())))
-    options: Any = Parameter(name="*")(make_dataclass("StudyOptions", columns, frozen=True))
-    options.__module__ = __name__  # cyclopts takes classes of the standard library, make_dataclass's own, as one value
+    options = study_options(listed)
     defaults = options()
-    names = Annotated[
-        tuple[Literal[tuple(study.name for study in known)], ...],  # ty: ignore[invalid-type-form]
-        Parameter(consume_multiple=True, negative=()),
-    ]
+    names = tuple(study.name for study in listed)
+    chosen = Annotated[tuple[Literal[names], ...], Parameter(consume_multiple=True, negative=())]  # ty: ignore[invalid-type-form]
 
     def report(
         model: str = BUILTIN,
         /,
         *,
-        studies: Annotated[Any, names] = ("embedding",),
+        studies: Annotated[Any, chosen] = names[:1],
         shared: Shared = SHARED,
         own: Annotated[Any, options] = defaults,
         common: Common = COMMON,
     ) -> None:
-        """Write one self-contained page with every figure, its reading and its caveats, and the tables behind it.
-
-        The page is OUT/index.html, the tables OUT/tables/*.parquet. Finished tables in OUT are reused, so that an interrupted
-        report resumes, and a second one with another study adds to the page. Every option of a study can be set as
-        --STUDY.OPTION, such as --layers.shuffles 2 or --embedding.full-knn; `dimscope STUDY --help` lists them.
-
-        Example: `dimscope report builtin --studies embedding layers -o report`
-
-        Parameters
-        ----------
-        studies
-            Studies to run.
-        """
         if common.out is None:
             raise InvalidArgument("`out` is required: dimscope report MODEL -o DIR")
         if not studies:
-            raise InvalidArgument(
-                f"`studies` takes one or more of {', '.join(study.name for study in known)}, got none"
-            )
-        _run({study: getattr(own, study.name) for study in known if study.name in studies}, shared, model, common)
+            raise InvalidArgument(f"`studies` takes one or more of {', '.join(names)}, got none")
+        _run({study: getattr(own, study.name) for study in listed if study.name in studies}, shared, model, common)
 
-    report.__annotations__ |= {"studies": names, "own": options, "shared": Shared, "common": Common, "model": str}
+    report.__doc__ = HELP
+    report.__annotations__ |= {"studies": chosen, "own": options, "shared": Shared, "common": Common, "model": str}
     return report
+
+
+HELP = """Write one self-contained page with every figure, its reading and its caveats, and the tables behind it.
+
+The page is OUT/index.html, the tables OUT/tables/*.parquet. Finished tables in OUT are reused, so that an interrupted
+report resumes, and a second one with another study adds to the page. Every option of a study can be set as
+--STUDY.OPTION, such as --layers.shuffles 2 or --embedding.full-knn; `dimscope STUDY --help` lists them.
+
+Example: `dimscope report builtin --studies embedding layers -o report`
+
+Parameters
+----------
+studies
+    Studies to run.
+"""
+
+
+def study_options(studies: Sequence[Study]) -> Any:
+    """Return a dataclass with --STUDY.OPTION for every setting of every study."""
+    columns = []
+    for study in studies:
+        kind = Annotated[study.settings, Parameter(show=False)]  # ty: ignore[invalid-type-form]
+        columns.append((study.name, kind, field(default=study.settings())))
+    options: Any = Parameter(name="*")(make_dataclass("StudyOptions", columns, frozen=True))
+    options.__module__ = __name__  # cyclopts takes classes of the standard library, make_dataclass's own, as one value
+    return options
 
 
 def with_shared(settings: Any, shared: Shared) -> Any:
     """Return settings with the shared options that were set, as far as the study has them."""
-    known = {f.name for f in fields(settings)}
+    own = {f.name for f in fields(settings)}
     values = {f.name: getattr(shared, f.name) for f in fields(shared)}
-    return replace(settings, **{name: value for name, value in values.items() if value is not None and name in known})
+    return replace(settings, **{name: value for name, value in values.items() if value is not None and name in own})
 
 
 def _run(settings: Mapping[Study, Any], shared: Shared, model: str, common: Common) -> None:

@@ -75,8 +75,8 @@ class Facts:
     @property
     def seconds(self) -> float | None:
         """Return how long the studies took together, or None where one does not say."""
-        known = [study.seconds for study in self.studies.values()]
-        return None if not known or None in known else sum(s for s in known if s is not None)
+        seconds = [study.seconds for study in self.studies.values()]
+        return None if not seconds or None in seconds else sum(s for s in seconds if s is not None)
 
     def of(self, study: str) -> Mapping[str, Any]:
         """Return the facts of a study; nothing where it was not run."""

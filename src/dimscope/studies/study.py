@@ -114,8 +114,8 @@ class StudyCode:
 
     def make_sections(self, tables: Tables, facts: Facts) -> list[Section]:
         """Return the sections whose tables are there."""
-        made = (make(tables, facts) for make in self.sections)
-        return [section for section in made if section is not None]
+        sections = (make(tables, facts) for make in self.sections)
+        return [section for section in sections if section is not None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
