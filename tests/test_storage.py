@@ -285,6 +285,26 @@ def test_what_the_caller_gave_is_left_as_it_was(tmp_path, compute):
     assert arguments == {"ids": (1, 2)}
 
 
+# ---- the schema ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"value": [1]}, "'value' is Int64, and Float64"),
+        ({"layer": ["3"]}, "'layer' is String, and Int64"),
+        ({"null": [float("nan")]}, "NaN in column 'null'; a gap is null"),
+        ({"n": [1]}, "'n' has another name"),
+    ],
+)
+@pytest.mark.parametrize("store", ["folder", "memory"])
+def test_a_table_that_breaks_the_schema_is_never_finished(tmp_path, columns, words, store):
+    target = MemoryStore() if store == "memory" else ResultFolder(tmp_path, {})
+    with pytest.raises(AssertionError, match=words):
+        target.table("t", {}, lambda: pl.DataFrame(columns))
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
 # ---- the folder ----------------------------------------------------------------------------------------------------
 
 

@@ -37,10 +37,14 @@ COLUMNS = {
 `null` is the value that noise of the same shape, or theory, expects; `seed` is null where nothing is random.
 """
 
+RETIRED = {"on", "kept", "n", "draw", "of_dim", "prefill", "decode", "expected"}
+"""Names that columns had before format 2."""
+
 
 def check_columns(name: str, table: pl.DataFrame) -> None:
     """Assert that a table keeps to the common columns: their names and types, and finite numbers or nulls."""
     for column, kind in table.schema.items():
+        assert column not in RETIRED, f"table {name}: column {column!r} has another name since format 2"
         expected = COLUMNS.get(column, kind)
         assert kind == expected, f"table {name}: column {column!r} is {kind}, and {expected} in every other table"
         if column in ("value", "stderr", "null"):
