@@ -39,6 +39,8 @@ def named_texts(sources: Sequence[str | Text]) -> dict[str, Text]:
     """
     if not sources:
         raise InvalidArgument("`texts` is empty; pass a file, or builtin:prose")
+    if other := [source for source in sources if not isinstance(source, str | Text)]:
+        raise InvalidArgument(f"`texts` must be files, URLs, builtin:prose or texts, got {type(other[0]).__name__}")
     texts = [source if isinstance(source, Text) else open_text(source) for source in sources]
     longer = [source if isinstance(source, str) else source.name for source in sources]
     return dict(zip(distinct([text.name for text in texts], longer), texts, strict=True))

@@ -321,7 +321,7 @@ def test_a_lone_string_is_one_change_never_its_letters():
         ({"length": 1}, "`length` must be 2 or more"), ({"draws": 0}, "`draws` must be"),
         ({"sides": ("middle",)}, "`sides` must be input, output or both, got 'middle'"), ({"texts": ()}, "`texts` takes"),
         ({"system": "Be brief.", "chat": False}, "`system` needs a chat template"), ({"seed": -1}, "`seed` must be"),
-        ({"decoding": "beam"}, "`decoding` must be one of greedy, sample, model"), ({"seed": 2**63 - 1}, "`draws` 3 exceeds"),
+        ({"decoding": "beam"}, "`decoding` must be greedy, sample or model"), ({"seed": 2**63 - 1}, "`draws` 3 exceeds"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_raise_at_once(values, message):

@@ -14,10 +14,9 @@ from dimscope.studies.options import (
     Texts,
     as_tuple,
     require_at_least,
-    require_dtype,
     require_not_empty,
-    require_one_of,
     require_seed,
+    require_types,
 )
 
 Sides = Annotated[
@@ -77,15 +76,12 @@ class DamageSettings:
     def __post_init__(self) -> None:
         """Raise InvalidArgument for values out of range."""
         as_tuple(self, "changes", "sides", "texts", "prompts")
+        require_types(self, opened=("texts",))
         require_not_empty(self, "texts", "files, URLs, builtin:prose or generated")
         require_not_empty(self, "sides", "input, output or both")
         require_at_least(1, self, "draws", "windows", "new_tokens", "text_draws", "batch")
         require_at_least(2, self, "length")
-        require_one_of(self, "decoding", ("greedy", "sample", "model"))
-        require_dtype(self)
         require_seed(self)
-        if unknown := set(self.sides) - {"input", "output", "both"}:
-            raise InvalidArgument(f"`sides` must be input, output or both, got {sorted(unknown)[0]!r}")
         for change in self.changes:
             parse_change(change)
         if self.seed + self.draws > LARGEST_SEED + 1:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from dimscope.studies.options import Flag, require_at_least, require_one_of, require_seed
+from dimscope.studies.options import Flag, require_at_least, require_seed, require_types
 
 Side = Literal["input", "output"]
 
@@ -33,6 +33,6 @@ class EmbeddingSettings:
 
     def __post_init__(self) -> None:
         """Raise InvalidArgument for values out of range."""
-        require_one_of(self, "side", ("input", "output"))
+        require_types(self)
         require_at_least(1, self, "first_ids", "neighbors", "knn_sample", "permutations")
         require_seed(self)

@@ -14,10 +14,9 @@ from dimscope.studies.options import (
     Texts,
     as_tuple,
     require_at_least,
-    require_dtype,
     require_not_empty,
-    require_one_of,
     require_seed,
+    require_types,
 )
 
 THRESHOLDS = (0.80, 0.90, 0.95, 0.99)
@@ -92,17 +91,15 @@ class LayersSettings:
     def __post_init__(self) -> None:
         """Raise InvalidArgument for values out of range."""
         as_tuple(self, "compare", "texts", "thresholds")
+        require_types(self, opened=("compare", "texts"))
         require_not_empty(self, "texts", "files, URLs or builtin:prose")
         require_not_empty(self, "thresholds", "shares of the variance")
-        if isinstance(self.windows, str):
-            require_one_of(self, "windows", ("all",))
-        else:
+        if self.windows != "all":
             require_at_least(1, self, "windows")
         require_at_least(0, self, "shuffles", "shuffles_across", "show_layer", "checkpoint_every")
         require_at_least(1, self, "batch")
         require_at_least(2, self, "length")
         require_at_least(64, self, "reservoir")
-        require_dtype(self)
         require_seed(self)
         if not all(0 < threshold < 1 for threshold in self.thresholds):
             raise InvalidArgument(f"`thresholds` must be between 0% and 100% of the variance, got {self.thresholds}")

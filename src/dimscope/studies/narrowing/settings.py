@@ -11,13 +11,12 @@ from dimscope.studies.options import (
     Texts,
     as_tuple,
     require_at_least,
-    require_dtype,
     require_not_empty,
     require_seed,
+    require_types,
 )
 
 Basis = Literal["normalised", "learned", "raw", "embedding", "coordinates", "random"]
-BASES: tuple[Basis, ...] = ("normalised", "learned", "raw", "embedding", "coordinates", "random")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +58,11 @@ class NarrowSettings:
     def __post_init__(self) -> None:
         """Raise InvalidArgument for values out of range."""
         as_tuple(self, "widths", "bases", "texts", "prompts")
+        require_types(self, opened=("texts",))
         require_not_empty(self, "texts", "files, URLs, builtin:prose or generated")
         require_at_least(0, self, "heal_steps")
         require_at_least(1, self, "learn_steps", "lora", "windows")
         require_at_least(2, self, "length")
-        require_dtype(self)
         require_seed(self)
-        if unknown := set(self.bases) - set(BASES):
-            raise InvalidArgument(f"`bases` must be {', '.join(BASES)}, got {sorted(unknown)[0]!r}")
         if self.lora is not None and not self.heal_steps:
             raise InvalidArgument("`lora` needs `heal_steps`")
