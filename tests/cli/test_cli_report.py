@@ -16,6 +16,9 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from dimscope.cli.app import build_app, option_names
+from dimscope.studies import STUDIES
+
 pytestmark = pytest.mark.slow  # whole commands or studies
 
 TABLES = {
@@ -47,6 +50,15 @@ def test_every_family_gets_its_page(checkpoint, cli, digest, tmp_path, family):
     assert not list((tmp_path / "report").rglob("*.tmp"))
     assert (tmp_path / "report" / "index.html").stat().st_size > 1_000_000
     assert digest(folder) == before
+
+
+def test_every_option_of_a_study_is_one_of_the_report():
+    arguments = build_app(STUDIES)["report"].assemble_argument_collection()
+    names = {name for argument in arguments for name in argument.names}
+    for study in STUDIES:
+        options = {option for field, option in option_names(study.settings).items() if field != "trust_remote_code"}
+        assert {f"--{study.name}.{option.removeprefix('--')}" for option in options} <= names
+    assert {"--damage.plain", "--narrowing.untied"} <= names
 
 
 def test_the_shared_real_model_works(shared_data, cli, digest, tmp_path):
