@@ -25,33 +25,83 @@ class ForkedCli:
     """A server process that forks one process per command; see fork_server.py. `env` is set for all of them."""
 
     def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
-        self.folder, self.env, self.count = folder, dict(env), 0
+        self.folder, self.env, self.count, self.ready = folder, dict(env), 0, False
+        self.running: set[int] = set()
         command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("fork_server.py"))]
         self.server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.env, text=True, cwd=folder
         )
-        assert self._line() == "ready"
 
     def __call__(
         self, *arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> Result[str]:
         """Run `dimscope ARGUMENTS` in a process of its own, output as text."""
+        job = self._job(arguments, env=dict(env or {}), cwd=str(cwd or self.folder))
+        return result_of(job, int(self.ask(job)))
+
+    def start(self, *arguments: object, **job: Any) -> Background:
+        """Start a command and return at once; `job` may have stdin, stdout and stderr, as paths, and env."""
+        whole = self._job(arguments, **job, background=True)
+        pid = int(self.ask(whole))
+        self.running.add(pid)
+        return Background(self, whole, pid)
+
+    def _job(self, arguments: Iterable[object], **job: Any) -> dict[str, Any]:
         self.count += 1
-        out, err = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
-        job = {"arguments": [*map(str, arguments)], "stdout": str(out), "stderr": str(err), "env": dict(env or {})}
+        out, err = (str(self.folder / f"{self.count}.{name}") for name in ("out", "err"))
+        streams = {"stdin": os.devnull, "stdout": out, "stderr": err}
+        defaults = {**streams, "env": {}, "cwd": str(self.folder), "background": False}
+        return {**defaults, **job, "arguments": [*map(str, arguments)]}
+
+    def ask(self, job: Mapping[str, Any]) -> str:
+        """Return the server's answer to a job."""
+        if not self.ready:  # it imports while the test makes its models
+            assert self._line() == "ready"
+            self.ready = True
         assert self.server.stdin is not None
-        self.server.stdin.write(json.dumps({**job, "cwd": str(cwd or self.folder)}) + "\n")
+        self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
-        code = int(self._line())
-        return Result(job["arguments"], code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+        return self._line()
 
     def _line(self) -> str:
         assert self.server.stdout is not None
         return self.server.stdout.readline().strip()
 
     def stop(self) -> None:
+        for pid in self.running:  # of a test that failed
+            os.kill(pid, signal.SIGKILL)
         self.server.send_signal(signal.SIGKILL)
         self.server.communicate()
+
+
+class Background:
+    """A command that runs while the test goes on."""
+
+    def __init__(self, cli: ForkedCli, job: Mapping[str, Any], pid: int) -> None:
+        self.cli, self.job, self.pid = cli, job, pid
+
+    def reach(self, reached: Callable[[], object], seconds: float = 120) -> None:
+        """Return as soon as `reached()` is true; the command must not end before."""
+        deadline = time.monotonic() + seconds
+        while not reached():
+            if (answer := self.cli.ask({"pid": self.pid, "block": False})) != "running":
+                self.cli.running.discard(self.pid)
+            assert answer == "running", (answer, Path(self.job["stderr"]).read_text()[-600:])
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def end(self, number: int | None = None) -> Result[str]:
+        """Send a signal, or none, and return the result of the command once it has ended."""
+        if number is not None:
+            os.kill(self.pid, number)
+        self.cli.running.discard(self.pid)
+        return result_of(self.job, int(self.cli.ask({"pid": self.pid, "block": True})))
+
+
+def result_of(job: Mapping[str, Any], code: int) -> Result[str]:
+    """Return what a command printed into files; nothing of what it printed on a terminal."""
+    streams = [Path(job[name]) for name in ("stdout", "stderr")]
+    return Result(job["arguments"], code, *(s.read_text(encoding="utf-8") if s.is_file() else "" for s in streams))
 
 
 @contextmanager
@@ -100,24 +150,13 @@ def hub_cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServe
 
 
 @pytest.fixture
-def killed(clean_environment: dict[str, str]) -> Callable[..., None]:
-    """Return `killed(arguments, reached)`: a command by itself, ended by kill -9 once `reached()` is true."""
+def killed(cli: ForkedCli) -> Callable[..., None]:
+    """Return `killed(arguments, reached)`: a command in the background, ended by kill -9 once `reached()` is true."""
 
     def kill(arguments: Iterable[object], reached: Callable[[], object]) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dimscope", *map(str, arguments)],
-            env={**clean_environment, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        deadline = time.monotonic() + 60
-        while not reached():
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        command = cli.start(*arguments)
+        command.reach(reached)
+        assert command.end(signal.SIGKILL).returncode == -signal.SIGKILL
 
     return kill
 

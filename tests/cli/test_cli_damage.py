@@ -1,4 +1,4 @@
-"""`dimscope damage` end to end: what it tells and writes, what it uses again, and what a violent end does to it."""
+"""`dimscope damage` end to end: what it prints and writes, what it reuses, and kill -9 and Ctrl-C in the middle."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +48,9 @@ def studied(checkpoint, cli, digest, text, tmp_path_factory) -> tuple[Path, str]
     """The folder of a small study with a page, and what the command printed. Read only."""
     folder, out = checkpoint("llama"), tmp_path_factory.mktemp("damage") / "out"
     before = digest(folder)
-    said = succeed(cli("damage", folder, *SOME, "--text", text, *READ, *ASK, "-o", out))
+    printed = succeed(cli("damage", folder, *SOME, "--text", text, *READ, *ASK, "-o", out))
     assert digest(folder) == before  # the model is read, never written
-    return out, said
+    return out, printed
 
 
 def succeed(result: subprocess.CompletedProcess[str]) -> str:
@@ -95,11 +92,11 @@ def changes(frame: pl.DataFrame) -> list[str]:
 
 
 def values(frame: pl.DataFrame, metric: str, **where: Any) -> list[float]:
-    found = frame.filter(pl.col("metric") == metric, *(pl.col(name) == value for name, value in where.items()))
-    return found["value"].to_list()
+    rows = frame.filter(pl.col("metric") == metric, *(pl.col(name) == value for name, value in where.items()))
+    return rows["value"].to_list()
 
 
-# ---- what is told --------------------------------------------------------------------------------------------------
+# ---- what is printed and written --------------------------------------------------------------------------------------------------
 
 
 def test_a_study_is_tables_facts_and_a_page(studied, checkpoint):
@@ -109,10 +106,10 @@ def test_a_study_is_tables_facts_and_a_page(studied, checkpoint):
     assert tables.keys() == TABLES
     assert changes(tables["damage"]) == ["undamaged", "truncate 24", "truncate 8", "project 16", "noise 0.1", "noise 1"]
     assert set(tables["damage"].filter(pl.col("change") == "noise 1")["seed"]) == {0, 1}
-    told = read_facts(out)
-    assert set(told["studies"]["damage"]["tables"]) == TABLES
-    assert (told["model"], told["tied"]) == (str(checkpoint("llama")), False)
-    study = told["studies"]["damage"]["facts"]
+    report = read_facts(out)
+    assert set(report["studies"]["damage"]["tables"]) == TABLES
+    assert (report["model"], report["tied"]) == (str(checkpoint("llama")), False)
+    study = report["studies"]["damage"]["facts"]
     assert (study["texts"], study["window_length"], study["n_changes"]) == (["keeper.txt"], 16, 2 + 2 + 4)
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "</html>" in page
@@ -121,38 +118,39 @@ def test_a_study_is_tables_facts_and_a_page(studied, checkpoint):
 
 
 def test_the_terminal_gets_a_line_for_each_change_and_the_answers(studied):
-    out, said = studied
+    out, printed = studied
     for change in ("undamaged", "truncate 24", "truncate 8", "project 16", "noise 0.1", "noise 1"):
-        assert re.search(rf"^ *{re.escape(change)} ", said, re.MULTILINE), change
-    assert "index.html" in said
-    assert "breaking" in said
-    assert "beliefs" in said
-    assert "In the winter" in said
-    assert "keeper.txt" in said
+        assert re.search(rf"^ *{re.escape(change)} ", printed, re.MULTILINE), change
+    assert "index.html" in printed
+    assert "breaking" in printed
+    assert "beliefs" in printed
+    assert "In the winter" in printed
+    assert "keeper.txt" in printed
     [loss] = values(read_tables(out)["damage"], "loss", change="truncate 8")
-    assert f"{loss:.4g}" in said
+    assert f"{loss:.4g}" in printed
 
 
 def test_json_holds_what_the_tables_hold(studied, checkpoint, cli, text, tmp_path):
     command = ("damage", checkpoint("llama"), *SOME, "--text", text, *READ, *ASK, "--json")
-    told = json.loads(succeed(cli(*command, cwd=tmp_path)))
+    result = json.loads(succeed(cli(*command, cwd=tmp_path)))
     assert not list(tmp_path.iterdir())  # without --out nothing is left
     tables = read_tables(studied[0])
-    assert told["model"] == str(checkpoint("llama"))
-    assert "page" not in told
+    assert result["model"] == str(checkpoint("llama"))
+    assert "page" not in result
     for name, table in (("damage", "damage"), ("operator", "operator")):
-        assert_frame_equal(pl.DataFrame(told[name], schema=tables[table].schema), tables[table], check_exact=True)
-    assert "keeps the loss within 10% of" in told["answer"] or "raises the loss by" in told["answer"]
+        assert_frame_equal(pl.DataFrame(result[name], schema=tables[table].schema), tables[table], check_exact=True)
+    assert "keeps the loss within 10% of" in result["answer"] or "raises the loss by" in result["answer"]
     answers = tables["generations"].partition_by("number", maintain_order=True)
     for n, answer in enumerate(answers, 1):
-        rows = told[f"generations {n}"]
+        rows = result[f"generations {n}"]
         assert [row["text"] for row in rows] == answer["text"].to_list()
         assert {row["prompt"] for row in rows} == set(answer["prompt"])
-    assert [row["change"] for row in told["changes 1"]] == changes(tables["damage"])
-    assert [row["loss"] for row in told["changes 1"]][:3] == values(tables["damage"], "loss")[:3]
-    with_page = json.loads(succeed(cli(*command, "-o", tmp_path / "out")))
-    assert with_page.pop("page") == str(tmp_path / "out" / "index.html")
-    assert {**with_page, "seconds": 0} == {**told, "seconds": 0}
+    assert [row["change"] for row in result["changes 1"]] == changes(tables["damage"])
+    assert [row["loss"] for row in result["changes 1"]][:3] == values(tables["damage"], "loss")[:3]
+    out = shutil.copytree(studied[0], tmp_path / "out")
+    with_page = json.loads(succeed(cli(*command, "-o", out)))
+    assert with_page.pop("page") == str(out / "index.html")
+    assert {**with_page, "seconds": 0} == {**result, "seconds": 0}
 
 
 def test_the_loss_is_that_of_a_model_saved_with_the_truncated_table(checkpoint, cli, text, tmp_path):
@@ -170,8 +168,8 @@ def test_the_loss_is_that_of_a_model_saved_with_the_truncated_table(checkpoint, 
     for change, rows in tables.items():
         with torch.no_grad():
             model.get_input_embeddings().weight.copy_(torch.from_numpy(rows))
-            said = model(ids).logits[0, :-1].double()
-        losses[change] = float(torch.nn.functional.cross_entropy(said, ids[0, 1:]))
+            logits = model(ids).logits[0, :-1].double()
+        losses[change] = float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
         assert values(frame, "loss", change=change) == [pytest.approx(losses[change], rel=1e-5)]
     assert losses["undamaged"] != pytest.approx(losses["truncate 8"], rel=1e-3)
     error = math.sqrt((spectrum[8:] ** 2).sum() / (spectrum**2).sum())
@@ -179,10 +177,10 @@ def test_the_loss_is_that_of_a_model_saved_with_the_truncated_table(checkpoint, 
 
 
 def test_every_registered_kind_is_an_option_with_its_title(checkpoint, cli, text):
-    said = " ".join(succeed(cli("damage", "--help")).replace("│", " ").split())
+    page = " ".join(succeed(cli("damage", "--help")).replace("│", " ").split())
     for kind in PERTURBATIONS.values():
-        assert f"--{kind.name} STR... {kind.title[0].upper()}{kind.title[1:]}; " in said
-    assert "--[KEYWORD]" not in said
+        assert f"--{kind.name} STR... {kind.title[0].upper()}{kind.title[1:]}; " in page
+    assert "--[KEYWORD]" not in page
     strengths = {"dimensions": "8", "standard deviations": "0.5", "factor": "2", "bits": "4", "": "on"}
     options = [word for kind in PERTURBATIONS.values() for word in (f"--{kind.name}", strengths[kind.unit])]
     command = ("damage", checkpoint("gpt2"), *options, "--draws", "1", "--text", text, *READ, "--json")
@@ -200,12 +198,24 @@ def test_options_choose_what_is_changed_and_read(checkpoint, cli, text, tmp_path
         "--text", text, tmp_path / "other.txt", "generated", "--length", "12", "--windows", "2", "--seed", "5",
         "--draws", "1", "--token-errors", "--batch", "1", "--dtype", "float32", "--device", "cpu",
     )  # fmt: skip
+    own = [tmp_path / "out" / name / "mine.txt" for name in ("state", "tables", "tables/points")]
+    for path in own:  # files of the user, which are not touched
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
     succeed(cli("damage", checkpoint("qwen2"), *options, "-o", tmp_path / "out"))
+    assert [path.read_text() for path in own] == ["mine"] * 3
     tables = read_tables(tmp_path / "out")
     assert tables.keys() == TABLES - {"generations"} | {"token_errors"}
     frame = tables["damage"]
-    made = ["project 8", "project 16", "project-rescaled 8", "project-rescaled 16", "truncate 24 + noise 0.1", "rotate"]
-    assert changes(frame) == ["undamaged", *made]
+    expected = [
+        "project 8",
+        "project 16",
+        "project-rescaled 8",
+        "project-rescaled 16",
+        "truncate 24 + noise 0.1",
+        "rotate",
+    ]
+    assert changes(frame) == ["undamaged", *expected]
     assert set(frame["side"]) == {"input", "both"}
     assert set(frame["seed"]) == {None, 5}
     texts = ["keeper.txt", "other.txt", "generated"]
@@ -215,77 +225,6 @@ def test_options_choose_what_is_changed_and_read(checkpoint, cli, text, tmp_path
     study = read_facts(tmp_path / "out")["studies"]["damage"]["facts"]
     assert (study["texts"], study["sides"], study["seed"]) == (texts, ["input", "both"], 5)
     assert (study["window_length"], study["n_changes"], study["dtype"]) == (12, 12, "float32")
-
-
-def test_one_side_of_a_tied_model_leaves_the_other(checkpoint, cli, text, tmp_path):
-    command = ("damage", checkpoint("qwen2"), "--truncate", "8", "--text", text, *READ, "--json")
-    losses = {}
-    for side in ("input", "output", "both"):
-        told = json.loads(succeed(cli(*command, "--side", side)))
-        frame = pl.DataFrame(told["damage"], infer_schema_length=None)
-        [losses[side]] = values(frame, "loss", change="truncate 8")
-        errors = frame.filter(pl.col("metric") == "relative error")
-        assert set(errors["table"]) == ({"input", "output"} if side == "both" else {side})
-        assert errors["value"].n_unique() == 1  # it is one table
-    assert len({round(loss, 4) for loss in losses.values()}) == 3
-
-
-def test_another_seed_samples_other_texts_and_says_the_same_greedily(checkpoint, cli, text):
-    command = ("damage", checkpoint("gpt2"), "--scale", "2", "--text", "generated", *READ, *ASK, "--json")
-    told = {}
-    for decoding, seed in (("greedy", 0), ("model", 1), ("sample", 0), ("sample", 1)):
-        told[decoding, seed] = json.loads(succeed(cli(*command, "--decoding", decoding, "--seed", seed)))
-    spoken = {key: [row["text"] for n in (1, 2) for row in found[f"generations {n}"]] for key, found in told.items()}
-    assert spoken["greedy", 0] == spoken["model", 1]  # the config of a fresh checkpoint asks for nothing
-    assert len({tuple(texts) for texts in spoken.values()}) == 3
-    losses = {key: found["changes 1"][0]["loss"] for key, found in told.items()}
-    assert losses["greedy", 0] == losses["sample", 0] != losses["model", 1] == losses["sample", 1]
-
-
-def test_the_notebooks_changes_and_prompts_and_options_on_top(checkpoint, cli, text, tmp_path):
-    folder = checkpoint("llama", max_position_embeddings=512)
-    command = ("damage", folder, "--preset", "notebook", "--text", text, "--length", "16", "--new-tokens", "2")
-    succeed(cli(*command, "--draws", "1", "-o", tmp_path / "whole"))
-    tables, study = read_tables(tmp_path / "whole"), read_facts(tmp_path / "whole")["studies"]["damage"]["facts"]
-    assert (study["preset"], study["new_tokens"], study["draws"]) == ("notebook", 2, 1)
-    assert tables["generations"]["prompt"].n_unique() == 5
-    kinds = ["undamaged", "truncate", "project", "project-rescaled", "noise", "shift", "scale"]
-    assert tables["damage"]["kind"].unique(maintain_order=True).to_list() == kinds
-    assert set(tables["damage"].filter(pl.col("metric") == "KL")["n_tokens"]) == {16}  # one window
-    # 830 and 850 of 896 are both 30 of 32
-    assert study["n_changes"] == len(changes(tables["damage"])) - 1 == 10 + 8 + 9 + 9 + 4 + 7
-    succeed(cli(*command, "--truncate", "8", "--prompt", "Hello", "--windows", "2", "-o", tmp_path / "other"))
-    tables = read_tables(tmp_path / "other")
-    assert changes(tables["damage"]) == ["undamaged", "truncate 8"]
-    assert tables["generations"]["prompt"].to_list() == ["Hello"] * 2
-    assert set(tables["damage"].filter(pl.col("metric") == "KL")["n_tokens"]) == {32}
-    assert read_facts(tmp_path / "other")["studies"]["damage"]["facts"]["preset"] == "notebook"
-
-
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }} {% endfor %}"
-
-
-def test_a_chat_template_and_a_system_prompt(checkpoint, editable, cli, text, tmp_path):
-    folder = editable(checkpoint("llama"))
-    settings = models.read_json(folder / "tokenizer_config.json")
-    models.write_json(folder / "tokenizer_config.json", {**settings, "chat_template": TEMPLATE})
-    command = ("damage", folder, "--truncate", "8", "--text", text, *READ, "--prompt", "Hello", "--new-tokens", "5")
-    said = {}
-    for name, options in {
-        "auto": (),
-        "chat": ("--chat",),
-        "plain": ("--plain",),
-        "system": ("--system", "Be kind."),
-    }.items():
-        out = tmp_path / name
-        succeed(cli(*command, *options, "-o", out))
-        study = read_facts(out)["studies"]["damage"]["facts"]
-        assert (study["template"], study["chat"]) == (True, name != "plain")
-        assert study["system"] == ("Be kind." if name == "system" else None)
-        assert set(read_tables(out)["generations"]["chat"]) == {name != "plain"}
-        said[name] = read_tables(out)["generations"]["ids"].to_list()
-    assert said["chat"] != said["plain"]
-    assert said["chat"] != said["system"]
 
 
 # ---- a terminal ----------------------------------------------------------------------------------------------------
@@ -311,36 +250,30 @@ def test_answers_are_shown_beside_those_of_the_undamaged_model():
     ]
 
 
-def test_on_a_terminal_the_answers_of_every_change_are_left_to_read(checkpoint, clean_environment, text, tmp_path):
+def test_on_a_terminal_the_answers_of_every_change_are_left_to_read(checkpoint, cli, text, tmp_path):
     """Output and errors go to a terminal, the text comes by a pipe: the announcement first, the tables last."""
-    command = ["damage", checkpoint("llama"), "--truncate", "16,8", "--text", "-", *READ, *ASK, "-o", tmp_path / "out"]
+    command = ("damage", checkpoint("llama"), "--truncate", "16,8", "--text", "-", *READ, *ASK, "-o", tmp_path / "out")
     master, slave = pty.openpty()
-    environment = {**clean_environment, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LINES": "60"}
-    with text.open("rb") as given:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dimscope", *map(str, command)],
-            env=environment, stdout=slave, stderr=slave, stdin=given,
-        )  # fmt: skip
-    os.close(slave)
-    seen = b""
+    terminal = os.ttyname(slave)
+    variables = {"TERM": "xterm", "LINES": "60"}
+    process = cli.start(*command, stdin=str(text), stdout=terminal, stderr=terminal, env=variables)
+    seen = os.read(master, 1 << 16)
+    os.close(slave)  # the command has opened it
     while chunk := read_some(master):
         seen += chunk
     os.close(master)
-    assert process.wait() == 0
-    said = left_on_screen(seen.decode())
+    assert process.end().returncode == 0, seen.decode()
+    screen = left_on_screen(seen.decode())
     # three answers of six tokens, both prompts at once
-    assert "2 changes and the unchanged model, 48 tokens each, 18 steps of generation on cpu (float32)" in said
+    assert "2 changes and the unchanged model, 48 tokens each, 18 steps of generation on cpu (float32)" in screen
     for title in ("undamaged · 1 of 3", "truncate 16 · 2 of 3 · about", "truncate 8 · 3 of 3 · about"):
-        assert said.count(title) == 1
+        assert screen.count(title) == 1
     tables = read_tables(tmp_path / "out")
     words = [re.search("[A-Za-z]{2,}", row) for row in tables["generations"]["text"]]
     assert any(words)
-    assert all(word is None or word[0] in said for word in words)
-    assert said.rindex("breaking") > said.rindex("3 of 3")
-    assert (set(tables["damage"]["text"]), set(tables["damage"]["table"])) == (
-        {None, "standard input"},
-        {None, "input"},
-    )
+    assert all(word is None or word[0] in screen for word in words)
+    assert screen.rindex("breaking") > screen.rindex("3 of 3")
+    assert set(tables["damage"]["text"]) == {None, "standard input"}
 
 
 def left_on_screen(seen: str) -> str:
@@ -366,7 +299,7 @@ def read_some(master: int) -> bytes:
         return b""
 
 
-# ---- what is used again --------------------------------------------------------------------------------------------
+# ---- what is reused --------------------------------------------------------------------------------------------
 
 
 def test_the_same_command_again_computes_nothing(checkpoint, cli, text, studied, tmp_path):
@@ -384,120 +317,48 @@ def test_the_same_command_again_computes_nothing(checkpoint, cli, text, studied,
     same(out, studied[0])
 
 
-def test_both_studies_are_on_one_page_and_another_model_takes_nothing_from_it(checkpoint, cli, text, tmp_path):
-    damage = ("--truncate", "8", "--text", text, *READ)
-    layers = (
-        "--text",
-        text,
-        *READ,
-        "--shuffles",
-        "0",
-        "--shuffles-across",
-        "0",
-        "--no-random-weights",
-        "--layers",
-        "0,2",
-    )
-    out = tmp_path / "out"
-    succeed(cli("damage", checkpoint("qwen2"), *damage, "-o", out))
-    succeed(cli("layers", checkpoint("qwen2"), *layers, "-o", out))
-    assert set(read_facts(out)["studies"]) == {"damage", "layers"}
-    assert {"damage", "layers"} <= read_tables(out).keys()
-    page = (out / "index.html").read_text(encoding="utf-8")
-    succeed(cli("damage", checkpoint("gpt2"), *damage, "-o", out))
-    assert set(read_facts(out)["studies"]) == {"damage"}
-    succeed(cli("damage", checkpoint("gpt2"), *damage, "-o", tmp_path / "alone"))
-    assert_frame_equal(read_tables(out)["damage"], read_tables(tmp_path / "alone")["damage"], check_exact=True)
-    sections = re.findall(r'<section id="([^"]+)"', page)
-    assert set(re.findall(r'<section id="([^"]+)"', (out / "index.html").read_text(encoding="utf-8"))) < set(sections)
-
-
-def test_what_the_user_keeps_beside_the_tables_is_not_touched(checkpoint, cli, digest, text, tmp_path):
-    for name in ("state", "tables", "tables/points"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "mine.txt").write_text("mine")
-    before = digest(tmp_path)
-    succeed(cli("damage", checkpoint("llama"), "--truncate", "8", "--text", text, *READ, "-o", tmp_path))
-    after = digest(tmp_path)
-    assert {name: after.get(name) for name in before} == before
-
-
-def test_a_report_with_damage_runs_the_common_changes(checkpoint, cli, text, tmp_path):
+def test_a_report_has_the_study_and_another_model_takes_nothing_from_it(checkpoint, cli, text, tmp_path):
+    out, read = tmp_path / "out", ("--text", text, "--length", "16")
     folder = checkpoint("llama", max_position_embeddings=128, layers=1)
-    command = (
-        "report",
-        folder,
-        "--studies",
-        "damage",
-        "embedding",
-        "--text",
-        text,
-        "--length",
-        "16",
-        "-o",
-        tmp_path / "out",
-    )
-    said = succeed(cli(*command))
-    assert "index.html" in said
-    assert set(read_facts(tmp_path / "out")["studies"]) == {"embedding", "damage"}
-    frame = read_tables(tmp_path / "out")["damage"]
-    assert set(frame["kind"]) == {"undamaged", "truncate", "project", "project-rescaled", "noise", "shift", "scale"}
+    damage = ("--damage.change", "truncate:50%", "noise:1", "--damage.draws", "1")
+    studies = ("--studies", "damage", "embedding", *damage, "--embedding.knn-sample", "50")
+    assert "index.html" in succeed(cli("report", folder, *studies, *read, "--windows", "1", "-o", out))
+    assert set(read_facts(out)["studies"]) == {"embedding", "damage"}
+    frame = read_tables(out)["damage"]
+    assert changes(frame) == ["undamaged", "truncate 16", "noise 1"]
     assert set(frame.filter(pl.col("metric") == "loss")["text"]) == {"keeper.txt"}
-    assert len(frame["kept_share"].drop_nulls().unique()) == 7
+    anchors = re.compile(r'<section id="([^"]+)"')
+    sections = anchors.findall((out / "index.html").read_text(encoding="utf-8"))
+    command = ("damage", checkpoint("gpt2"), "--truncate", "8", *read, "--windows", "1", "-o")
+    for folder in (out, tmp_path / "alone"):
+        succeed(cli(*command, folder))
+    assert set(read_facts(out)["studies"]) == {"damage"}
+    assert_frame_equal(read_tables(out)["damage"], read_tables(tmp_path / "alone")["damage"], check_exact=True)
+    assert set(anchors.findall((out / "index.html").read_text(encoding="utf-8"))) < set(sections)
 
 
-# ---- violent ends --------------------------------------------------------------------------------------------------
+# ---- kill -9 and Ctrl-C --------------------------------------------------------------------------------------------
 
 LONG = (
     "--truncate", "28,24,20,16,12,8,4", "--noise", "0.1,1", "--draws", "3", "--text-draws", "3", "--prompt",
     "The keeper counted", "--new-tokens", "16", "--decoding", "sample",
 )  # fmt: skip
-Start = Callable[..., "subprocess.Popen[str]"]
 
 
-@pytest.fixture
-def start(clean_environment) -> Iterator[Start]:
-    """Return `start(*arguments)`: `dimscope damage` begun in a process of its own."""
-    begun = []
-
-    def run(*arguments: object) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "dimscope", "damage", *map(str, arguments)]
-        environment = {**clean_environment, "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        begun.append(subprocess.Popen(command, env=environment, text=True, **pipes))
-        return begun[-1]
-
-    yield run
-    for process in begun:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def wait_for_points(process: subprocess.Popen[str], out: Path, count: int) -> None:
-    """Return as soon as so many points are judged and on disk."""
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("tables/points/*.damage.json"))) < count:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.003)
-
-
-def test_kill_9_then_ctrl_c_then_the_same_command_to_its_end(checkpoint, cli, digest, start, text, tmp_path):
+def test_kill_9_then_ctrl_c_then_the_same_command_to_its_end(checkpoint, cli, digest, text, tmp_path):
     folder, out = checkpoint("gpt2"), tmp_path / "killed"
-    command = (folder, *LONG, "--text", text, *READ, "-o")
+    command = ("damage", folder, *LONG, "--text", text, *READ, "-o")
     before = digest(folder)
     finished: dict[str, int] = {}
     for count, number in ((3, signal.SIGKILL), (8, signal.SIGINT)):
-        process = start(*command, out)
-        wait_for_points(process, out, count)
-        process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=60)
+        process = cli.start(*command, out)
+        process.reach(lambda count=count: len(list(out.glob("tables/points/*.damage.json"))) >= count)
+        ended = process.end(number)
         if number == signal.SIGINT:
-            assert (process.returncode, stdout) == (130, "")
-            assert "kept" in stderr.splitlines()[-1]
+            assert (ended.returncode, ended.stdout) == (130, "")
+            assert "kept" in ended.stderr.splitlines()[-1]
         else:
-            assert process.returncode == -signal.SIGKILL
+            assert ended.returncode == -signal.SIGKILL
         kept = {name: stamp for name, stamp in stamps(out).items() if name.endswith((".json", ".parquet"))}
         assert kept.items() >= finished.items()  # what was finished before is not written again
         points = [name for name in kept if name.endswith(".damage.json")]
@@ -506,14 +367,12 @@ def test_kill_9_then_ctrl_c_then_the_same_command_to_its_end(checkpoint, cli, di
         finished = {
             name: kept[name] for name in kept if name.removesuffix("parquet").removesuffix("json") + "json" in kept
         }
-    succeed(cli("damage", *command, out))
+    succeed(cli(*command, out))
     now = stamps(out)
     assert {name: now[name] for name in finished} == finished
-    succeed(cli("damage", *command, tmp_path / "uninterrupted"))
+    succeed(cli(*command, tmp_path / "uninterrupted"))
     same(out, tmp_path / "uninterrupted")
     assert {path.name for path in out.iterdir() if path.name[0] != "."} == {"tables", "index.html", "report.json"}
     facts = [without_times(read_facts(o)) for o in (out, tmp_path / "uninterrupted")]
     assert facts[0] == facts[1]
-    succeed(cli("damage", *command, out))
-    assert stamps(out) == now
     assert digest(folder) == before

@@ -1,13 +1,10 @@
-"""`dimscope report` end to end: what it leaves, what it uses again, and what a violent end does to it."""
+"""`dimscope report` end to end: what it writes, what it reuses, and kill -9 and Ctrl-C in the middle."""
 
 from __future__ import annotations
 
 import json
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import damage
@@ -16,20 +13,24 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from dimscope.cli.app import build_app, option_names
+from dimscope.studies import STUDIES
+
 pytestmark = pytest.mark.slow  # whole commands or studies
 
 TABLES = {
     "budget", "tokens", "spectrum", "dimensions", "measures", "correlation",
     "correlation_blocks", "duplicates", "knn", "hubs", "probes",
 }  # fmt: skip
+LIGHT = ("--embedding.knn-sample", "50", "--embedding.permutations", "1")
 
 
 def read_tables(folder: Path) -> dict[str, pl.DataFrame]:
     return {path.stem: pl.read_parquet(path) for path in (folder / "tables").glob("*.parquet")}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma", "opt", "phi", "bert"])
-def test_every_family_gets_its_page(checkpoint, cli, digest, tmp_path, family):
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bert"])
+def test_tied_untied_and_encoder_models_get_their_page(checkpoint, cli, digest, tmp_path, family):
     folder = checkpoint(family)
     before = digest(folder)
     result = cli("report", folder, "-o", tmp_path / "report", "--embedding.knn-sample", "100")
@@ -48,6 +49,15 @@ def test_every_family_gets_its_page(checkpoint, cli, digest, tmp_path, family):
     assert not list((tmp_path / "report").rglob("*.tmp"))
     assert (tmp_path / "report" / "index.html").stat().st_size > 1_000_000
     assert digest(folder) == before
+
+
+def test_every_option_of_a_study_is_one_of_the_report():
+    arguments = build_app(STUDIES)["report"].assemble_argument_collection()
+    names = {name for argument in arguments for name in argument.names}
+    for study in STUDIES:
+        options = {option for field, option in option_names(study.settings).items() if field != "trust_remote_code"}
+        assert {f"--{study.name}.{option.removeprefix('--')}" for option in options} <= names
+    assert {"--damage.plain", "--narrowing.untied"} <= names
 
 
 def test_the_shared_real_model_works(shared_data, cli, digest, tmp_path):
@@ -72,27 +82,27 @@ def stamps(folder: Path) -> dict[str, int]:
 
 def test_finished_tables_are_used_again_until_something_they_depend_on_changes(checkpoint, editable, cli, tmp_path):
     folder, out = editable(checkpoint("qwen2")), tmp_path / "report"
-    assert cli("report", folder, "-o", out).returncode == 0
+    command = ("report", folder, *LIGHT, "-o", out)
+    assert cli(*command).returncode == 0
     first, tables = stamps(out), read_tables(out)
-    assert cli("report", folder, "-o", out).returncode == 0
+    assert cli(*command).returncode == 0
     assert stamps(out) == first
     (out / "tables" / "knn.json").unlink()  # a table without provenance is not finished
     (out / "tables" / "hubs.parquet").unlink()
     (out / "tables" / "probes.json").write_text("{")
-    assert cli("report", folder, "-o", out).returncode == 0
+    assert cli(*command).returncode == 0
     changed = {name for name, stamp in stamps(out).items() if stamp != first[name]}
     assert changed == {f"{name}.{ending}" for name in ("knn", "hubs", "probes") for ending in ("json", "parquet")}
     for name, table in read_tables(out).items():
         assert_frame_equal(table, tables[name])
     damage.set_rows(folder, range(20, 60), models.stock_tables(folder)["input"][5])
-    assert cli("report", folder, "-o", out).returncode == 0
+    assert cli(*command).returncode == 0
     assert read_tables(out)["duplicates"].height >= 41
 
 
 def test_another_model_in_the_same_folder_takes_nothing_from_the_first(checkpoint, cli, tmp_path):
-    for family in ("qwen2", "gpt2"):
-        assert cli("report", checkpoint(family), "-o", tmp_path / "shared").returncode == 0
-    assert cli("report", checkpoint("gpt2"), "-o", tmp_path / "alone").returncode == 0
+    for family, out in (("qwen2", "shared"), ("gpt2", "shared"), ("gpt2", "alone")):
+        assert cli("report", checkpoint(family), *LIGHT, "-o", tmp_path / out).returncode == 0
     shared, alone = read_tables(tmp_path / "shared"), read_tables(tmp_path / "alone")
     for name in TABLES:
         assert_frame_equal(shared[name], alone[name])
@@ -104,7 +114,8 @@ def test_another_model_in_the_same_folder_takes_nothing_from_the_first(checkpoin
 def test_what_narrowing_would_cost_is_on_the_page_and_stays_when_another_study_joins(checkpoint, cli, digest, tmp_path):
     folder, out = checkpoint("llama", max_position_embeddings=128), tmp_path / "report"
     before = digest(folder)
-    ran = cli("report", folder, "--studies", "narrowing", "-o", out)
+    light = ("--narrowing.width", "24", "--narrowing.basis", "raw", "--windows", "2", "--length", "32")
+    ran = cli("report", folder, "--studies", "narrowing", *light, "-o", out)
     assert ran.returncode == 0, ran.stderr
     assert "index.html" in ran.stdout
     anchors = re.compile(r'<section id="([^"]+)"')
@@ -137,72 +148,41 @@ def test_a_family_that_cannot_be_narrowed_is_refused(checkpoint, refuses):
     refuses(checkpoint("gpt2"), "gpt2", "not narrowed", command="report", options=("--studies", "narrowing"))
 
 
-# ---- violent ends --------------------------------------------------------------------------------------------------
+# ---- kill -9 and Ctrl-C --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Path:
-    """A model whose report takes seconds, so that there is a middle."""
-    folder = tmp_path_factory.mktemp("large")
-    models.write_table_checkpoint(folder, 8000, 128, "float32", layers=1)
-    models.write_tokenizer(folder, "byte_bpe", 500)
-    return folder
-
-
-def start_report(folder: Path, out: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
-    """Start a report and return as soon as its first tables are finished."""
-    command = [sys.executable, "-m", "dimscope", "report", str(folder), "-o", str(out), "--embedding.full-knn"]
-    process = subprocess.Popen(
-        command,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 200
-    while len(list(out.glob("tables/*.json"))) < 2:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.003)
-    return process
-
-
-def test_kill_9_in_the_middle_and_the_same_command_again(large, clean_environment, cli, digest, tmp_path):
+def test_kill_9_then_ctrl_c_then_the_same_command_to_its_end(cli, digest, tmp_path):
+    large = tmp_path / "large"  # a model whose report takes a second, so that there is a middle
+    models.write_table_checkpoint(large, 4000, 128, "float32", layers=1)
+    models.write_tokenizer(large, "byte_bpe", 500)
     before, out = digest(large), tmp_path / "killed"
-    process = start_report(large, out, clean_environment)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.communicate()
-    finished = {path.stem for path in out.glob("tables/*.json")}
-    assert 2 <= len(finished) < len(TABLES)
-    assert not (out / "report.json").exists()
-    assert not (out / "index.html").exists()
-    kept = {name: stamp for name, stamp in stamps(out).items() if name.split(".")[0] in finished}
-    again = cli("report", large, "-o", out, "--embedding.full-knn")
-    assert again.returncode == 0, again.stderr
-    assert {name: stamp for name, stamp in stamps(out).items() if name in kept} == kept
-    assert cli("report", large, "-o", tmp_path / "whole", "--embedding.full-knn").returncode == 0
+    command = ("report", large, "--embedding.full-knn", "-o")
+    kept: dict[str, int] = {}
+    for count, number in ((2, signal.SIGKILL), (4, signal.SIGINT)):
+        process = cli.start(*command, out)
+        process.reach(lambda count=count: len(list(out.glob("tables/*.json"))) >= count)
+        ended = process.end(number)
+        assert ended.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+        finished = {path.stem for path in out.glob("tables/*.json")}
+        assert count <= len(finished) < len(TABLES)
+        assert not (out / "report.json").exists()
+        assert not (out / "index.html").exists()
+        now = {name: stamp for name, stamp in stamps(out).items() if name.split(".")[0] in finished}
+        assert now.items() >= kept.items()  # what was finished before is not written again
+        kept = now
+    assert ended.stdout == ""
+    assert ended.stderr.splitlines()[-1].startswith("stopped; finished tables are kept")
+    assert "Traceback" not in ended.stderr
+    for folder in (out, tmp_path / "whole"):
+        ran = cli(*command, folder)
+        assert ran.returncode == 0, ran.stderr
+    assert stamps(out).items() >= kept.items()
     resumed, whole = read_tables(out), read_tables(tmp_path / "whole")
     assert resumed.keys() == whole.keys() == TABLES
     for name in TABLES:
         assert_frame_equal(resumed[name], whole[name])
     assert digest(large) == before
-    facts = [models.read_json(folder / "report.json") for folder in (out, tmp_path / "whole")]
-    for report in facts:
+    reports = [models.read_json(folder / "report.json") for folder in (out, tmp_path / "whole")]
+    for report in reports:
         report["studies"]["embedding"].pop("seconds")
-    assert facts[0] == facts[1]
-
-
-def test_ctrl_c_says_so_and_exits_with_130(large, clean_environment, digest, tmp_path):
-    before, out = digest(large), tmp_path / "interrupted"
-    process = start_report(large, out, clean_environment)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr[-400:]
-    assert stdout == ""
-    assert stderr.splitlines()[-1].startswith("stopped; finished tables are kept")
-    assert "Traceback" not in stderr
-    for provenance in out.glob("tables/*.json"):
-        pl.read_parquet(provenance.with_suffix(".parquet"))
-    assert digest(large) == before
+    assert reports[0] == reports[1]

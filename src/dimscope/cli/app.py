@@ -108,7 +108,7 @@ def option_names(settings: type) -> dict[str, str]:
     names = {field: as_option(field) for field in settings.__annotations__}
     for field, extra in _parameters(settings):
         if extra.name:
-            names[field] = next(iter(extra.name))
+            names[field] = as_option(next(iter(extra.name)))  # without hyphens, so that --STUDY.NAME is an option too
     return names
 
 

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from dimscope.errors import InvalidArgument
 
 Strings = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())]
-Texts = Annotated[tuple[str, ...], Parameter(name="--text", consume_multiple=True, negative=())]
+Texts = Annotated[tuple[str, ...], Parameter(name="text", consume_multiple=True, negative=())]
 Flag = Annotated[bool, Parameter(negative=())]
 Hidden = Parameter(parse=False)  # for the library only
 DType = Literal["auto", "float32", "bfloat16", "float16"]

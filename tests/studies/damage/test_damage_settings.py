@@ -1,6 +1,7 @@
 """What a study of damage is asked becomes points: settled on the model's dimensions, each once, with its own name."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -303,6 +304,36 @@ def test_rescaled_adds_the_projections_times_d_over_k():
     )  # fmt: skip
     with pytest.raises(InvalidArgument, match="`rescaled` needs `project`"):
         changes_of({"truncate": ("8",)}, rescaled=True)
+
+
+@pytest.fixture
+def parsed(monkeypatch) -> Callable[..., DamageSettings]:
+    """Return `parsed(*arguments)`: the settings with which `dimscope damage` runs the study."""
+    chosen: list[DamageSettings] = []
+    monkeypatch.setattr("dimscope.cli.damage.run_command", lambda study, model, own, common, watch: chosen.append(own))
+
+    def parse(*arguments: str) -> DamageSettings:
+        assert main(["damage", *arguments]) == 0
+        return chosen[-1]
+
+    return parse
+
+
+def test_options_override_a_preset_and_kinds_replace_its_changes(parsed):
+    preset = PRESETS["notebook"]
+    whole = parsed("--preset", "notebook", "--new-tokens", "2", "--draws", "1")
+    assert (whole.preset, whole.new_tokens, whole.draws, whole.windows) == ("notebook", 2, 1, 1)
+    assert (whole.changes, whole.prompts, whole.system) == (preset["changes"], preset["prompts"], preset["system"])
+    own = parsed("--preset", "notebook", "--truncate", "8", "--prompt", "Hello", "--windows", "2")
+    assert (own.changes, own.prompts, own.windows, own.preset) == (("truncate:8",), ("Hello",), 2, "notebook")
+
+
+def test_options_of_prompts(parsed):
+    prompts = ("--prompt", "Hello", "Bye", "--text-draws", "2", "--decoding", "model")
+    settings = parsed(*prompts, "--system", "Be kind.")
+    assert (settings.prompts, settings.text_draws, settings.decoding) == (("Hello", "Bye"), 2, "model")
+    assert (settings.system, settings.chat) == ("Be kind.", None)
+    assert [parsed(*prompts, option).chat for option in ("--chat", "--plain")] == [True, False]
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------

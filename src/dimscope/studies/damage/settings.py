@@ -21,7 +21,7 @@ from dimscope.studies.options import (
 
 Sides = Annotated[
     tuple[Literal["input", "output", "both"], ...],
-    Parameter(name="--side", consume_multiple=True, negative=()),
+    Parameter(name="side", consume_multiple=True, negative=()),
 ]
 
 
@@ -30,7 +30,7 @@ class DamageSettings:
     """Options of the study of damage."""
 
     changes: Annotated[
-        tuple[str, ...], Parameter(name="--change", consume_multiple=True, negative=(), show_default=False)
+        tuple[str, ...], Parameter(name="change", consume_multiple=True, negative=(), show_default=False)
     ] = ()
     "Changes of the table, KIND:STRENGTH; + applies one after the other: truncate:75%+noise:0.1 [default: a sweep]."
     sides: Sides = ("input",)
@@ -46,12 +46,12 @@ class DamageSettings:
     from_start: Flag = False
     "Take windows from the beginning of the text, not spread over it."
     prompts: Annotated[
-        tuple[str, ...], Parameter(name="--prompt", consume_multiple=True, negative=(), show_default=False)
+        tuple[str, ...], Parameter(name="prompt", consume_multiple=True, negative=(), show_default=False)
     ] = ()
     "Prompts that the model continues after every change."
     system: str | None = None
     "System prompt, for a model with a chat template."
-    chat: Annotated[bool | None, Parameter(negative="--plain")] = None
+    chat: Annotated[bool | None, Parameter(negative="plain")] = None
     "Put prompts into the model's chat template, or use them as they are [default: the template, where there is one]."
     decoding: Literal["greedy", "sample", "model"] = "greedy"
     "greedy, sample from the model's distribution, or model: as its generation config says."

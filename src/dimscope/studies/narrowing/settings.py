@@ -23,9 +23,9 @@ Basis = Literal["normalised", "learned", "raw", "embedding", "coordinates", "ran
 class NarrowSettings:
     """Options of narrowing: of one narrow model, or of a plan that compares several."""
 
-    widths: Annotated[tuple[int, ...], Parameter(name="--width", consume_multiple=True, negative=())] = ()
+    widths: Annotated[tuple[int, ...], Parameter(name="width", consume_multiple=True, negative=())] = ()
     "Hidden size of the narrow model; several for a plan [default of a plan: 7/8, 3/4, 5/8 and 1/2 of the model's]."
-    bases: Annotated[tuple[Basis, ...], Parameter(name="--basis", consume_multiple=True, negative=())] = ()
+    bases: Annotated[tuple[Basis, ...], Parameter(name="basis", consume_multiple=True, negative=())] = ()
     "Basis of the kept directions, see docs/narrowing.md [default: normalised; of a plan: random, raw and normalised]."
     learn_steps: int = 150
     "Training steps of a learned basis."
@@ -33,7 +33,7 @@ class NarrowSettings:
     "Training steps of all weights after the cut, norms first; kept only if held-out text improves."
     lora: int | None = None
     "Heal with low-rank updates of this rank, by peft [default: train the weights themselves]."
-    tied: Annotated[bool | None, Parameter(negative="--untied")] = None
+    tied: Annotated[bool | None, Parameter(negative="untied")] = None
     "Keep one table for input and output, or write two, which is exact [default: as in the model]."
     export_as: Literal["llama", "phi"] | None = None
     "Write a Qwen2 as the equivalent Llama with biases; a GPT-NeoX is always written as the equivalent Phi."
@@ -45,7 +45,7 @@ class NarrowSettings:
     "Windows to evaluate on, and as many to calibrate on; training uses the rest of the text."
     length: int | None = None
     "Tokens per window [default: the context length of the model, at most 512]."
-    prompts: Annotated[tuple[str, ...], Parameter(name="--prompt", consume_multiple=True, negative=())] = ()
+    prompts: Annotated[tuple[str, ...], Parameter(name="prompt", consume_multiple=True, negative=())] = ()
     "Prompts that the dense and the narrow model continue, in a plan."
     dtype: DType = "auto"
     "Dtype of the computation; the checkpoint keeps its stored dtype."
