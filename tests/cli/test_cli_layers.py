@@ -328,7 +328,7 @@ def test_standard_input_to_json_leaves_nothing_on_disk(checkpoint, run, studied,
         frame = pl.DataFrame(result[name], schema=tables[name].schema)
         assert set(frame["text"]) == {"standard input"}
         assert_frame_equal(*(f.drop("text", "other_text", strict=False) for f in (frame, tables[name])), rel_tol=1e-6)
-    assert [row["layer"] for row in result["dimensions 1"]] == [*SITES]
+    assert [row["layer"] for row in result["dimensions 1"]] == ["emb", "1", "2", "norm"]
     counts = spectral(tables["layers"], "variance count 95%", condition="real")
     assert [row["95%"] for row in result["dimensions 1"]] == counts
     assert not list((tmp_path / "here").iterdir())
@@ -425,8 +425,8 @@ def test_the_same_command_again_computes_nothing_but_what_is_lost(checkpoint, ru
     assert sections(out) == page
     assert "index.html" in printed
     assert "keeper.txt" in printed
-    for site in ("emb", "block 1", "block 2", "norm"):
-        assert re.search(rf"^ +\d +{site} +48 ", printed, re.MULTILINE)
+    for layer in ("emb", "1", "2", "norm"):
+        assert re.search(rf"^ +{layer} +48 ", printed, re.MULTILINE)
     victim = next(out.glob("tables/passes/shuffled-1-*.layers.parquet"))
     victim.write_bytes(victim.read_bytes()[:100])
     (out / "tables" / "layers.json").unlink()  # a table without provenance is not finished

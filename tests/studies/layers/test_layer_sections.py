@@ -277,7 +277,7 @@ def test_confidence_has_probabilities_and_the_price_of_shuffling(one: Tables) ->
     )
     section = _section(contrasts.confidence_section({**one, "predictions": predictions}, _facts()))
     assert _numbers(section.title) == [25.0, 12.5, 25.0]  # percent: real, shuffled, random weights
-    assert "saves" in section.findings[0]
+    assert "lowers" in section.findings[0]
     assert _numbers(section.findings[0]) == [0.693, 2, 1.31]
     alone = predictions.filter(pl.col("condition") == "real")
     section = _section(contrasts.confidence_section({**one, "predictions": alone}, _facts()))

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dimscope
 from dimscope import storage as results
 from dimscope.activations import passes
+from dimscope.cli.terminal import Output, print_tables
 from dimscope.errors import InvalidArgument
 from dimscope.storage import versions
 from dimscope.studies.layers import passes as layer_passes
@@ -606,12 +607,11 @@ def test_the_summary_is_the_table_layer_by_layer(whole):
     layers = whole("llama")[2]["layers"]
     summary = summary_frame(layers)
     assert summary.columns == [
-        "model", "text", "layer", "site", "N", "95%", "shuffled", "sd", "random", "noise", "rank", "ratio", "TwoNN"
+        "model", "text", "layer", "N", "95%", "shuffled", "sd", "random", "noise", "rank", "ratio", "TwoNN"
     ]  # fmt: skip
-    assert summary["site"].to_list() == ["emb", "block 1", "block 2", "norm"]
-    assert summary["layer"].to_list() == [0, 1, 2, 3]
-    for row in summary.iter_rows(named=True):
-        of = layers.filter(layer=row["layer"])
+    assert summary["layer"].to_list() == ["emb", "1", "2", "norm"]
+    for layer, row in enumerate(summary.iter_rows(named=True)):
+        of = layers.filter(layer=layer)
         draws = [value(of, "variance count 95%", condition="shuffled", seed=i) for i in (0, 1)]
         assert row["95%"] == value(of, "variance count 95%", condition="real")
         assert row["shuffled"] == pytest.approx(np.mean(draws))
@@ -636,11 +636,22 @@ def test_the_summary_of_several_models_and_texts_has_a_row_for_each_site(several
     assert other["95%"].null_count() == 0
 
 
+def test_the_summary_of_a_large_model_breaks_no_word_at_80_columns(whole, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    large = {name: pl.col(name) + 1000.37 for name in ("value", "null")}
+    summary = summary_frame(whole("llama")[2]["layers"].with_columns(n_tokens=pl.lit(65_536), **large))
+    print_tables(Output({}, {"dimensions 1": summary}), 40)
+    lines = capsys.readouterr().out.splitlines()
+    columns = ["layer", "N", "95%", "shuffled", "sd", "random", "noise", "rank", "ratio", "TwoNN"]
+    assert columns in [line.split() for line in lines]
+    assert max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize("thresholds", [(0.5, 0.9), (0.9, 0.5)])
 def test_the_summary_has_the_largest_share_where_95_percent_was_not_asked_for(tiny, tmp_path, thresholds):
     given = {"shuffles": 0, "random_weights": False, "shuffles_across": 0, "logits": False}
     _, tables = study(tiny(), tmp_path, thresholds=thresholds, **given)
     summary = summary_frame(tables["layers"])
-    assert summary.columns == ["model", "text", "layer", "site", "N", "90%", "noise", "rank", "ratio", "TwoNN"]
+    assert summary.columns == ["model", "text", "layer", "N", "90%", "noise", "rank", "ratio", "TwoNN"]
     counts = tables["layers"].filter(metric="variance count 90%", preprocess="raw", centred=True)
     assert summary["90%"].to_list() == counts["value"].to_list()
