@@ -209,6 +209,11 @@ def test_alignment_beside_chance(tables: Tables) -> None:
     assert _trace(fig, "real and shuffled").y.tolist() == shuffled["cka"].to_list()
     assert _trace(fig, "shuffled", "y2").y.tolist() == shuffled["overlap"].to_list()
     assert _trace(fig, "overlap by chance", "y2").y.tolist() == [0.5] * 5
+    assert list(_trace(fig, "CKA by chance").y) == pytest.approx([2 / 128] * 5 + [-2 / 128] * 5)
+    assert [sd for _, sd in _trace(fig, "real and shuffled").customdata] == [1 / 128] * 5
+    assert "customdata[1]" in _trace(fig, "real and shuffled").hovertemplate
+    negative = figures.alignment(pairs.with_columns(cka=pl.lit(-0.2)))
+    assert negative.layout.yaxis.range[0] < -0.2
     bare = figures.alignment(pairs.with_columns(overlap=pl.lit(None, dtype=pl.Float64)))
     assert {trace.yaxis for trace in bare.data} == {None}
 

@@ -10,11 +10,11 @@ import polars as pl
 import pytest
 from layer_tables import Model, Plan
 
-from dimscope.page.section import Facts, Grid, Section, StudyFacts, Tables
+from dimscope.page.section import Facts, Grid, Plot, Section, StudyFacts, Tables
 from dimscope.studies.layers import comparison_sections as contrasts
 from dimscope.studies.layers import robustness_sections as clouds
 from dimscope.studies.layers import sections as layers
-from dimscope.studies.layers.context import spread
+from dimscope.studies.layers.context import figure_names, spread
 from dimscope.studies.layers.study import LAYERS as STUDY
 
 COUNT = "variance count 95%"
@@ -114,7 +114,14 @@ def test_title_for_every_place(one: Tables, values: list[float], place: str, num
 
 def test_several_texts_have_a_captioned_figure_each(two: Tables) -> None:
     section = _section(layers.profile_section(two, _facts(TWO)))
-    assert [block.caption for block in section.blocks if not isinstance(block, Grid)] == ["prose", "html"]
+    plots = [block for block in section.blocks if isinstance(block, Plot)]
+    assert [(plot.anchor, plot.caption) for plot in plots] == [("profile", "prose"), ("profile-html", "html")]
+
+
+def test_names_of_figures_are_words_and_differ() -> None:
+    titles = ["builtin html", "old/a.txt", "Old a.txt", "文.txt"]
+    names = ["profile-builtin-html", "profile-old-a-txt", "profile-old-a-txt-2", "profile-文-txt"]
+    assert figure_names("profile", titles) == names
 
 
 def _against_shuffled(one: Tables, real: list[float], draws: list[list[float]]) -> str:

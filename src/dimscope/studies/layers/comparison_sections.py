@@ -11,6 +11,7 @@ from dimscope.page.wording import listed, number, sentence, share
 from dimscope.studies.layers import figures, state_figures
 from dimscope.studies.layers.context import (
     Selection,
+    figure_names,
     location,
     nearest_layer,
     raw_centred,
@@ -34,7 +35,7 @@ def confidence_section(tables: Tables, facts: Facts) -> Section | None:
         return None
     stored = table(tables, "predictions")
     predictions = _predictions(stored, selection) if stored is not None else None
-    plot = Plot("layer-confidence", state_figures.confidence(bins), "probability of the model's first choice")
+    plot = Plot("confidence-density", state_figures.confidence(bins), "probability of the model's first choice")
     grid = _predictions_grid(predictions) if predictions is not None else None
     return Section(
         anchor="confidence",
@@ -120,7 +121,9 @@ def similarity_section(tables: Tables, facts: Facts) -> Section | None:
     pairs = rows_of(frame, selection.model, selection.text).filter(pl.col("comparison") == "between layers")
     if finite(pairs, "cka").filter(pl.col("layer") != pl.col("other_layer")).is_empty():
         return None
-    plot = Plot("layer-cka", state_figures.similarity_matrix(pairs), "CKA between all pairs of layers", square=True)
+    plot = Plot(
+        "similarity-cka", state_figures.similarity_matrix(pairs), "CKA between all pairs of layers", square=True
+    )
     return Section(
         anchor="similarity",
         name="Similarity of layers",
@@ -171,7 +174,7 @@ def alignment_section(tables: Tables, facts: Facts) -> Section | None:
     pairs = finite(pairs, "cka")
     if pairs.is_empty():
         return None
-    plot = Plot("layer-alignment", figures.alignment(pairs), "CKA and overlap of real states with others, by layer")
+    plot = Plot("alignment-profile", figures.alignment(pairs), "CKA and overlap of real states with others, by layer")
     return Section(
         anchor="alignment",
         name="Real and shuffled text",
@@ -182,8 +185,9 @@ def alignment_section(tables: Tables, facts: Facts) -> Section | None:
             "Each point compares the states of one layer on real text with those on shuffled text, or with those of "
             "the same architecture with random weights. The upper panel shows CKA: whether the clouds have the same shape, "
             "position by position. In shuffled text another token is at each position, so its CKA is near 0 unless positions "
-            "alone determine the states. The lower panel shows the overlap: whether the widest directions of the two clouds "
-            "span the same space, whichever token is where. 1 is the same space; the dashed line is the expected overlap of "
+            "alone determine the states; the grey band is two standard deviations of the CKA of randomly paired tokens. The "
+            "lower panel shows the overlap: whether the widest directions of the two clouds span the same space, whichever "
+            "token is where. 1 is the same space; the dashed line is the expected overlap of "
             "two random spaces of that size."
         ),
         caveat=(
@@ -242,7 +246,7 @@ def texts_section(tables: Tables, facts: Facts) -> Section | None:
     groups = {text: points for text, points in groups.items() if points.height}
     if len(groups) < 2:
         return None
-    plot = Plot("layer-texts", figures.texts_profile(rows, metric), f"{metric_label(metric)} by layer and text")
+    plot = Plot("texts-profile", figures.texts_profile(rows, metric), f"{metric_label(metric)} by layer and text")
     return Section(
         anchor="texts",
         name="Comparison of texts",
@@ -310,7 +314,7 @@ def models_section(tables: Tables, facts: Facts) -> Section | None:
         name="Comparison of models",
         title=_models_finding(rows, metric, selection),
         blocks=(
-            Plot("layer-models", figures.models_profile(rows, metric), "share of dimensions used, by relative depth"),
+            Plot("models-profile", figures.models_profile(rows, metric), "share of dimensions used, by relative depth"),
             *_model_matrices(tables, selection),
         ),
         how_to_read=(
@@ -353,11 +357,10 @@ def _model_matrices(tables: Tables, selection: Selection) -> list[Plot]:
     if frame is None:
         return []
     pairs = finite(frame.filter(pl.col("comparison") == "between models"), "cka")
-    pairs = rows_of(pairs, selection.model)
+    pairs = rows_of(pairs, selection.model, selection.text)
+    others = pairs["other_model"].unique(maintain_order=True).to_list()
     plots = []
-    for i, other in enumerate(pairs["other_model"].unique(maintain_order=True)):
+    for name, other in zip(figure_names("models-cka", others), others, strict=True):
         fig = state_figures.similarity_matrix(pairs.filter(pl.col("other_model") == other), selection.model, other)
-        plots.append(
-            Plot(f"layer-models-{i}", fig, f"CKA between layers of {selection.model} and {other}", square=True)
-        )
+        plots.append(Plot(name, fig, f"CKA between layers of {selection.model} and {other}", square=True))
     return plots

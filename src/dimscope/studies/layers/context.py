@@ -1,7 +1,8 @@
 """Which model, texts and layer the page of the layers study shows, the rows of its tables about them, and their names in sentences."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -104,3 +105,13 @@ def spread(value: float | None, sd: float | None) -> str:
         return number(value)
     # Rounding errors of equal draws are no spread, and the second digit of a standard deviation of five draws is a guess.
     return f"{number(value)} ± {number(float(f'{sd:.2g}') if sd > 1e-9 * abs(value) else 0.0)}"
+
+
+def figure_names(stem: str, titles: Sequence[str]) -> list[str]:
+    """Return the name of a figure for each text or model: the stem and the words of the title, numbered if two are equal.
+
+    >>> figure_names("profile", ["builtin html", "old/a.txt", "Old a.txt"])
+    ['profile-builtin-html', 'profile-old-a-txt', 'profile-old-a-txt-2']
+    """
+    names = ["-".join([stem, *re.findall(r"[^\W_]+", title.lower())]) for title in titles]
+    return [name if names.index(name) == i else f"{name}-{names[:i].count(name) + 1}" for i, name in enumerate(names)]

@@ -202,13 +202,17 @@ def intrinsic_profile(rows: pl.DataFrame, metric: str = TWO_NN) -> go.Figure:
     return fig
 
 
-def alignment(pairs: pl.DataFrame, *, overlap: bool = True) -> go.Figure:
+def alignment(pairs: pl.DataFrame) -> go.Figure:
     """Draw how similar a layer is on real text and otherwise: CKA above, overlap of the leading components below.
 
-    `pairs` are rows of the similarity table of one model and text, one per layer and other condition.
+    Both are beside their nulls: CKA beside two standard deviations around 0, which randomly paired tokens give. `pairs` are
+    rows of the similarity table of one model and text, one per layer and other condition.
     """
-    fig = _panels(pairs, "CKA", 1.0)
-    has_overlap = overlap and pairs["overlap"].is_not_null().any()
+    fig = _panels(pairs, "CKA")
+    margins = 2 * pairs["cka_null_sd"].to_numpy()
+    lowest = min(float(pairs["cka"].fill_null(0.0).to_numpy().min()), float(-margins.max()))
+    fig.update_layout(yaxis={"range": [1.1 * lowest, 1.04]})
+    has_overlap = pairs["overlap"].is_not_null().any()
     if not has_overlap:
         fig.update_layout(height=380, yaxis={"domain": [0, 1]}, xaxis={"anchor": "y"})
     else:
@@ -216,14 +220,29 @@ def alignment(pairs: pl.DataFrame, *, overlap: bool = True) -> go.Figure:
         title = {"text": f"overlap of<br>first {k}"}
         fig.update_layout(yaxis2={"title": title, "range": [0, 1.04]})
         fig.add_traces(noise_line(_nulls(pairs), "overlap_null", "overlap by chance (k/d)", yaxis="y2"))
+    fig.add_traces(_chance_band(_nulls(pairs)))
     for condition in [name for name in reversed(CONDITION_MARKS) if name in set(pairs["other_condition"])]:
         points, mark = pairs.filter(pl.col("other_condition") == condition).sort("layer"), CONDITION_MARKS[condition]
-        fig.add_trace(profile_line(finite(points, "cka"), f"real and {condition}", mark, "cka"))
+        fig.add_trace(_cka_line(finite(points, "cka"), f"real and {condition}", mark))
         if has_overlap:
             fig.add_trace(
                 profile_line(finite(points, "overlap"), condition, mark, "overlap", yaxis="y2", showlegend=False)
             )
     return fig
+
+
+def _cka_line(points: pl.DataFrame, name: str, mark: Mark) -> go.Scatter:
+    hover = f"{name}: %{{y:.4~g}} (by chance 0 ± %{{customdata[1]:.2~g}})<extra>%{{customdata[0]}}</extra>"
+    return profile_line(
+        points, name, mark, "cka", customdata=points.select("site", "cka_null_sd").rows(), hovertemplate=hover
+    )
+
+
+def _chance_band(points: pl.DataFrame) -> list[go.Scatter]:
+    chance = points.with_columns(cka=pl.lit(0.0), margin=2 * pl.col("cka_null_sd"))
+    return profile_band(
+        chance, GAUSSIAN_NULL, "cka", "margin", name="CKA by chance (0 ± 2 sd)", showlegend=True, hoverinfo="skip"
+    )
 
 
 def _nulls(pairs: pl.DataFrame) -> pl.DataFrame:

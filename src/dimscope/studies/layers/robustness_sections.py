@@ -36,7 +36,7 @@ def preprocess_section(tables: Tables, facts: Facts) -> Section | None:
     if rows["preprocess"].n_unique() < 2:
         return None
     grid = _extremes_grid(rows_of(tables["layers"], selection.model, selection.text))
-    plot = Plot("layer-preprocess", figures.preprocessings(rows, metric), f"{metric} by layer and preprocessing")
+    plot = Plot("preprocessing-profile", figures.preprocessings(rows, metric), f"{metric} by layer and preprocessing")
     return Section(
         anchor="preprocessing",
         name="Preprocessing",
@@ -123,10 +123,12 @@ def intrinsic_section(tables: Tables, facts: Facts) -> Section | None:
     if real.is_empty():
         return None
     curves = finite(rows.filter((pl.col("metric") == GRIDE) & pl.col("scale").is_not_null()))
-    plots = [Plot("layer-intrinsic", figures.intrinsic_profile(rows), "intrinsic dimension by layer", log_toggle=True)]
+    plots = [
+        Plot("intrinsic-profile", figures.intrinsic_profile(rows), "intrinsic dimension by layer", log_toggle=True)
+    ]
     if curves.height:
         layer = nearest_layer(curves, selection.layer)
-        plots.append(Plot("layer-gride", state_figures.scale_curve(curves, layer), "intrinsic dimension by scale"))
+        plots.append(Plot("intrinsic-scale", state_figures.scale_curve(curves, layer), "intrinsic dimension by scale"))
     return Section(
         anchor="intrinsic",
         name="Intrinsic dimension",
@@ -202,7 +204,9 @@ def curve_section(tables: Tables, facts: Facts) -> Section | None:
         return None
     layer = nearest_layer(real, selection.layer)
     plot = Plot(
-        "layer-curve", state_figures.sample_curve(rows, metric, layer), f"{metric_label(metric)} by number of tokens"
+        "sample-size-curve",
+        state_figures.sample_curve(rows, metric, layer),
+        f"{metric_label(metric)} by number of tokens",
     )
     return Section(
         anchor="sample-size",

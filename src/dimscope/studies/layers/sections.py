@@ -11,6 +11,7 @@ from dimscope.page.wording import count, listed, number, sentence, share
 from dimscope.studies.layers import figures, state_figures
 from dimscope.studies.layers.context import (
     Selection,
+    figure_names,
     layer_choice,
     location,
     nearest_layer,
@@ -110,14 +111,15 @@ def profile_section(tables: Tables, facts: Facts) -> Section | None:
     frame = raw_centred(rows_of(tables["layers"], selection.model))
     groups = {text: rows_of(frame, selection.model, text) for text in selection.texts}
     top = figures.highest(list(groups.values()), metric)
+    names = ["profile", *figure_names("profile", selection.texts[1:])]
     blocks = [
         Plot(
-            f"layers-{i}",
+            name,
             figures.layer_profile(group, metric, top=top),
             f"{metric_label(metric)} by layer, {text}",
             text * (len(groups) > 1),
         )
-        for i, (text, group) in enumerate(groups.items())
+        for name, (text, group) in zip(names, groups.items(), strict=True)
     ]
     n_tokens = int(rows["n_tokens"].to_numpy().max())
     return Section(
@@ -284,9 +286,9 @@ def scree_section(tables: Tables, facts: Facts) -> Section | None:
     n_tokens = int(spectra["n_tokens"].to_numpy().max())
     layer, threshold = nearest_layer(spectra, selection.layer), percent(metric) / 100
     blocks = (
-        Plot("layer-scree", state_figures.scree(spectra, layer), "share of variance per component", log_toggle=True),
+        Plot("scree-shares", state_figures.scree(spectra, layer), "share of variance per component", log_toggle=True),
         Plot(
-            "layer-cumulative",
+            "scree-cumulative",
             state_figures.cumulative_scree(spectra, layer, threshold),
             "cumulative share of variance",
         ),
