@@ -348,6 +348,14 @@ def test_one_window_is_not_shuffled_across(tiny, tmp_path):
     assert facts["studies"]["layers"]["facts"]["rank_tolerance"] == "max(N, d) x eps(float32)"
 
 
+def test_a_warning_has_the_bound_where_tokens_are_no_more_than_dimensions(tiny):
+    models = [tiny(), tiny("gpt2", hidden_size=24)]  # 32 tokens are more than 24 dimensions
+    [warning] = plan(models, windows=2, length=16).warnings
+    assert "32 tokens for the 32 dimensions" in warning
+    assert "N - 1 = 31" in warning
+    assert plan(models, windows=2, length=17).warnings == ()
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(tiny, tmp_path):
     for message, others, settings in (
         ("^`length` must be at most 64, ", [], {"length": 65}),

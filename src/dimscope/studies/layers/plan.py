@@ -115,6 +115,7 @@ def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> 
     placements = [place(c, dtype=settings.dtype, device=settings.device) for c in checkpoints]
     texts = named_texts(settings.texts)
     sources, warnings = _cut_texts(checkpoints, texts, settings)
+    warnings += tuple(_few_tokens(checkpoints, titles, sources))
     passes: list[PlannedPass] = []
     # Model by model, so that each is loaded once; random weights are a model of their own.
     for model, weights, conditions in _runs(len(checkpoints), settings):
@@ -140,6 +141,19 @@ def _arguments(settings: LayersSettings, text: Text, source: TextWindows, placem
         "placement": asdict(placement),
         **{key: getattr(settings, key) for key in ("layers", "logits", "thresholds", "reservoir", "seed")},
     }  # fmt: skip
+
+
+def _few_tokens(
+    checkpoints: Sequence[Checkpoint], titles: Sequence[str], sources: Mapping[tuple[int, str], TextWindows]
+) -> Iterator[str]:
+    """Yield a warning for every model and text with fewer tokens than a measure needs to reach all dimensions."""
+    for (model, text), source in sources.items():
+        dim = require_causal(checkpoints[model]).get_text_config().hidden_size
+        if source.n_tokens is not None and source.n_tokens <= dim:
+            yield (
+                f"{text}: N = {source.n_tokens:,} tokens for the {dim:,} dimensions of {titles[model]}: "
+                f"no count of dimensions can exceed N - 1 = {source.n_tokens - 1:,}"
+            )
 
 
 Conditions = list[tuple[str, int]]
