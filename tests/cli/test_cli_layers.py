@@ -1,26 +1,37 @@
-"""`dimscope layers` end to end: what it measures, from which texts, what it uses again, and what a violent end does to it."""
+"""`dimscope layers` end to end: what it measures, from which texts, what it uses again, and what a violent end does to it.
+
+Commands run through `main` in this process, so that each costs no start of Python; those that are killed, that run at the
+same time or that need a hub or code of a model run in processes of their own, and so do long ones: there annotations are
+not executed.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import damage
 import models
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 import torch
 import transformers
@@ -28,17 +39,40 @@ from polars.testing import assert_frame_equal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.slow  # whole commands or studies
+from dimscope.cli.app import main
+
+pytestmark = pytest.mark.slow  # whole commands
 
 CAUSAL = [family for family, spec in models.FAMILIES.items() if spec.output]
 POSITIONS = ["gpt2", "gpt_neo", "opt"]  # they add a vector per position to the embeddings; the others rotate
 ROTARY = [family for family in CAUSAL if family not in POSITIONS]
 TABLES = {"layers", "scree", "texts", "confidence", "predictions", "similarity"}
 SITES = {0: "embeddings", 1: "block 1", 2: "block 2, before final norm", 3: "after final norm"}
-SMALL = ("--length", "16", "--windows", "3", "--shuffles", "2", "--seed", "7")  # the seed of the checkpoints is 0
+TINY = ("--length", "16", "--windows", "3")
+SMALL = (*TINY, "--shuffles", "2", "--seed", "7")  # the seed of the checkpoints is 0
 BARE = ("--shuffles", "0", "--shuffles-across", "0", "--no-random-weights")
 LAYERS = ["model", "text", "condition", "seed", "site", "layer", "preprocess", "centred", "metric", "scale", "value",
           "stderr", "null", "share_of_dim", "share_of_rank", "share_of_null", "n_tokens", "n_dropped", "dim"]  # fmt: skip
+
+AGAIN = {"rel_tol": 1e-6, "abs_tol": 1e-6}
+"""float32 states of a model that was loaded anew, wherever in memory it lies."""
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return `run(*arguments)`: a command that succeeds, and what it prints on standard output, paths in one line."""
+    monkeypatch.setenv("COLUMNS", "240")
+
+    def command(*arguments: object) -> str:
+        capfd.readouterr()
+        code = main([*map(str, arguments)])
+        out, err = capfd.readouterr()
+        assert code == 0, err[-600:]
+        return out
+
+    return command
 
 
 @pytest.fixture(scope="module")
@@ -50,23 +84,24 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def studied(checkpoint, cli, digest, text, tmp_path_factory) -> Callable[[str], Path]:
-    """Return `studied(family)`: the folder of a small study of the family, each made once. Read only."""
-    made: dict[str, Path] = {}
+def studied(checkpoint, digest, text, tmp_path_factory) -> Callable[[str], Path]:
+    """Return `studied(family)`: the folder of a small study of the family, run once for each. Read only."""
+    folders: dict[str, Path] = {}
 
     def study(family: str) -> Path:
-        if family not in made:
+        if family not in folders:
             before = digest(checkpoint(family))
-            made[family] = tmp_path_factory.mktemp(f"layers-{family}")
-            succeed(cli("layers", checkpoint(family), "--text", text, *SMALL, "-o", made[family]))
+            out = tmp_path_factory.mktemp(f"layers-{family}")
+            assert main(["layers", str(checkpoint(family)), "--text", str(text), *SMALL, "-o", str(out)]) == 0
             assert digest(checkpoint(family)) == before
-        return made[family]
+            folders[family] = out
+        return folders[family]
 
     return study
 
 
 def succeed(result: subprocess.CompletedProcess[str]) -> str:
-    """Check that a command succeeded, and return what it printed on standard output."""
+    """Check that a command in another process succeeded, and return what it printed on standard output."""
     assert result.returncode == 0, result.stderr[-600:]
     return result.stdout
 
@@ -223,27 +258,15 @@ def test_order_leaves_the_spectrum_of_rotary_embeddings_alone(studied, family):
     assert np.abs(spectrum(tables, "real", 0) - spectrum(tables, "random weights", 0)).max() > 1e-5
 
 
-@pytest.mark.parametrize(("family", "length"), [*((f, 24) for f in CAUSAL), ("qwen2", 64), ("llama", 64)])
-def test_the_rank_of_one_window_of_rotary_embeddings_counts_its_tokens(checkpoint, cli, text, tmp_path, family, length):
-    options = ("--length", length, "--windows", "1", "--layers", "0", "--no-logits", *BARE)
-    succeed(cli("layers", checkpoint(family), "--text", text, *options, "-o", tmp_path))
-    tables = read_tables(tmp_path)
-    [unique] = tables["texts"]["unique_tokens"]
-    [rank] = spectral(tables["layers"], "numerical rank")
-    if family in ROTARY:
-        assert rank == min(unique - 1, 32)
-        assert unique < length
-    else:
-        assert rank == length - 1 > unique - 1
-
-
-def test_the_wider_types_and_the_devices_give_the_same_within_their_precision(checkpoint, cli, text, studied, tmp_path):
-    exact = read_tables(studied("qwen2"))["layers"]
-    for name, rel in (("float32", 1e-6), ("bfloat16", 0.05), ("map", 1e-6)):
-        options = ("--device", "map") if name == "map" else ("--dtype", name, "--device", "cpu")
-        succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL, *options, "-o", tmp_path / name))
-        found = spectral(read_tables(tmp_path / name)["layers"], "participation ratio", condition="real")
-        assert found == pytest.approx(spectral(exact, "participation ratio", condition="real"), rel=rel)
+def test_half_precision_and_a_spread_model_give_the_same_within_their_precision(
+    checkpoint, run, text, studied, tmp_path
+):
+    exact = spectral(read_tables(studied("qwen2"))["layers"], "participation ratio", condition="real")
+    for options, rel in ((("--dtype", "bfloat16", "--device", "cpu"), 0.05), (("--device", "map"), 1e-6)):
+        out = tmp_path / options[1]
+        run("layers", checkpoint("qwen2"), "--text", text, *TINY, *BARE, "--seed", "7", *options, "-o", out)
+        ratios = spectral(read_tables(out)["layers"], "participation ratio", condition="real")
+        assert ratios == pytest.approx(exact, rel=rel)
 
 
 # ---- texts ---------------------------------------------------------------------------------------------------------
@@ -253,7 +276,7 @@ class Quiet(SimpleHTTPRequestHandler):
     """Serves a folder without a log."""
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture
@@ -265,7 +288,7 @@ def site(text) -> Iterator[str]:
         server.shutdown()
 
 
-def test_files_folders_parquet_and_urls_give_the_same_text(checkpoint, cli, text, site, tmp_path):
+def test_files_folders_parquet_and_urls_give_the_same_text(checkpoint, run, text, site, tmp_path):
     (tmp_path / "corpus" / "below").mkdir(parents=True)
     cut = models.TEXT.index("\n") + 1
     (tmp_path / "corpus" / "a.md").write_text(models.TEXT[:cut])
@@ -279,9 +302,8 @@ def test_files_folders_parquet_and_urls_give_the_same_text(checkpoint, cli, text
         "data.parquet:body": f"{tmp_path / 'data.parquet'}:body",
         f"{site}/keeper.txt": f"{site}/keeper.txt?token=secret",
     }
-    options = ("--length", "16", "--windows", "3", "--shuffles", "1", "--no-random-weights")
     out = tmp_path / "out"
-    succeed(cli("layers", checkpoint("qwen2"), "--text", *sources.values(), *options, "-o", out))
+    run("layers", checkpoint("qwen2"), "--text", *sources.values(), *TINY, *BARE, "-o", out)
     assert read_facts(out)["studies"]["layers"]["facts"]["texts"] == list(sources)
     for name, frame in read_tables(out).items():
         first, *others = (rows(frame, text=source).drop("text", "other_text", strict=False) for source in sources)
@@ -292,107 +314,44 @@ def test_files_folders_parquet_and_urls_give_the_same_text(checkpoint, cli, text
     assert b"secret" not in b"".join(path.read_bytes() for path in out.rglob("*.json"))
 
 
-@pytest.fixture
-def piped(checkpoint, clean_environment, tmp_path) -> Callable[..., str]:
-    """Return `piped(*options)`: what a study of the text on standard input prints, in an empty folder of its own."""
-
-    def run(*options: object) -> str:
-        for name in ("here", "temporary"):
-            (tmp_path / name).mkdir()
-        variables = {**clean_environment, "TMPDIR": str(tmp_path / "temporary"), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "dimscope", "layers", checkpoint("qwen2"), *options]
-        result = subprocess.run(
-            [*map(str, command)],
-            cwd=tmp_path / "here",
-            env=variables,
-            input=models.TEXT,
-            capture_output=True,
-            text=True,
-        )
-        return succeed(result)
-
-    return run
-
-
-def test_standard_input_to_json_leaves_nothing_on_disk(checkpoint, piped, studied, tmp_path):
-    told = json.loads(piped("--text=-", *SMALL, "--json"))
-    assert told["model"] == str(checkpoint("qwen2"))
+@pytest.mark.parametrize("option", [("--text", "-"), ("--text=-",)])
+def test_standard_input_to_json_leaves_nothing_on_disk(checkpoint, run, studied, tmp_path, monkeypatch, option):
+    for name in ("here", "temporary"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(models.TEXT.encode())))
+    result = json.loads(run("layers", checkpoint("qwen2"), *option, *SMALL, "--json"))
+    assert result["model"] == str(checkpoint("qwen2"))
     tables = read_tables(studied("qwen2"))
     for name in ("layers", "texts", "predictions", "similarity"):
-        frame = pl.DataFrame(told[name], schema=tables[name].schema)
+        frame = pl.DataFrame(result[name], schema=tables[name].schema)
         assert set(frame["text"]) == {"standard input"}
-        assert_frame_equal(*(f.drop("text", "other_text", strict=False) for f in (frame, tables[name])))
-    assert [row["layer"] for row in told["dimensions 1"]] == [*SITES]
+        assert_frame_equal(*(f.drop("text", "other_text", strict=False) for f in (frame, tables[name])), rel_tol=1e-6)
+    assert [row["layer"] for row in result["dimensions 1"]] == ["emb", "1", "2", "norm"]
     counts = spectral(tables["layers"], "variance count 95%", condition="real")
-    assert [row["95%"] for row in told["dimensions 1"]] == counts
+    assert [row["95%"] for row in result["dimensions 1"]] == counts
     assert not list((tmp_path / "here").iterdir())
     # torch makes a cache folder of its own there when its compiler is imported.
     assert not [path for path in (tmp_path / "temporary").iterdir() if not path.name.startswith("torchinductor")]
 
 
-def test_standard_input_as_the_help_has_it(piped, tmp_path):
-    said = piped("--text", "-", "--length", "16", "--windows", "3", *BARE, "-o", tmp_path / "out")
-    assert "standard input" in said
-    assert read_facts(tmp_path / "out")["studies"]["layers"]["facts"]["texts"] == ["standard input"]
-
-
-def test_without_a_model_and_a_text_the_built_in_ones_are_studied(cli, tmp_path):
-    told = json.loads(succeed(cli("layers", "--length", "32", "--windows", "2", *BARE, "--json", "-o", tmp_path)))
-    assert told["model"] == "builtin"
+def test_without_a_model_and_a_text_the_built_in_ones_are_studied(run, tmp_path):
+    result = json.loads(run("layers", "--length", "32", "--windows", "2", *BARE, "--json", "-o", tmp_path))
+    assert result["model"] == "builtin"
     assert read_facts(tmp_path)["studies"]["layers"]["facts"]["texts"] == ["builtin prose", "builtin html"]
     assert set(read_tables(tmp_path)["layers"]["text"]) == {"builtin prose", "builtin html"}
-
-
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-def test_all_windows_of_a_text_are_streamed(checkpoint, cli, tmp_path, family):
-    (tmp_path / "long.txt").write_text(models.TEXT * 8)
-    options = ("--length", "16", "--windows", "all", "--shuffles", "1", "--no-random-weights")
-    out = tmp_path / "out"
-    succeed(cli("layers", checkpoint(family), "--text", tmp_path / "long.txt", *options, "-o", out))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint(family))
-    n = len(tokenizer(models.TEXT * 8, add_special_tokens=False, verbose=False)["input_ids"])
-    n_windows = n // (16 - (family == "llama"))  # Llama's tokenizer puts <s> before each window
-    texts = read_tables(out)["texts"]
-    assert n_windows > 400
-    assert set(texts["n_windows"]) == {n_windows}
-    assert set(texts["n_tokens"]) == {16 * n_windows}
-    assert set(texts["bos"]) == ({"<s>"} if family == "llama" else {None})
-    assert conditions(texts) == {"real": [0], "shuffled": [0], "shuffled across": [0]}
-
-
-def test_as_many_windows_as_the_shortest_text_has(checkpoint, cli, text, tmp_path):
-    (tmp_path / "short.txt").write_text(models.TEXT[:300])
-    sources = ("--text", text, tmp_path / "short.txt")
-    succeed(cli("layers", checkpoint("qwen2"), *sources, "--length", "32", *BARE, "-o", tmp_path / "out"))
-    counts = read_tables(tmp_path / "out")["texts"].select("text", "n_windows")
-    assert dict(counts.iter_rows()).keys() == {text.name, "short.txt"}
-    assert len(set(counts["n_windows"])) == 1
-    assert 1 < counts["n_windows"][0] < 8
-
-
-def test_texts_of_one_file_name_are_told_apart(checkpoint, cli, tmp_path):
-    for folder, content in (("old", models.TEXT), ("new", models.TEXT.replace("keeper", "sailor"))):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "a.txt").write_text(content)
-    paths = [str(tmp_path / "old" / "a.txt"), str(tmp_path / "new" / "a.txt")]
-    options = ("--length", "16", "--windows", "3", *BARE)
-    succeed(cli("layers", checkpoint("qwen2"), "--text", *paths, paths[0], *options, "-o", tmp_path / "out"))
-    tables = read_tables(tmp_path / "out")
-    names = [*paths, f"{paths[0]} (2)"]
-    assert read_facts(tmp_path / "out")["studies"]["layers"]["facts"]["texts"] == names
-    old, new, again = (spectral(tables["layers"], "participation ratio", text=name) for name in names)
-    assert old == again != new
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
 
 
-def test_options_choose_what_is_measured(checkpoint, cli, text, tmp_path):
+def test_options_choose_what_is_measured(checkpoint, run, text, tmp_path):
     options = (
         "--length", "16", "--windows", "4", "--thresholds", "95,80", "--layers", "0,2,norm", "--no-logits", "--curve",
         "--reservoir", "64", "--show-layer", "0",
     )  # fmt: skip
-    succeed(cli("layers", checkpoint("qwen2"), "--text", text, *options, *BARE, "-o", tmp_path))
+    run("layers", checkpoint("qwen2"), "--text", text, *options, *BARE, "-o", tmp_path)
     tables = read_tables(tmp_path)
     assert tables.keys() == TABLES - {"confidence", "predictions"} | {"curve"}
     for name in ("layers", "scree", "curve"):
@@ -405,35 +364,38 @@ def test_options_choose_what_is_measured(checkpoint, cli, text, tmp_path):
     assert set(tables["similarity"]["comparison"]) == {"between layers"}
     study = read_facts(tmp_path)["studies"]["layers"]["facts"]
     assert (study["thresholds"], study["layers"], study["show_layer"]) == ([0.8, 0.95], "0,2,norm", 0)
-    succeed(cli("layers", checkpoint("qwen2"), "--text", text, "--length", "16", "--windows", "4", "-o", tmp_path))
+    run("layers", checkpoint("qwen2"), "--text", text, "--length", "16", "--windows", "4", *BARE, "-o", tmp_path)
     assert read_tables(tmp_path).keys() == TABLES  # the curve of before is not taken for one of this run
 
 
-def test_the_smallest_study_has_a_page(checkpoint, cli, tmp_path):
+@pytest.mark.parametrize(("length", "windows"), [(2, 1), (3, 2), (16, 1)])
+def test_the_smallest_study_has_a_page(checkpoint, run, tmp_path, length, windows):
     (tmp_path / "same.txt").write_text("a" * 200)
-    for length, windows in ((2, 1), (3, 2), (16, 1)):
-        options = ("--length", length, "--windows", windows, "--shuffles", "1")
-        out = tmp_path / f"{length}-{windows}"
-        command = ("layers", checkpoint("qwen2"), "--text", tmp_path / "same.txt", *options, "-o", out, "--json")
-        told = json.loads(succeed(cli(*command)))
-        assert told["page"] == str(out / "index.html")
-        assert "layers" in sections(out)
-        frame = pl.DataFrame(told["layers"], infer_schema_length=None)
-        assert set(spectral(frame, "numerical rank", layer=0)) == {0.0}
+    options = ("--length", length, "--windows", windows, "--shuffles", "1")
+    out = tmp_path / "out"
+    command = ("layers", checkpoint("qwen2"), "--text", tmp_path / "same.txt", *options, "-o", out, "--json")
+    result = json.loads(run(*command))
+    assert result["page"] == str(out / "index.html")
+    assert "layers" in sections(out)
+    frame = pl.DataFrame(result["layers"], infer_schema_length=None)
+    assert set(spectral(frame, "numerical rank", layer=0)) == {0.0}
 
 
-def test_a_terminal_is_told_the_dimensions_and_where_the_page_is(checkpoint, cli, text, tmp_path):
-    said = succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL, "-o", tmp_path / "out"))
-    assert "index.html" in said
-    assert "keeper.txt" in said
-    for site in ("emb", "block 1", "block 2", "norm"):
-        assert re.search(rf"^ +\d +{site} +48 ", said, re.MULTILINE)
+def test_the_preset_of_the_notebook_and_options_on_top_of_it(checkpoint, run, text, tmp_path):
+    options = ("--length", "32", "--preset", "notebook", "--shuffles", "3", "--thresholds", "80,99")
+    run("layers", checkpoint("qwen2"), "--text", text, *options, "-o", tmp_path)
+    facts, layers = read_facts(tmp_path)["studies"]["layers"]["facts"], read_tables(tmp_path)["layers"]
+    # Of a model of two blocks, layer 3 is the nearest to layer 10 of the notebook.
+    assert (facts["preset"], facts["show_layer"], facts["windows"]) == ("notebook", 3, 1)
+    assert conditions(layers) == {"real": [0], "shuffled": [0, 1, 2]}
+    assert {metric for metric in layers["metric"] if "count" in metric} == {"variance count 80%", "variance count 99%"}
+    assert set(rows(layers, metric="stable rank", preprocess="raw")["n_tokens"]) == {32}
 
 
-def test_another_model_is_held_against_the_first_whatever_its_tokenizer_and_width(checkpoint, cli, text, tmp_path):
+def test_another_model_is_compared_whatever_its_tokenizer_and_width(checkpoint, run, text, tmp_path):
     first, wide = checkpoint("qwen2"), checkpoint("llama", hidden_size=64, vocab_size=600)
     options = ("--length", "32", "--windows", "4", *BARE)
-    succeed(cli("layers", first, "--text", text, "--compare", wide, first, *options, "-o", tmp_path))
+    run("layers", first, "--text", text, "--compare", wide, first, *options, "-o", tmp_path)
     study = read_facts(tmp_path)["studies"]["layers"]["facts"]
     assert len(set(study["models"])) == 3
     tables = read_tables(tmp_path)
@@ -452,139 +414,80 @@ def test_another_model_is_held_against_the_first_whatever_its_tokenizer_and_widt
     assert study["models"][1] in page
 
 
-def test_the_preset_of_the_notebook_and_options_on_top_of_it(checkpoint, cli, text, tmp_path):
-    def study(folder: Path, *options: str) -> tuple[dict[str, Any], pl.DataFrame]:
-        out = tmp_path / str(len(list(tmp_path.iterdir())))
-        succeed(cli("layers", folder, "--text", text, "--length", "32", "--preset", "notebook", *options, "-o", out))
-        return read_facts(out)["studies"]["layers"]["facts"], read_tables(out)["layers"]
-
-    told, layers = study(checkpoint("gpt2", layers=12))
-    assert (told["preset"], told["show_layer"], told["windows"], told["thresholds"]) == ("notebook", 10, 1, [0.95])
-    assert conditions(layers) == {"real": [0], "shuffled": [0]}
-    assert {metric for metric in layers["metric"] if "count" in metric} == {"variance count 95%"}
-    assert set(rows(layers, metric="stable rank", preprocess="raw")["n_tokens"]) == {32}
-    told, layers = study(checkpoint("qwen2"))
-    assert told["show_layer"] == 3  # the nearest to 10 that a model of two blocks has
-    on_top = (
-        "--windows",
-        "2",
-        "--shuffles",
-        "3",
-        "--shuffles-across",
-        "1",
-        "--random-weights",
-        "--thresholds",
-        "80,99",
-    )
-    told, layers = study(checkpoint("qwen2"), *on_top, "--show-layer", "1")
-    assert (told["preset"], told["show_layer"], told["windows"]) == ("notebook", 1, 2)
-    assert conditions(layers) == {"real": [0], "shuffled": [0, 1, 2], "shuffled across": [0], "random weights": [0]}
-    assert {metric for metric in layers["metric"] if "count" in metric} == {"variance count 80%", "variance count 99%"}
-
-
-def test_a_model_on_the_hub_is_fetched_once_and_gives_the_numbers_of_its_folder(
-    checkpoint, hub_cli, text, studied, tmp_path
-):
-    hub, run = hub_cli
-    commit = hub.add("owner/layered", checkpoint("qwen2"))
-    succeed(run("layers", "owner/layered", "--text", text, *SMALL, "-o", tmp_path / "out"))
-    told, here = read_facts(tmp_path / "out"), read_tables(studied("qwen2"))
-    assert (told["model"], told["revision"]) == ("owner/layered", commit.sha)
-    for name, frame in read_tables(tmp_path / "out").items():
-        assert_frame_equal(*(f.drop("model", "other_model", strict=False) for f in (frame, here[name])))
-    size = (checkpoint("qwen2") / "model.safetensors").stat().st_size
-    assert size <= hub.bytes_sent("model.safetensors") < 2 * size
-    before = hub.bytes_sent("model.safetensors")
-    succeed(run("layers", "owner/layered", "--text", text, *SMALL))
-    assert hub.bytes_sent("model.safetensors") == before
-
-
 # ---- what is used again --------------------------------------------------------------------------------------------
 
 
-def test_the_same_command_again_computes_nothing(checkpoint, cli, text, studied, tmp_path):
+def test_the_same_command_again_computes_nothing_but_what_is_lost(checkpoint, run, text, studied, tmp_path):
     out = shutil.copytree(studied("qwen2"), tmp_path / "out")
     first, page = stamps(out), sections(out)
-    succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL, "-o", out))
+    printed = run("layers", checkpoint("qwen2"), "--text", text, *SMALL, "-o", out)
     assert stamps(out) == first
     assert sections(out) == page
+    assert "index.html" in printed
+    assert "keeper.txt" in printed
+    for layer in ("emb", "1", "2", "norm"):
+        assert re.search(rf"^ +{layer} +48 ", printed, re.MULTILINE)
     victim = next(out.glob("tables/passes/shuffled-1-*.layers.parquet"))
     victim.write_bytes(victim.read_bytes()[:100])
     (out / "tables" / "layers.json").unlink()  # a table without provenance is not finished
-    succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL, "-o", out))
+    run("layers", checkpoint("qwen2"), "--text", text, *SMALL, "-o", out)
     changed = {name.rpartition(".")[0] for name, stamp in stamps(out).items() if stamp != first.get(name)}
     assert changed == {"tables/layers", victim.relative_to(out).as_posix().removesuffix(".parquet")}
-    check_same(out, studied("qwen2"), 0, 0)
+    check_same(out, studied("qwen2"), **AGAIN)
 
 
-def test_another_threshold_changes_what_depends_on_it(checkpoint, cli, text, studied, tmp_path):
+def test_another_threshold_changes_what_depends_on_it(checkpoint, run, text, studied, tmp_path):
     out = shutil.copytree(studied("qwen2"), tmp_path / "out")
     before = {path.stem: path.read_bytes() for path in out.glob("tables/*.parquet")}
     for folder in (out, tmp_path / "alone"):
-        succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL, "--thresholds", "50,95", "-o", folder))
+        run("layers", checkpoint("qwen2"), "--text", text, *SMALL, "--thresholds", "50,95", "-o", folder)
     after = {path.stem: path.read_bytes() for path in out.glob("tables/*.parquet")}
-    assert {name for name in after if after[name] != before[name]} == {"layers"}
-    check_same(out, tmp_path / "alone", 0, 0)
+    assert after["layers"] != before["layers"]
+    check_same(out, tmp_path / "alone", **AGAIN)
     old, new = (read_tables(folder)["layers"] for folder in (studied("qwen2"), out))
     other = ~pl.col("metric").str.starts_with("variance count") | (pl.col("metric") == "variance count 95%")
-    assert_frame_equal(old.filter(other), new.filter(other))
+    assert_frame_equal(old.filter(other), new.filter(other), rel_tol=1e-6, abs_tol=1e-6)
+    counts = {metric for metric in new["metric"] if metric.startswith("variance count")}
+    assert counts == {"variance count 50%", "variance count 95%"}
 
 
-def test_more_texts_draws_and_models_are_added_to_what_is_finished(checkpoint, cli, text, studied, tmp_path):
+def test_more_texts_draws_and_models_are_added_to_what_is_finished(checkpoint, run, text, studied, tmp_path):
     out = shutil.copytree(studied("qwen2"), tmp_path / "out")
     passes = {name: stamp for name, stamp in stamps(out).items() if "/passes/" in name}
     (tmp_path / "other.txt").write_text(models.TEXT.replace("keeper", "sailor"))
-    more = (
-        "--text",
-        text,
-        tmp_path / "other.txt",
-        "--length",
-        "16",
-        "--windows",
-        "3",
-        "--shuffles",
-        "3",
-        "--seed",
-        "7",
-    )
-    beside = ("--compare", checkpoint("gpt2"))
+    more = ("--text", text, tmp_path / "other.txt", *TINY, "--shuffles", "3", "--seed", "7")
     for folder in (out, tmp_path / "alone"):
-        succeed(cli("layers", checkpoint("qwen2"), *more, *beside, "-o", folder))
+        run("layers", checkpoint("qwen2"), *more, "--compare", checkpoint("gpt2"), "-o", folder)
     now = stamps(out)
     assert {name: now[name] for name in passes} == passes
-    check_same(out, tmp_path / "alone", 0, 0)
+    check_same(out, tmp_path / "alone", **AGAIN)
     assert {path.name for path in out.iterdir()} == {"tables", "index.html", "report.json"}
 
 
-def test_a_text_that_changed_is_read_again(checkpoint, cli, tmp_path):
+def test_a_text_that_changed_is_read_again(checkpoint, run, tmp_path):
     path, out = tmp_path / "a.txt", tmp_path / "out"
-    found = []
+    ratios = []
     for content in (models.TEXT, models.TEXT.replace("the", "one")):
         path.write_text(content)
-        succeed(cli("layers", checkpoint("qwen2"), "--text", path, *SMALL[:4], *BARE, "-o", out))
-        found.append(spectral(read_tables(out)["layers"], "participation ratio"))
-    assert len(found[0]) == len(found[1]) == 4
-    assert found[0] != found[1]
+        run("layers", checkpoint("qwen2"), "--text", path, *TINY, *BARE, "-o", out)
+        ratios.append(spectral(read_tables(out)["layers"], "participation ratio"))
+    assert len(ratios[0]) == len(ratios[1]) == 4
+    assert ratios[0] != ratios[1]
 
 
-def test_both_studies_are_on_one_page_in_whatever_order_they_came(checkpoint, cli, text, tmp_path):
-    folder = checkpoint("qwen2")
-    small = ("--text", text, "--length", "16", "--windows", "3", *BARE)
-    together, turns = tmp_path / "together", {name: tmp_path / name for name in ("table first", "layers first")}
-    said = succeed(cli("report", folder, "--studies", "embedding", "layers", *in_report(*small), "-o", together))
-    assert "index.html" in said
-    commands = [("report", folder), ("layers", folder, *small)]
-    for out, order in zip(turns.values(), (commands, commands[::-1]), strict=True):
-        for command in order:
-            succeed(cli(*command, "-o", out))
-    for out in (together, *turns.values()):
+def test_both_studies_are_on_one_page_in_whatever_order_they_came(checkpoint, run, text, tmp_path):
+    folder, together, turns = checkpoint("qwen2"), tmp_path / "together", tmp_path / "layers first"
+    small = ("--text", text, *TINY, *BARE)
+    assert "index.html" in run("report", folder, "--studies", "embedding", "layers", *in_report(*small), "-o", together)
+    run("layers", folder, *small, "-o", turns)
+    run("report", folder, "-o", turns)
+    for out in (together, turns):
         assert set(read_facts(out)["studies"]) == {"embedding", "layers"}
         assert sections(out) == sections(together)
     assert {"map", "spectrum", "hubness", "layers", "scree", "confidence"} <= set(sections(together))
-    for out in turns.values():
-        check_same(out, together, 0, 0)
+    check_same(turns, together, **AGAIN)
     first = stamps(together)
-    succeed(cli("report", folder, "--studies", "layers", "embedding", *in_report(*small), "-o", together))
+    run("report", folder, "--studies", "layers", "embedding", *in_report(*small), "-o", together)
     assert stamps(together) == first
 
 
@@ -594,74 +497,99 @@ def page_of(folder: Path) -> tuple[str, list[str]]:
     return page.split('<section id="provenance"')[0], re.findall(r'id="table-([^"]+)"', page)
 
 
-@pytest.mark.parametrize("order", [("layers", "layers"), ("report", "layers"), ("layers", "report")])
-def test_another_model_in_the_same_folder_takes_nothing_from_the_first(checkpoint, cli, text, tmp_path, order):
-    options = {"layers": ("--text", text, "--length", "16", "--windows", "3", *BARE), "report": ()}
-    for family, command in zip(("qwen2", "gpt2"), order, strict=True):
-        succeed(cli(command, checkpoint(family), *options[command], "-o", tmp_path / "shared"))
-    succeed(cli(order[1], checkpoint("gpt2"), *options[order[1]], "-o", tmp_path / "alone"))
-    told, alone = read_facts(tmp_path / "shared"), read_facts(tmp_path / "alone")
-    assert told["studies"].keys() == alone["studies"].keys()
-    assert without_seconds(told) == without_seconds(alone)
-    for name, frame in read_tables(tmp_path / "alone").items():
-        assert_frame_equal(read_tables(tmp_path / "shared")[name], frame)
-    assert page_of(tmp_path / "shared") == page_of(tmp_path / "alone")
+@pytest.mark.parametrize("second", ["layers", "report"])
+def test_another_model_in_the_same_folder_takes_nothing_from_the_first(checkpoint, run, text, tmp_path, second):
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    options = {"layers": ("--text", text, *TINY, *BARE), "report": ()}
+    run("layers", checkpoint("qwen2"), *options["layers"], "-o", shared)
+    for out in (shared, alone):
+        run(second, checkpoint("gpt2"), *options[second], "-o", out)
+    facts = read_facts(shared)
+    assert facts["studies"].keys() == read_facts(alone)["studies"].keys()
+    assert without_seconds(facts) == without_seconds(read_facts(alone))
+    for name, frame in read_tables(alone).items():
+        assert_frame_equal(read_tables(shared)[name], frame, rel_tol=1e-6, abs_tol=1e-6)
+    assert page_of(shared)[1] == page_of(alone)[1]
+    assert sections(shared) == sections(alone)
 
 
-def test_what_the_user_keeps_beside_the_tables_is_not_touched(checkpoint, cli, digest, text, tmp_path):
+def test_what_the_user_keeps_beside_the_tables_is_not_touched(checkpoint, run, digest, text, tmp_path):
     for name in ("state", "passes", "tables", "tables/passes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine.txt").write_text("mine")
     before = digest(tmp_path)
-    succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL[:4], *BARE, "-o", tmp_path))
+    run("layers", checkpoint("qwen2"), "--text", text, *TINY, *BARE, "-o", tmp_path)
     after = digest(tmp_path)
     assert {name: after.get(name) for name in before} == before
 
 
-# ---- violent ends --------------------------------------------------------------------------------------------------
+# ---- shards --------------------------------------------------------------------------------------------------------
 
-LONG = ("--length", "16", "--windows", "all", "--shuffles", "1", "--shuffles-across", "0", "--no-random-weights")
+
+def test_the_first_of_two_shards_names_the_missing_one_and_makes_no_page(checkpoint, run, text, studied, tmp_path):
+    out, folder = tmp_path / "out", checkpoint("qwen2")
+    command = ("--text", text, *SMALL, "--batch", "1", "--shard")
+    result = json.loads(run("layers", folder, *command, "1/2", "-o", out, "--json"))
+    assert result.pop("seconds") >= 0
+    assert result == {"model": str(folder), "waiting_for_shards": "2/2"}
+    assert "2/2" in run("layers", folder, *command, "1/2", "-o", out)
+    options = in_report("--studies", "layers", *command, "1/2", "-o", out, "--json")
+    report = json.loads(run("report", folder, *options))
+    assert "page" not in report
+    assert report["waiting_for_shards"] == "2/2"
+    assert not [path for path in out.rglob("*") if path.suffix in (".parquet", ".html")]
+    assert "index.html" in run("layers", folder, *command, "2/2", "-o", out)
+    # One window at a time: float32 products of another shape are rounded otherwise.
+    check_same(out, studied("qwen2"), 1e-5, 1e-5)
+    first = stamps(out)
+    assert "index.html" in run("layers", folder, *command, "1/2", "-o", out)
+    run("layers", folder, *command[:-1], "-o", out)
+    assert stamps(out) == first
+
+
+# ---- other processes -----------------------------------------------------------------------------------------------
+
+LONG = ("--length", "16", "--windows", "all", "--reservoir", "64", *BARE[2:], "--shuffles", "1")
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A command in a process of its own, and its result once it ends."""
+
+    process: psutil.Process
+    result: Future[Any]
+
+
+@pytest.fixture
+def start(hub_cli, checkpoint) -> Iterator[Callable[..., Running]]:
+    """Return `start(*options)`: `dimscope layers` begun in a process of its own."""
+    server = psutil.Process(hub_cli[1].server.pid)
+    with ThreadPoolExecutor(1) as pool:
+
+        def begin(*options: object) -> Running:
+            result = pool.submit(hub_cli[1], "layers", checkpoint("qwen2"), *options)
+            while not (children := server.children()):
+                assert not result.done(), result.result()
+                time.sleep(0.003)
+            return Running(children[0], result)
+
+        yield begin
 
 
 @pytest.fixture(scope="module")
 def long_text(tmp_path_factory) -> Path:
-    """A text that takes a tiny model seconds, so that there is a middle."""
+    """A text that takes a tiny model a second, so that there is a middle."""
     path = tmp_path_factory.mktemp("texts") / "long.txt"
-    path.write_text(models.TEXT * 100, encoding="utf-8")
+    path.write_text(models.TEXT * 30, encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(checkpoint, cli, long_text, tmp_path_factory) -> Path:
+def uninterrupted(checkpoint, hub_cli, long_text, tmp_path_factory) -> Path:
     """The folder of a study that nothing interrupted."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    succeed(cli("layers", checkpoint("qwen2"), "--text", long_text, *LONG, "-o", out))
+    succeed(hub_cli[1]("layers", checkpoint("qwen2"), "--text", long_text, *LONG, "-o", out))
     return out
-
-
-Start = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture
-def start(checkpoint, clean_environment) -> Iterator[Start]:
-    """Return `start(*options)`: `dimscope layers` begun in a process of its own."""
-    begun = []
-
-    def run(*options: object) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "dimscope", "layers", checkpoint("qwen2"), *options]
-        environment = {**clean_environment, "OMP_NUM_THREADS": "1"}
-        begun.append(
-            subprocess.Popen(
-                [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-        return begun[-1]
-
-    yield run
-    for process in begun:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def sums(out: Path, condition: str = "") -> list[Path]:
@@ -669,38 +597,37 @@ def sums(out: Path, condition: str = "") -> list[Path]:
     return sorted(out.rglob(f"{condition}*-of-*.safetensors"))
 
 
-def wait_for_sums(process: subprocess.Popen[str], out: Path, condition: str) -> Path:
+def wait_for_sums(running: Running, out: Path, condition: str) -> Path:
     """Return as soon as a pass has put its sums on disk for the first time."""
     deadline = time.monotonic() + 120
-    while not (found := sums(out, condition)):
-        assert process.poll() is None, process.communicate()[1]
+    while not (files := sums(out, condition)):
+        assert not running.result.done(), running.result.result().stderr
         assert time.monotonic() < deadline
         time.sleep(0.003)
-    return found[0]
+    return files[0]
 
 
 def is_complete(path: Path) -> bool:
     return bool(load_file(path)["numbers"][-1])
 
 
-def test_kill_9_in_the_middle_of_each_pass_and_the_same_command_again(
-    checkpoint, cli, digest, start, long_text, uninterrupted, tmp_path
+def test_kill_9_in_the_middle_of_a_pass_and_the_same_command_again(
+    checkpoint, hub_cli, digest, start, long_text, uninterrupted, tmp_path
 ):
     folder, out = checkpoint("qwen2"), tmp_path / "killed"
     command = ("--text", long_text, *LONG, "--checkpoint-every", "0", "-o", out)
     before = digest(folder)
-    for condition in ("real", "shuffled"):
-        process = start(*command)
-        path = wait_for_sums(process, out, condition)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        assert not is_complete(path)
-        assert not list(out.glob(f"tables/passes/{condition}-*"))
-        assert not (out / "report.json").exists()
-        assert not (out / "index.html").exists()
+    running = start(*command)
+    path = wait_for_sums(running, out, "shuffled")
+    os.kill(running.process.pid, signal.SIGKILL)
+    assert running.result.result().returncode == -signal.SIGKILL
+    assert not is_complete(path)
+    assert not list(out.glob("tables/passes/shuffled-*"))
+    assert not (out / "report.json").exists()
+    assert not (out / "index.html").exists()
     finished = stamps(out)
     assert {"layers", "predictions"} <= {name.split(".")[-2] for name in finished}
-    # That the sums are gone on with, and not thrown away, shows where they are spoiled.
+    # Spoiled sums show that they are resumed, and not thrown away.
     spoiled = shutil.copytree(out, tmp_path / "spoiled")
     [path] = sums(spoiled, "shuffled")
     with safe_open(path, "pt") as state:
@@ -708,93 +635,79 @@ def test_kill_9_in_the_middle_of_each_pass_and_the_same_command_again(
     tensors = load_file(path)
     tensors["numbers"][0] += 1_000_000
     save_file(tensors, path, metadata)
-    succeed(cli("layers", folder, *command[:-1], spoiled))
-    succeed(cli("layers", folder, *command))
+    for target in (spoiled, out):
+        succeed(hub_cli[1]("layers", folder, *command[:-1], target))
     counts = [rows(read_tables(o)["texts"], condition="shuffled")["n_tokens"][0] for o in (out, spoiled)]
     assert counts[1] - counts[0] == 1_000_000
     now = stamps(out)
     assert {name: now[name] for name in finished} == finished
-    check_same(out, uninterrupted, 1e-12, 1e-12)
+    check_same(out, uninterrupted, **AGAIN)
     assert {path.name for path in out.iterdir()} == {"tables", "index.html", "report.json"}
     assert not list(out.rglob("*.tmp"))
     assert without_seconds(read_facts(out)) == without_seconds(read_facts(uninterrupted))
     assert digest(folder) == before
 
 
-def test_ctrl_c_in_the_middle_and_the_same_command_again(checkpoint, cli, start, long_text, uninterrupted, tmp_path):
+def test_ctrl_c_in_the_middle_and_the_same_command_again(
+    checkpoint, hub_cli, start, long_text, uninterrupted, tmp_path
+):
     out = tmp_path / "interrupted"
     command = ("--text", long_text, *LONG, "--checkpoint-every", "0", "-o", out)
-    process = start(*command)
-    path = wait_for_sums(process, out, "real")
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stdout) == (130, "")
-    assert stderr.splitlines()[-1].startswith("stopped; "), stderr
+    running = start(*command)
+    path = wait_for_sums(running, out, "real")
+    os.kill(running.process.pid, signal.SIGINT)
+    result = running.result.result(timeout=60)
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr.splitlines()[-1].startswith("stopped; "), result.stderr
     assert not is_complete(path)
-    succeed(cli("layers", checkpoint("qwen2"), *command))
-    check_same(out, uninterrupted, 1e-12, 1e-12)
-
-
-def test_the_first_of_two_shards_says_which_is_missing(checkpoint, cli, text, studied, tmp_path):
-    def shard(number: int, *options: str) -> str:
-        command = ("--text", text, *SMALL, "--batch", "1", "--shard", f"{number}/2", "-o", tmp_path / "out")
-        return succeed(cli("layers", checkpoint("qwen2"), *command, *options))
-
-    for _ in range(2):
-        said = json.loads(shard(1, "--json"))
-        assert said.pop("seconds") >= 0
-        assert said == {"model": str(checkpoint("qwen2")), "waiting_for_shards": "2/2"}
-    assert "2/2" in shard(1)
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".parquet", ".html")]
-    assert "index.html" in shard(2)
-    # One window at a time: float32 products of another shape are rounded otherwise.
-    check_same(tmp_path / "out", studied("qwen2"), 1e-5, 1e-5)
-    first = stamps(tmp_path / "out")
-    assert "index.html" in shard(1)
-    succeed(cli("layers", checkpoint("qwen2"), "--text", text, *SMALL, "--batch", "1", "-o", tmp_path / "out"))
-    assert stamps(tmp_path / "out") == first
-
-
-def test_a_shard_without_a_batch_has_nothing_to_add(checkpoint, cli, text, studied, tmp_path):
-    for number in (2, 1, 3):
-        command = ("--text", text, *SMALL, "--shard", f"{number}/3", "-o", tmp_path)
-        succeed(cli("layers", checkpoint("qwen2"), *command))
-    check_same(tmp_path, studied("qwen2"), 1e-9, 1e-9)
-
-
-def test_a_report_of_one_shard_does_not_name_a_page_that_is_not_there(checkpoint, cli, text, tmp_path):
-    command = in_report(
-        "--studies", "layers", "--text", text, *SMALL, "--shard", "1/2", "-o", tmp_path / "out", "--json"
-    )
-    said = json.loads(succeed(cli("report", checkpoint("qwen2"), *command)))
-    assert not (tmp_path / "out" / "index.html").exists()
-    assert "page" not in said
-    assert said["waiting_for_shards"] == "2/2"
-
-
-def at_once(*commands: Callable[[], subprocess.CompletedProcess[str]]) -> list[str]:
-    """What commands print that run at the same time."""
-    with ThreadPoolExecutor(len(commands)) as pool:
-        running = [pool.submit(command) for command in commands]
-    return [succeed(command.result()) for command in running]
+    succeed(hub_cli[1]("layers", checkpoint("qwen2"), *command))
+    check_same(out, uninterrupted, **AGAIN)
 
 
 def test_two_shards_at_the_same_time_give_what_one_process_gives(
-    checkpoint, cli, hub_cli, long_text, uninterrupted, tmp_path
+    checkpoint, run, start, long_text, uninterrupted, tmp_path
 ):
-    command = ("layers", checkpoint("qwen2"), "--text", long_text, *LONG, "-o", tmp_path / "out", "--shard")
-    said = at_once(lambda: cli(*command, "1/2"), lambda: hub_cli[1](*command, "2/2"))
-    assert any("index.html" in text for text in said)
-    check_same(tmp_path / "out", uninterrupted, 1e-9, 1e-9)
+    command = ("--text", long_text, *LONG, "-o", tmp_path / "out", "--shard")
+    other = start(*command, "2/2")
+    printed = run("layers", checkpoint("qwen2"), *command, "1/2")
+    assert "index.html" in printed + succeed(other.result.result())
+    check_same(tmp_path / "out", uninterrupted, **AGAIN)
 
 
-def test_two_shards_that_finish_together_do_not_trip_each_other(checkpoint, cli, hub_cli, text, tmp_path):
-    options = ("--length", "16", "--windows", "3", "--shuffles", "8", "--batch", "1")
-    command = ("layers", checkpoint("qwen2"), "--text", text, *options, "-o", tmp_path, "--shard")
+def test_two_shards_that_finish_together_do_not_trip_each_other(checkpoint, run, start, text, tmp_path):
+    options = (*TINY, "--shuffles", "4", "--batch", "1")
+    command = ("--text", text, *options, "-o", tmp_path, "--shard")
     for number in (1, 2):
-        succeed(cli(*command, f"{number}/2"))
-    for _ in range(2):
-        shutil.rmtree(tmp_path / "tables")  # all sums are there: both begin with the tables
-        for said in at_once(lambda: cli(*command, "1/2"), lambda: hub_cli[1](*command, "2/2")):
-            assert "index.html" in said
+        run("layers", checkpoint("qwen2"), *command, f"{number}/2")
+    shutil.rmtree(tmp_path / "tables")  # all sums are there: both begin with the tables
+    other = start(*command, "2/2")
+    assert "index.html" in run("layers", checkpoint("qwen2"), *command, "1/2")
+    assert "index.html" in succeed(other.result.result())
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_model_on_the_hub_is_fetched_once_and_gives_the_numbers_of_its_folder(
+    checkpoint, hub_cli, text, studied, tmp_path
+):
+    hub, command = hub_cli
+    commit = hub.add("owner/layered", checkpoint("qwen2"))
+    succeed(command("layers", "owner/layered", "--text", text, *SMALL, "-o", tmp_path / "out"))
+    facts, here = read_facts(tmp_path / "out"), read_tables(studied("qwen2"))
+    assert (facts["model"], facts["revision"]) == ("owner/layered", commit.sha)
+    for name, frame in read_tables(tmp_path / "out").items():
+        folders = (f.drop("model", "other_model", strict=False) for f in (frame, here[name]))
+        assert_frame_equal(*folders, rel_tol=1e-6, abs_tol=1e-6)
+    size = (checkpoint("qwen2") / "model.safetensors").stat().st_size
+    before = hub.bytes_sent("model.safetensors")
+    assert size <= before < 2 * size
+    succeed(command("layers", "owner/layered", "--text", text, *TINY, *BARE))
+    assert hub.bytes_sent("model.safetensors") == before
+
+
+def test_remote_code_runs_only_where_that_is_allowed(checkpoint, editable, hub_cli, refused, text, tmp_path):
+    marker, command = tmp_path / "it-ran", hub_cli[1]
+    stranger = damage.to_remote_code(editable(checkpoint("llama"), "stranger"), marker)
+    refused(command("layers", stranger, "--text", text, *TINY), "--trust-remote-code")
+    assert not marker.exists()
+    succeed(command("layers", stranger, "--text", text, *TINY, *BARE, "--trust-remote-code"))
+    assert marker.exists()

@@ -193,9 +193,9 @@ def test_layer_can_be_chosen_and_the_theme_keeps_it(browser: Any, run_folder: Ca
       .filter(t => t.visible !== false && t.meta).map(t => t.meta.layer))].join()"""
     page.select_option("select[data-layers=scree]", "1")
     page.click("#theme-toggle")
-    for figure in ("layer-scree", "layer-cumulative"):
+    for figure in ("scree-shares", "scree-cumulative"):
         page.wait_for_function(f"({seen})('{figure}') === '1'")
-    assert page.evaluate(seen, "layer-gride") == "3"
+    assert page.evaluate(seen, "intrinsic-scale") == "3"
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert troubles == []
     page.close()

@@ -14,7 +14,7 @@ from layer_tables import Model, Plan
 from dimscope.page import theme
 from dimscope.page.section import Tables
 from dimscope.studies.layers import figures, profiles, state_figures
-from dimscope.studies.layers.context import of, spectral
+from dimscope.studies.layers.context import raw_centred, rows_of
 
 COUNT = "variance count 95%"
 SMALL = Plan(models=(Model(blocks=3, dim=32),), texts=("prose",), windows=2, length=64)
@@ -28,7 +28,7 @@ def tables() -> Tables:
 
 @pytest.fixture
 def rows(tables: Tables) -> pl.DataFrame:
-    return spectral(of(tables["layers"], "toy-6", "prose"))
+    return raw_centred(rows_of(tables["layers"], "toy-6", "prose"))
 
 
 def _trace(fig: go.Figure, name: str, axis: str | None = None, **meta: Any) -> Any:
@@ -110,22 +110,22 @@ def test_layer_axis_thins_out(blocks: int, final_norm: bool, ticks: list[str]) -
 
 def test_preprocessings_texts_and_models(tables: Tables) -> None:
     layers = tables["layers"]
-    real = of(layers, "toy-6", "prose").filter(pl.col("condition") == "real")
+    real = rows_of(layers, "toy-6", "prose").filter(pl.col("condition") == "real")
     fig = figures.preprocessings(real, "participation ratio")
     for name in made.PREPROCESSINGS:
         expected = _values(real.filter(pl.col("preprocess") == name), "participation ratio", "real")
         assert _trace(fig, name).y.tolist() == pytest.approx(expected)
-    raw = spectral(layers).filter(pl.col("condition") == "real")
-    texts = figures.texts_profile(of(raw, "toy-6"), COUNT)
-    assert _trace(texts, "html").y.tolist() == _values(of(raw, "toy-6", "html"), COUNT, "real")
+    raw = raw_centred(layers).filter(pl.col("condition") == "real")
+    texts = figures.texts_profile(rows_of(raw, "toy-6"), COUNT)
+    assert _trace(texts, "html").y.tolist() == _values(rows_of(raw, "toy-6", "html"), COUNT, "real")
     models = figures.models_profile(raw.filter(pl.col("text") == "prose"), COUNT)
     small = _trace(models, "toy-2 (d = 16)")
     assert small.x.tolist() == [0, 0.5, 1]
-    assert small.y.tolist() == pytest.approx(_values(of(raw, "toy-2", "prose"), COUNT, "real", "share_of_dim")[:3])
+    assert small.y.tolist() == pytest.approx(_values(rows_of(raw, "toy-2", "prose"), COUNT, "real", "share_of_dim")[:3])
 
 
 def test_intrinsic_dimension_with_errors_and_scale(tables: Tables) -> None:
-    rows = of(tables["layers"], "toy-6", "prose")
+    rows = rows_of(tables["layers"], "toy-6", "prose")
     real = _trace(figures.intrinsic_profile(rows), "real")
     assert real.y.tolist() == pytest.approx(_values(rows, "TwoNN, maximum likelihood", "real"))
     assert real.error_y.array.tolist() == pytest.approx([0.3] * 5)
@@ -137,8 +137,8 @@ def test_intrinsic_dimension_with_errors_and_scale(tables: Tables) -> None:
 
 @pytest.mark.parametrize("layer", [0, 3])
 def test_only_the_show_layer_is_seen(tables: Tables, layer: int) -> None:
-    scree, curve = of(tables["scree"], "toy-6", "prose"), of(tables["curve"], "toy-6", "prose")
-    gride = of(tables["layers"], "toy-6", "prose")
+    scree, curve = rows_of(tables["scree"], "toy-6", "prose"), rows_of(tables["curve"], "toy-6", "prose")
+    gride = rows_of(tables["layers"], "toy-6", "prose")
     drawn = (state_figures.scree(scree, layer), state_figures.cumulative_scree(scree, layer, 0.95),
              state_figures.scale_curve(gride, layer), state_figures.sample_curve(curve, COUNT, layer))  # fmt: skip
     for fig in drawn:
@@ -147,7 +147,7 @@ def test_only_the_show_layer_is_seen(tables: Tables, layer: int) -> None:
 
 
 def test_scree_holds_shares_and_counts(tables: Tables) -> None:
-    spectra = of(tables["scree"], "toy-6", "prose")
+    spectra = rows_of(tables["scree"], "toy-6", "prose")
     real = spectra.filter((pl.col("condition") == "real") & (pl.col("layer") == 2)).sort("index")
     assert _trace(state_figures.scree(spectra, 2), "real", layer=2).y.tolist() == real["share"].to_list()
     noise = _trace(state_figures.scree(spectra, 2), "white noise", layer=2)
@@ -159,7 +159,7 @@ def test_scree_holds_shares_and_counts(tables: Tables) -> None:
 
 
 def test_threshold_that_is_never_reached(tables: Tables) -> None:
-    short = of(tables["scree"], "toy-6", "prose").filter(pl.col("index") <= 2)
+    short = rows_of(tables["scree"], "toy-6", "prose").filter(pl.col("index") <= 2)
     assert _trace(state_figures.cumulative_scree(short, 2, 0.95), "real", layer=2).name == "real: not reached"
 
 
@@ -171,7 +171,7 @@ def test_wide_spectra_are_thinned_but_keep_their_ends() -> None:
 
 
 def test_confidence_is_the_density_and_the_mean_of_the_draws(tables: Tables) -> None:
-    bins = of(tables["confidence"], "toy-6", "prose")
+    bins = rows_of(tables["confidence"], "toy-6", "prose")
     fig = state_figures.confidence(bins)
     real = bins.filter(pl.col("condition") == "real").sort("bin_left")
     assert list(_trace(fig, "real").y)[:-1] == pytest.approx(real["density"].to_list())
@@ -203,18 +203,23 @@ def test_matrix_between_models_has_a_side_for_each(tables: Tables) -> None:
 
 
 def test_alignment_beside_chance(tables: Tables) -> None:
-    pairs = of(tables["similarity"], "toy-6", "prose").filter(pl.col("comparison").str.starts_with("real and"))
+    pairs = rows_of(tables["similarity"], "toy-6", "prose").filter(pl.col("comparison").str.starts_with("real and"))
     fig = figures.alignment(pairs)
     shuffled = pairs.filter(pl.col("other_condition") == "shuffled").sort("layer")
     assert _trace(fig, "real and shuffled").y.tolist() == shuffled["cka"].to_list()
     assert _trace(fig, "shuffled", "y2").y.tolist() == shuffled["overlap"].to_list()
     assert _trace(fig, "overlap by chance", "y2").y.tolist() == [0.5] * 5
+    assert list(_trace(fig, "CKA by chance").y) == pytest.approx([2 / 128] * 5 + [-2 / 128] * 5)
+    assert [sd for _, sd in _trace(fig, "real and shuffled").customdata] == [1 / 128] * 5
+    assert "customdata[1]" in _trace(fig, "real and shuffled").hovertemplate
+    negative = figures.alignment(pairs.with_columns(cka=pl.lit(-0.2)))
+    assert negative.layout.yaxis.range[0] < -0.2
     bare = figures.alignment(pairs.with_columns(overlap=pl.lit(None, dtype=pl.Float64)))
     assert {trace.yaxis for trace in bare.data} == {None}
 
 
 def test_curve_over_the_sample_with_its_noise(tables: Tables) -> None:
-    rows = of(tables["curve"], "toy-6", "prose")
+    rows = rows_of(tables["curve"], "toy-6", "prose")
     fig = state_figures.sample_curve(rows, COUNT, 1)
     real = rows.filter((pl.col("condition") == "real") & (pl.col("layer") == 1)).sort("n_tokens")
     assert _trace(fig, "real", layer=1).y.tolist() == real["value"].to_list()
@@ -232,7 +237,7 @@ def test_curve_over_the_sample_with_its_noise(tables: Tables) -> None:
     ],
 )
 def test_layers_in_words(layers: list[int], words: str) -> None:
-    assert profiles.places(layers, dict(Model(blocks=3).sites())) == words
+    assert profiles.locations(layers, dict(Model(blocks=3).sites())) == words
 
 
 @pytest.mark.parametrize(

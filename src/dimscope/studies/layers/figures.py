@@ -19,7 +19,7 @@ from dimscope.page.theme import (
     log_ticks,
     series_mark,
 )
-from dimscope.studies.layers.profiles import NORM, conditions, meaning, profile
+from dimscope.studies.layers.profiles import NORM, conditions, metric_label, profile
 
 UPPER, LOWER = (0.42, 1.0), (0.0, 0.3)
 """The domains of two panels over one axis of layers."""
@@ -27,20 +27,20 @@ UPPER, LOWER = (0.42, 1.0), (0.0, 0.3)
 
 def layer_axis(layers: Iterable[tuple[int, str]]) -> dict[str, Any]:
     """Return the axis of layers from (number, site): "emb", 1, 2, ..., "norm", thinned out where there are many."""
-    places = sorted(dict(layers).items())
-    last = places[-1][0] if places else 0
+    sites = sorted(dict(layers).items())
+    last = sites[-1][0] if sites else 0
     step = max(1, math.ceil(last / 12))
-    ends = {0: "emb"} | {layer: "norm" for layer, site in places if site == NORM}
-    # A number too near the word "norm" would touch it on a phone.
-    inner = [i for i, _ in places if i % step == 0 and i not in ends and (last not in ends or last - i >= step)]
-    ticks = sorted([*inner, *(i for i, _ in places if i in ends)])
-    room = 0.04 * max(last, 1) + 0.1
+    ends = {0: "emb"} | {layer: "norm" for layer, site in sites if site == NORM}
+    # A number too near the label "norm" would overlap it on a phone.
+    inner = [i for i, _ in sites if i % step == 0 and i not in ends and (last not in ends or last - i >= step)]
+    ticks = sorted([*inner, *(i for i, _ in sites if i in ends)])
+    margin = 0.04 * max(last, 1) + 0.1
     return {
         "title": {"text": "layer"},
         "tickvals": ticks,
         "ticktext": [ends.get(i, str(i)) for i in ticks],
         "tickangle": 0,
-        "range": [(places[0][0] if places else 0) - room, last + room],
+        "range": [(sites[0][0] if sites else 0) - margin, last + margin],
         "showgrid": False,
         "zeroline": False,
     }
@@ -62,15 +62,15 @@ def profile_band(
 
 def noise_line(points: pl.DataFrame, y: str = "null", name: str = WHITE_NOISE, **options: Any) -> list[go.Scatter]:
     """Return the null along the layers, dashed and grey; nothing where it was not computed."""
-    known = finite(points, y)
-    # One layer alone has no line to be seen.
-    mode = "lines" if known.height > 1 else "markers"
-    trace = profile_line(known, name, GAUSSIAN_NULL, y, mode=mode, **options)
-    return [] if known.is_empty() else [trace]
+    points = finite(points, y)
+    # A line through one layer is invisible.
+    mode = "lines" if points.height > 1 else "markers"
+    trace = profile_line(points, name, GAUSSIAN_NULL, y, mode=mode, **options)
+    return [] if points.is_empty() else [trace]
 
 
 def condition_name(condition: str, points: pl.DataFrame) -> str:
-    """Return the legend of a condition: shuffles say how many draws their mean is of."""
+    """Return the legend of a condition, with the number of draws where the line is their mean."""
     draws = points["n_draws"].to_numpy().max(initial=1)
     return f"{condition} ({draws} draws)" if draws > 1 else condition
 
@@ -82,7 +82,7 @@ def layer_profile(rows: pl.DataFrame, metric: str, *, top: float | None = None) 
     """
     profiles = {name: profile(rows, metric, name) for name in conditions(rows)}
     real = profiles.get("real", profile(rows, metric))
-    fig = _panels(rows, meaning(metric).replace(" for ", "<br>for "), top)
+    fig = _panels(rows, metric_label(metric).replace(" for ", "<br>for "), top)
     fig.add_traces(noise_line(real))
     for condition, points in reversed(profiles.items()):
         mark = CONDITION_MARKS[condition]
@@ -153,7 +153,7 @@ def texts_profile(rows: pl.DataFrame, metric: str) -> go.Figure:
 
 def _series(rows: pl.DataFrame, groups: Mapping[str, pl.DataFrame], metric: str) -> go.Figure:
     sites = rows.select("layer", "site").iter_rows()
-    axis = {"title": {"text": meaning(metric)}, "rangemode": "tozero"}
+    axis = {"title": {"text": metric_label(metric)}, "rangemode": "tozero"}
     fig = figure(400, xaxis=layer_axis(sites), yaxis=axis)
     marked = [(name, points, series_mark(i)) for i, (name, points) in enumerate(groups.items())]
     # The first is drawn last, on top of the others; the legend reads from the first on.
@@ -168,7 +168,7 @@ def models_profile(rows: pl.DataFrame, metric: str) -> go.Figure:
     fig = figure(
         400,
         xaxis={"title": {"text": "relative depth<br>(0: embeddings, 1: last block)"}, "range": [-0.03, 1.03]},
-        yaxis={"title": {"text": f"{meaning(metric)},<br>share of d"}, "tickformat": ".0%", "rangemode": "tozero"},
+        yaxis={"title": {"text": f"{metric_label(metric)},<br>share of d"}, "tickformat": ".0%", "rangemode": "tozero"},
         legend={"traceorder": "reversed"},
     )
     names = rows["model"].unique(maintain_order=True).to_list()
@@ -184,9 +184,9 @@ def models_profile(rows: pl.DataFrame, metric: str) -> go.Figure:
 def intrinsic_profile(rows: pl.DataFrame, metric: str = TWO_NN) -> go.Figure:
     """Draw an intrinsic dimension by layer and condition; the bars are standard errors, the band is over the draws."""
     sites = rows.select("layer", "site").iter_rows()
-    found = finite(rows.filter(pl.col("metric") == metric))
-    ends = [float(v) for v in (*found["value"], *finite(found, "null")["null"]) if v > 0]
-    # White noise lies so far above that a linear axis would press all layers into one line.
+    chosen = finite(rows.filter(pl.col("metric") == metric))
+    ends = [float(v) for v in (*chosen["value"], *finite(chosen, "null")["null"]) if v > 0]
+    # White noise is so far above the layers that a linear axis would show them as one line.
     ticks = log_ticks(min(ends), max(ends)) if ends else None
     axis = {"title": {"text": "intrinsic dimension (TwoNN)"}, "type": "log", "tickvals": ticks, "rangemode": "tozero"}
     fig = figure(400, xaxis=layer_axis(sites), yaxis=axis, legend={"traceorder": "reversed"})
@@ -202,13 +202,17 @@ def intrinsic_profile(rows: pl.DataFrame, metric: str = TWO_NN) -> go.Figure:
     return fig
 
 
-def alignment(pairs: pl.DataFrame, *, overlap: bool = True) -> go.Figure:
-    """Draw how alike the same layer is on real text and otherwise: CKA above, overlap of leading components below.
+def alignment(pairs: pl.DataFrame) -> go.Figure:
+    """Draw how similar a layer is on real text and otherwise: CKA above, overlap of the leading components below.
 
-    `pairs` are rows of the similarity table of one model and text, one per layer and other condition.
+    Both are beside their nulls: CKA beside two standard deviations around 0, which randomly paired tokens give. `pairs` are
+    rows of the similarity table of one model and text, one per layer and other condition.
     """
-    fig = _panels(pairs, "CKA", 1.0)
-    has_overlap = overlap and pairs["overlap"].is_not_null().any()
+    fig = _panels(pairs, "CKA")
+    margins = 2 * pairs["cka_null_sd"].to_numpy()
+    lowest = min(float(pairs["cka"].fill_null(0.0).to_numpy().min()), float(-margins.max()))
+    fig.update_layout(yaxis={"range": [1.1 * lowest, 1.04]})
+    has_overlap = pairs["overlap"].is_not_null().any()
     if not has_overlap:
         fig.update_layout(height=380, yaxis={"domain": [0, 1]}, xaxis={"anchor": "y"})
     else:
@@ -216,14 +220,29 @@ def alignment(pairs: pl.DataFrame, *, overlap: bool = True) -> go.Figure:
         title = {"text": f"overlap of<br>first {k}"}
         fig.update_layout(yaxis2={"title": title, "range": [0, 1.04]})
         fig.add_traces(noise_line(_nulls(pairs), "overlap_null", "overlap by chance (k/d)", yaxis="y2"))
+    fig.add_traces(_chance_band(_nulls(pairs)))
     for condition in [name for name in reversed(CONDITION_MARKS) if name in set(pairs["other_condition"])]:
         points, mark = pairs.filter(pl.col("other_condition") == condition).sort("layer"), CONDITION_MARKS[condition]
-        fig.add_trace(profile_line(finite(points, "cka"), f"real and {condition}", mark, "cka"))
+        fig.add_trace(_cka_line(finite(points, "cka"), f"real and {condition}", mark))
         if has_overlap:
             fig.add_trace(
                 profile_line(finite(points, "overlap"), condition, mark, "overlap", yaxis="y2", showlegend=False)
             )
     return fig
+
+
+def _cka_line(points: pl.DataFrame, name: str, mark: Mark) -> go.Scatter:
+    hover = f"{name}: %{{y:.4~g}} (by chance 0 ± %{{customdata[1]:.2~g}})<extra>%{{customdata[0]}}</extra>"
+    return profile_line(
+        points, name, mark, "cka", customdata=points.select("site", "cka_null_sd").rows(), hovertemplate=hover
+    )
+
+
+def _chance_band(points: pl.DataFrame) -> list[go.Scatter]:
+    chance = points.with_columns(cka=pl.lit(0.0), margin=2 * pl.col("cka_null_sd"))
+    return profile_band(
+        chance, GAUSSIAN_NULL, "cka", "margin", name="CKA by chance (0 ± 2 sd)", showlegend=True, hoverinfo="skip"
+    )
 
 
 def _nulls(pairs: pl.DataFrame) -> pl.DataFrame:
@@ -234,7 +253,7 @@ def highest(frames: Sequence[pl.DataFrame], metric: str) -> float:
     """Return the largest value that a profile of these frames reaches, its null and rank included: a common y axis."""
     tops = [0.0]
     for rows in frames:
-        told = finite(rows.filter(pl.col("metric").is_in([metric, NUMERICAL_RANK])))
-        nulls = finite(told.filter(pl.col("metric") == metric), "null")
-        tops += [float(told["value"].to_numpy().max(initial=0)), float(nulls["null"].to_numpy().max(initial=0))]
+        chosen = finite(rows.filter(pl.col("metric").is_in([metric, NUMERICAL_RANK])))
+        nulls = finite(chosen.filter(pl.col("metric") == metric), "null")
+        tops += [float(chosen["value"].to_numpy().max(initial=0)), float(nulls["null"].to_numpy().max(initial=0))]
     return max(tops)

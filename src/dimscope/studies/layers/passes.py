@@ -1,4 +1,4 @@
-"""The passes of a study of hidden layers at work: one model and one collection in memory at a time."""
+"""Runs the passes of a study of hidden layers: one model and one collection in memory at a time."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Latest:
-    """Remembers the last value that was computed, and forgets it before the next: two may not fit into memory."""
+    """Keeps the last value that was computed, and frees it before the next: two may not fit into memory."""
 
     key: Hashable = None
     value: Any = None
@@ -37,13 +37,13 @@ class Latest:
         return self.value
 
     def clear(self) -> None:
-        """Forget the value."""
+        """Free the value."""
         self.key = self.value = None
 
 
 @dataclass(frozen=True, slots=True)
 class PassRunner:
-    """A plan, the folder for states of unfinished passes (None: they stay in memory), and what is loaded at the moment."""
+    """A plan, the folder for states of unfinished passes (None keeps them in memory), and what is loaded."""
 
     plan: LayersPlan
     state: Path | None
@@ -66,7 +66,7 @@ class PassRunner:
         return load_model(checkpoint, placement, trust_remote_code=settings.trust_remote_code)
 
     def collection(self, planned: PlannedPass) -> Collection:
-        """Return what a pass collects: run, resumed, or merged from its shards."""
+        """Return the collection of a pass: run it, resume it, or merge its shards."""
         return self._collection.get(planned.slug, lambda: self._collect(planned))
 
     def _collect(self, planned: PlannedPass) -> Collection:
@@ -74,7 +74,7 @@ class PassRunner:
         states = [path for part in range(n_shards) if (path := self.state_file(planned, part)) is not None]
         if not states or not all(map(is_complete, states)):
             return self.run(planned, self.plan.settings.shard[0])
-        # No model is needed for what is finished.
+        # A finished pass needs no model.
         merged, *rest = (part for part in map(load_collection, states) if part is not None)
         for part in rest:
             merged.merge(part)
@@ -100,7 +100,7 @@ class PassRunner:
         return self._spectra.get(planned.slug, lambda: raw_spectra(self.collection(planned)))
 
     def real_sample(self, text: str) -> Reservoir:
-        """Return the sampled states on real text. They outlive the sums of their pass: the others are compared with them."""
+        """Return the sampled states on real text, which are kept after their pass: the others are compared with them."""
         planned = self.plan.real(text)
         if text not in self._samples:
             path = None if self.state is None else self.state / f"{planned.slug}.sample.safetensors"

@@ -40,11 +40,11 @@ class TextWindows:
     length: int
     windows: Callable[[], Iterable[Window]]
     bos: str | None
-    n_windows: int | None  # where that is known beforehand
+    n_windows: int | None  # None for a text that is streamed
 
     @property
     def n_tokens(self) -> int | None:
-        """Tokens of all windows, or None for a text that is streamed."""
+        """Return the tokens of all windows, or None for a text that is streamed."""
         return None if self.n_windows is None else self.n_windows * self.length
 
 
@@ -61,14 +61,14 @@ class PlannedPass:
 
     @property
     def title(self) -> str:
-        """Return the pass in words: "builtin, builtin prose, shuffled 2"."""
+        """Return the title of the pass: "builtin, builtin prose, shuffled 2"."""
         identity = self.identity
         number = f" {identity.draw + 1}" if identity.draw else ""
         return f"{identity.model}, {identity.text}, {identity.condition}{number}"
 
     @property
     def slug(self) -> str:
-        """A file name that tells passes apart. Thresholds are left out: what is collected does not depend on them."""
+        """Return a file name unique to the pass. It omits the thresholds, on which what is collected does not depend."""
         collected = {key: value for key, value in self.arguments.items() if key != "thresholds"}
         digest = hashlib.sha256(json.dumps(collected, sort_keys=True).encode()).hexdigest()[:16]
         return f"{self.identity.condition.replace(' ', '-')}-{self.identity.draw}-{digest}"
@@ -85,7 +85,7 @@ class PlannedPass:
 
 @dataclass(frozen=True, slots=True)
 class LayersPlan:
-    """The models of a study, where they run, its texts, and its passes in the order in which they run."""
+    """The models of a study, their placement, its texts, and its passes in the order in which they run."""
 
     settings: LayersSettings
     checkpoints: tuple[Checkpoint, ...]
@@ -97,8 +97,8 @@ class LayersPlan:
 
     def real(self, text: str) -> PlannedPass:
         """Return the pass of the studied model over the real text, with which the others are compared."""
-        wanted = (0, text, "real")
-        return next(p for p in self.passes if (p.model, p.identity.text, p.identity.condition) == wanted)
+        key = (0, text, "real")
+        return next(p for p in self.passes if (p.model, p.identity.text, p.identity.condition) == key)
 
 
 def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> LayersPlan:
@@ -109,12 +109,13 @@ def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> 
         TokenizerMissing: A model has no tokenizer.
         UnsupportedCheckpoint: A model is no causal language model.
     """
-    for checkpoint in checkpoints:  # now, not after the passes of the models before it
+    for checkpoint in checkpoints:  # before the passes of the other models
         parse_layers(settings.layers, require_causal(checkpoint).get_text_config().num_hidden_layers + 1)
     titles = distinct([c.title for c in checkpoints], [c.name for c in checkpoints])
     placements = [place(c, dtype=settings.dtype, device=settings.device) for c in checkpoints]
     texts = named_texts(settings.texts)
     sources, warnings = _cut_texts(checkpoints, texts, settings)
+    warnings += tuple(_few_tokens(checkpoints, titles, sources))
     passes: list[PlannedPass] = []
     # Model by model, so that each is loaded once; random weights are a model of their own.
     for model, weights, conditions in _runs(len(checkpoints), settings):
@@ -140,6 +141,19 @@ def _arguments(settings: LayersSettings, text: Text, source: TextWindows, placem
         "placement": asdict(placement),
         **{key: getattr(settings, key) for key in ("layers", "logits", "thresholds", "reservoir", "seed")},
     }  # fmt: skip
+
+
+def _few_tokens(
+    checkpoints: Sequence[Checkpoint], titles: Sequence[str], sources: Mapping[tuple[int, str], TextWindows]
+) -> Iterator[str]:
+    """Yield a warning for every model and text with fewer tokens than a measure needs to reach all dimensions."""
+    for (model, text), source in sources.items():
+        dim = require_causal(checkpoints[model]).get_text_config().hidden_size
+        if source.n_tokens is not None and source.n_tokens <= dim:
+            yield (
+                f"{text}: N = {source.n_tokens:,} tokens for the {dim:,} dimensions of {titles[model]}: "
+                f"no count of dimensions can exceed N - 1 = {source.n_tokens - 1:,}"
+            )
 
 
 Conditions = list[tuple[str, int]]
@@ -182,7 +196,7 @@ def _cut_text(
     tokenizer = require_tokenizer(checkpoint.source)
     bos = " ".join(tokenizer.convert_ids_to_tokens(special_prefix(tokenizer))) or None
     if windows == "all":
-        # The first window now: a text that is too short is refused before a model is loaded.
+        # Reads the first window, so that a text that is too short is refused before a model is loaded.
         next(iter(stream_windows(text, tokenizer, length=length)))
         return TextWindows(name, length, lambda: stream_windows(text, tokenizer, length=length), bos, None)
     cut = middle_windows(text, tokenizer, length=length, count=windows)

@@ -12,16 +12,16 @@ from dimscope.page.theme import CONDITION_MARKS
 from dimscope.page.wording import listed
 
 MOST_RUNS = 4
-"""Stretches of blocks that a sentence names; more are counted."""
+"""Ranges of blocks that a sentence lists; of more it names the number of layers."""
 
 
 def preferred_count(rows: pl.DataFrame) -> str | None:
-    """Return the variance count of a frame to speak of: that of 95% where it was asked, else of the largest threshold."""
+    """Return the variance count of a frame to show: that of 95% where it was measured, else of the largest threshold."""
     return dimension.preferred_count(rows["metric"].unique())
 
 
-def meaning(metric: str) -> str:
-    """Name what a metric counts, for an axis: "components for 95% of the variance"."""
+def metric_label(metric: str) -> str:
+    """Return the label of a metric on an axis: "components for 95% of the variance"."""
     if metric.startswith(VARIANCE_COUNT):
         return f"components for {metric.removeprefix(VARIANCE_COUNT).lstrip()} of the variance"
     return metric
@@ -36,9 +36,9 @@ def conditions(rows: pl.DataFrame) -> list[str]:
 def profile(rows: pl.DataFrame, metric: str, condition: str = "real") -> pl.DataFrame:
     """Return one row per layer, sorted: mean and sample sd over the draws (null for one draw), null, share_of_null, n_draws."""
     chosen = finite(rows.filter((pl.col("metric") == metric) & (pl.col("condition") == condition)))
-    told = ("value", "stderr", "null", "share_of_null", "share_of_rank", "share_of_dim")
-    numbers = {name: pl.col(name).cast(pl.Float64).fill_nan(None) for name in told}
-    means = [numbers[name].mean().alias(name) for name in told]
+    columns = ("value", "stderr", "null", "share_of_null", "share_of_rank", "share_of_dim")
+    numbers = {name: pl.col(name).cast(pl.Float64).fill_nan(None) for name in columns}
+    means = [numbers[name].mean().alias(name) for name in columns]
     spreads = [
         numbers["value"].std(ddof=1).alias("spread"),
         numbers["share_of_null"].std(ddof=1).alias("share_of_null_spread"),
@@ -53,25 +53,25 @@ def sites(rows: pl.DataFrame) -> dict[int, str]:
     return dict(rows.select("layer", "site").unique().sort("layer").iter_rows())
 
 
-def site_words(layer: int, site: str) -> str:
-    """Return the place as said in a sentence: "the embeddings", "block 3", "the final norm"."""
+def site_name(layer: int, site: str) -> str:
+    """Return the name of a layer in a sentence: "the embeddings", "block 3", "the final norm"."""
     return {"embeddings": "the embeddings", NORM: "the final norm"}.get(site, f"block {layer}")
 
 
-def places(layers: Sequence[int], names: dict[int, str]) -> str:
-    """Return layers as said in a sentence: "at every layer", "in block 1", "in blocks 2 to 5 and after the final norm"."""
+def locations(layers: Sequence[int], names: dict[int, str]) -> str:
+    """Return layers as an adverb: "at every layer", "in block 1", "in blocks 2 to 5 and after the final norm"."""
     if len(layers) == len(names) > 1:
         return "at every layer"
-    blocks = [layer for layer in layers if site_words(layer, names[layer]) == f"block {layer}"]
+    blocks = [layer for layer in layers if site_name(layer, names[layer]) == f"block {layer}"]
     runs = _runs(blocks)
     if len(runs) > MOST_RUNS:
         return f"at {len(layers)} of {len(names)} layers"
     named = [word for run in runs for word in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
-    told = [f"in block{'s' if len(blocks) > 1 else ''} {listed(named)}"] if blocks else []
-    others = [site_words(layer, names[layer]) for layer in layers if layer not in blocks]
+    named_blocks = [f"in block{'s' if len(blocks) > 1 else ''} {listed(named)}"] if blocks else []
+    others = [site_name(layer, names[layer]) for layer in layers if layer not in blocks]
     before = ["at the embeddings"] if "the embeddings" in others else []
     after = ["after the final norm"] if "the final norm" in others else []
-    return listed([*before, *told, *after])
+    return listed([*before, *named_blocks, *after])
 
 
 def _runs(blocks: Sequence[int]) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Layer by layer: how many dimensions a model uses on a text, compared with shuffled text, random weights and noise.
 
-The tables of a pass are finished before the next pass begins; within a pass the sums are saved now and then. The tables
+The tables of a pass are finished before the next pass begins; within a pass the sums are saved at intervals. The tables
 of the study are those of its passes, one below the other.
 """
 
@@ -30,7 +30,7 @@ TABLES = ("layers", "scree", "texts", "confidence", "predictions", "similarity",
 
 
 def run_layers(checkpoint: Checkpoint, settings: LayersSettings, store: Store, monitor: Monitor) -> RunOutput:
-    """Run the study pass by pass; finished passes are used again.
+    """Run the study pass by pass; finished passes are reused.
 
     With a shard, only its part of every pass is computed. The last shard to finish makes the tables; before that the
     output says which shards are missing, and there are no tables.
@@ -59,7 +59,7 @@ def run_layers(checkpoint: Checkpoint, settings: LayersSettings, store: Store, m
 
 
 def _estimate(plan: LayersPlan) -> str:
-    """Return what is about to run, one line per model."""
+    """Return the estimate of the run, one line per model."""
     lines = []
     for model, (checkpoint, placement) in enumerate(zip(plan.checkpoints, plan.placements, strict=True)):
         tokens = [planned.source.n_tokens for planned in plan.passes if planned.model == model]
@@ -86,7 +86,7 @@ def _run_shard(runner: PassRunner) -> list[str]:
 
 
 def _one_shard_at_a_time(runner: PassRunner) -> AbstractContextManager[None]:
-    """Lock the folder where there are several shards: the last two may finish together."""
+    """Lock the folder where there are several shards, because the last two may finish together."""
     return nullcontext() if runner.state is None or runner.plan.settings.shard[1] == 1 else alone(runner.state)
 
 
@@ -94,17 +94,17 @@ def _one_shard_at_a_time(runner: PassRunner) -> AbstractContextManager[None]:
 
 
 def _pass_tables(planned: PlannedPass, settings: LayersSettings) -> list[str]:
-    """Return the tables of a pass; further draws of a shuffle have only those from which a spread is computed."""
+    """Return the names of the tables of a pass; further draws of a shuffle have only those that a spread is computed from."""
     first = planned.identity.draw == 0
-    wanted = {
+    has_table = {
         "layers": True, "texts": True, "scree": first, "confidence": settings.logits, "predictions": settings.logits,
         "similarity": first and planned.identity.condition != "shuffled across", "curve": settings.curve and first,
     }  # fmt: skip
-    return [name for name in TABLES if wanted[name]]
+    return [name for name in TABLES if has_table[name]]
 
 
 def _pass_table(runner: PassRunner, store: Store, planned: PlannedPass, name: str) -> pl.DataFrame:
-    """Return one table of one pass: read where it is finished, else computed."""
+    """Return one table of one pass: read it where it is finished, else compute it."""
     identity, thresholds = planned.identity, runner.plan.settings.thresholds
 
     def compute() -> pl.DataFrame:
@@ -124,7 +124,7 @@ def _pass_table(runner: PassRunner, store: Store, planned: PlannedPass, name: st
 
 
 def _similarity(runner: PassRunner, store: Store, planned: PlannedPass) -> pl.DataFrame:
-    """Compare a pass with the real text of the studied model, and that with itself."""
+    """Compare a pass with the pass of the studied model over the real text; compare the layers of the latter."""
     real = runner.plan.real(planned.identity.text)
     studied = _side(runner, store, real, runner.real_sample(planned.identity.text))
     if planned is real:

@@ -1,4 +1,4 @@
-"""What the study of hidden layers is asked for. Imports no torch."""
+"""The settings of the study of hidden layers. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ THRESHOLDS = (0.80, 0.90, 0.95, 0.99)
 
 
 def _parse_percents(kind: Any, tokens: Sequence[Token]) -> tuple[float, ...]:
-    """Read percents, or shares of 1, with commas between them, such as "80,95"."""
+    """Parse percents, or shares of 1, separated by commas, such as "80,95"."""
     text = ",".join(token.value for token in tokens)
     try:
         numbers = [float(part) for part in text.split(",")]
@@ -33,7 +33,7 @@ def _parse_percents(kind: Any, tokens: Sequence[Token]) -> tuple[float, ...]:
 
 
 def _parse_shard(kind: Any, tokens: Sequence[Token]) -> tuple[int, int]:
-    """Read "I/N", with I from 1 on."""
+    """Parse "I/N", where I starts at 1."""
     part, _, whole = tokens[0].value.partition("/")
     if not (part.isdecimal() and whole.isdecimal()):
         raise InvalidArgument(f"`shard` must be I/N such as 1/2, got {tokens[0].value!r}")
@@ -114,4 +114,4 @@ PRESETS = {
         "windows": 1, "shuffles": 1, "shuffles_across": 0, "random_weights": False, "thresholds": (0.95,), "show_layer": 10,
     },
 }  # fmt: skip
-"""The setting of the notebook that the study grew from: one window from the middle, one shuffle, 95%, layer 10."""
+"""The settings of the original notebook: one window from the middle, one shuffle, 95%, layer 10."""

@@ -1,4 +1,4 @@
-"""How alike the states of the same tokens are: between layers, between real text and others, between two models."""
+"""Similarity of the states of the same tokens: between layers, between real text and other conditions, between two models."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from dimscope.activations.reservoir import Sample, common
 from dimscope.geometry.representation_similarity import centred_gram, debiased_cka, leading_subspace, subspace_overlap
 from dimscope.studies.layers.tables import Pass
 
-TOKENS = 1024  # whose states are compared at most: a Gram matrix of that size for every layer
-FEWEST = 4  # tokens from which the debiased CKA exists
-COMPONENTS = 16  # whose span is compared
+TOKENS = 1024  # compared at most: every layer has a Gram matrix of that size
+FEWEST = 4  # tokens that the debiased CKA needs
+COMPONENTS = 16  # of the subspaces that are compared
 SIMILARITY = {
     "comparison": pl.String, "model": pl.String, "text": pl.String, "site": pl.String, "layer": pl.Int64,
     "other_model": pl.String, "other_text": pl.String, "other_condition": pl.String, "other_site": pl.String,
@@ -27,7 +27,7 @@ SIMILARITY = {
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of two sides of a comparison: which pass it is, the names of its sites, and its states at sampled tokens."""
+    """One side of a comparison: its pass, the names of its sites, and its states at sampled tokens."""
 
     identity: Pass
     sites: Mapping[int, str]
@@ -35,18 +35,18 @@ class Side:
 
 
 def between_layers(one: Side) -> pl.DataFrame:
-    """Every layer of a pass with every other of the same, both ways."""
+    """Compare every layer of a pass with every layer of the same pass, in both directions."""
     return _frame("between layers", one, one, ((a, b) for a in one.sites for b in one.sites))
 
 
 def between_conditions(real: Side, other: Side) -> pl.DataFrame:
-    """Every layer with itself: real text with shuffled text, or with random weights, at the same positions."""
+    """Compare every layer on real text with itself on shuffled text, or with random weights, at the same positions."""
     shared = [layer for layer in real.sites if layer in other.sites]
     return _frame(f"real and {other.identity.condition}", real, other, ((layer, layer) for layer in shared))
 
 
 def between_models(one: Side, other: Side) -> pl.DataFrame:
-    """Every layer of one model with every layer of another, at the bytes of the text where tokens of both end."""
+    """Compare every layer of one model with every layer of another, at the bytes of the text where tokens of both end."""
     return _frame("between models", one, other, ((a, b) for a in one.sites for b in other.sites))
 
 
@@ -87,7 +87,7 @@ def _states(sample: Sample) -> _States:
 
 
 def _overlap(left: Float[Tensor, "d k"], right: Float[Tensor, "e j"]) -> dict[str, Any]:
-    """Nothing where the widths differ: then the two are not spanned in one space."""
+    """Return the overlap of two subspaces, or nothing where they are subspaces of different spaces."""
     if left.shape[0] != right.shape[0] or 0 in (left.shape[1], right.shape[1]):
         return {}
     overlap = subspace_overlap(left, right)

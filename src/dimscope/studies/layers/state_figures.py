@@ -1,6 +1,6 @@
 """Figures about the states of one layer at a time, and of pairs of layers: scree, scale, sample size, similarity.
 
-A trace that belongs to one layer says so in `meta`: {"layer": 3}. The page shows the layer that its reader chooses.
+A trace of one layer has it in `meta`: {"layer": 3}. The page shows the layer that its reader chooses.
 """
 
 import math
@@ -15,18 +15,18 @@ from dimscope.geometry.metrics import GRIDE
 from dimscope.page import charts
 from dimscope.page.section import finite
 from dimscope.page.theme import CONDITION_MARKS, GAUSSIAN_NULL, WHITE_NOISE, Mark, figure, log_ticks, tint
-from dimscope.studies.layers.profiles import NORM, conditions, meaning
+from dimscope.studies.layers.profiles import NORM, conditions, metric_label
 
 FIRST = 60
-"""How many components the scree shows; the cumulative curve shows all."""
+"""Components of the scree; the cumulative curve shows all."""
 FLOOR = 1e-5
-"""Shares below this are numerical dust of a rank-deficient sample, and would squeeze the rest of the axis."""
+"""Smaller shares are rounding errors of a rank-deficient sample, and would compress the rest of the axis."""
 KEPT = 120
-"""Points that a curve over thousands of components keeps: more than a screen can tell apart."""
+"""Points of a curve over thousands of components: more than a screen resolves."""
 
 
 def scree(spectra: pl.DataFrame, layer: int) -> go.Figure:
-    """Draw the share of variance of each of the first components; every layer is held, `layer` is shown.
+    """Draw the share of variance of each of the first components; the figure has every layer and shows `layer`.
 
     `spectra` are rows of the scree table of one model and text.
     """
@@ -115,7 +115,7 @@ def _curve(
 
 
 def confidence(bins: pl.DataFrame) -> go.Figure:
-    """Draw how sure the model is of its first choice, as densities on the same bins; shuffles as the mean of the draws.
+    """Draw the densities of the probability of the first choice on the same bins; shuffles as the mean of the draws.
 
     `bins` are rows of the confidence table of one model and text.
     """
@@ -127,7 +127,7 @@ def confidence(bins: pl.DataFrame) -> go.Figure:
             "title": {"text": "probability of the first choice<br>(below: minus its logarithm)"},
             "tickvals": ticks,
             "ticktext": [f"{100 * math.exp(tick):.3g}%<br>{abs(tick):.1f}" for tick in ticks],
-            # Room for the last label, which plotly hides where it would leave the figure.
+            # The margin is for the last label, which plotly hides where it would leave the figure.
             "range": [lowest, -0.03 * lowest],
         },
         yaxis={"title": {"text": "share of positions per nat"}, "rangemode": "tozero"},
@@ -145,7 +145,7 @@ def _densities(bins: pl.DataFrame, condition: str) -> list[go.Scatter]:
     )
     means = means.sort("bin_left")
     draws = int(means["draws"].to_numpy().max(initial=1))
-    # Steps need the right edge of the last bin as a point of its own.
+    # A step line needs the right edge of the last bin as a point of its own.
     edges = [*means["bin_left"], *means["bin_right"].tail(1)]
     heights = [*means["density"], *means["density"].tail(1)]
     name = f"{condition} (mean of {draws})" if draws > 1 else condition
@@ -174,7 +174,7 @@ def similarity_matrix(pairs: pl.DataFrame, rows: str = "layer", columns: str = "
     cells = {(row["layer"], row["other_layer"]): row["cka"] for row in pairs.iter_rows(named=True)}
     symmetric = bool((pairs["comparison"] == "between layers").all())
     if symmetric:
-        # Either half of the matrix, or both, may be stored: the comparison has no direction.
+        # The comparison is symmetric, so one half of the matrix may be missing.
         xs = ys = {**xs, **ys}
         cells = {(b, a): value for (a, b), value in cells.items()} | cells
         cells = {(a, a): 1.0 for a in ys} | cells
@@ -190,7 +190,7 @@ def similarity_matrix(pairs: pl.DataFrame, rows: str = "layer", columns: str = "
         },
         coloraxis={"cmin": 0, "cmax": 1, "autocolorscale": True, "colorbar": {"title": {"text": "CKA"}}},
     )  # fmt: skip
-    # Lines between many small cells would cover them.
+    # Gaps between many small cells would hide them.
     gap = 1 if max(len(xs), len(ys)) <= 16 else 0
     fig.add_heatmap(
         z=z, x=x_names, y=y_names, coloraxis="coloraxis", hoverongaps=False, xgap=gap, ygap=gap,
@@ -206,14 +206,14 @@ def _names(pairs: pl.DataFrame, layer: str, site: str) -> dict[int, str]:
 
 
 def scale_curve(rows: pl.DataFrame, layer: int) -> go.Figure:
-    """Draw the GRIDE dimension over the order of the neighbours; every layer is held, `layer` is shown."""
+    """Draw the GRIDE dimension over the order of the neighbours; the figure has every layer and shows `layer`."""
     gride = finite(rows.filter((pl.col("metric") == GRIDE) & pl.col("scale").is_not_null()))
     top = max(float(gride["value"].to_numpy().max(initial=1.0)), 1.0)
     scales = sorted(gride["scale"].unique())
     fig = figure(
         400,
         xaxis={"title": {"text": "neighbours n1 (n2 = 2 n1)"}, "type": "log", "tickvals": scales},
-        # One range for all layers: the reader who switches sees them move.
+        # One range for all layers, so that they can be compared when the reader switches.
         yaxis={"title": {"text": "intrinsic dimension (GRIDE)"}, "range": [0, 1.08 * top]},
         legend={"traceorder": "reversed"},
     )
@@ -240,7 +240,7 @@ def _with_errors(trace: go.Scatter, errors: pl.Series) -> go.Scatter:
 
 
 def sample_curve(rows: pl.DataFrame, metric: str, layer: int) -> go.Figure:
-    """Draw how a metric grows with the number of tokens, beside white noise; every layer is held, `layer` is shown.
+    """Draw how a metric grows with the number of tokens, beside white noise; the figure has every layer and shows `layer`.
 
     `rows` are rows of the curve table of one model and text.
     """
@@ -250,7 +250,7 @@ def sample_curve(rows: pl.DataFrame, metric: str, layer: int) -> go.Figure:
     fig = figure(
         400,
         xaxis={"title": {"text": "tokens measured (N)"}, "type": "log", "tickvals": sizes},
-        yaxis={"title": {"text": meaning(metric)}, "range": [0, 1.05 * top]},
+        yaxis={"title": {"text": metric_label(metric)}, "range": [0, 1.05 * top]},
         legend={"traceorder": "reversed"},
     )
     fig.update_xaxes(ticktext=[f"{size:,}" for size in sizes])

@@ -1,4 +1,4 @@
-"""The answer of the study of hidden layers in a few words and numbers."""
+"""The summary of the study of hidden layers for a terminal."""
 
 import polars as pl
 
@@ -10,6 +10,7 @@ from dimscope.studies.layers.sections import layers_strip
 from dimscope.studies.study import Summary
 
 FILES = ("layers", "texts", "predictions", "similarity")  # that JSON has whole
+KEYS = ("model", "text", "layer", "site")
 
 
 def summarise(tables: Tables, facts: Facts) -> Summary:
@@ -21,34 +22,43 @@ def summarise(tables: Tables, facts: Facts) -> Summary:
 
 
 def summary_frame(layers: pl.DataFrame) -> pl.DataFrame:
-    """One row per model, text and layer from the table `layers`, narrow enough for a terminal; raw and centred numbers.
+    """Return one row per model, text and layer of the table `layers`, for a terminal of 80 columns; raw and centred numbers.
 
-    The count of components for 95% of the variance (or for the largest share that was asked for) on real text, shuffled
-    (mean and sd over the draws) and with random weights, and white noise's; rank, corrected participation ratio and TwoNN.
+    The columns are the number of tokens; the count of components for 95% of the variance (or for the largest share that
+    was measured) on real text, on shuffled text (mean and standard deviation over the draws), with random weights and of
+    white noise; the numerical rank, the corrected participation ratio and TwoNN. `layer` is "emb", "1", "2", ..., "norm".
     """
     rows = layers.filter((pl.col("preprocess") == "raw") & pl.col("centred") & pl.col("scale").is_null())
-    told = preferred_count(rows["metric"].unique())
-    assert told is not None  # the command line asks for one threshold at least
-    share = told.removeprefix(VARIANCE_COUNT).lstrip()
-    place = ["model", "text", "layer", "site"]
+    metric = preferred_count(rows["metric"].unique())
+    assert metric is not None  # the settings have one threshold at least
     real = rows.filter(pl.col("condition") == "real")
 
-    def column(metric: str, name: str, value: str = "value") -> pl.DataFrame:
-        return real.filter(pl.col("metric") == metric).select(*place, pl.col(value).alias(name))
+    def column(name: str, label: str, value: str = "value") -> pl.DataFrame:
+        return real.filter(pl.col("metric") == name).select(*KEYS, pl.col(value).alias(label))
 
-    found = column(told, "N", "n_tokens").join(column(told, share), on=place, maintain_order="left")
-    beside = []
-    for condition in ("shuffled", "random weights"):
-        draws = rows.filter((pl.col("metric") == told) & (pl.col("condition") == condition))
-        spread = [pl.col("value").std().alias("sd")] if condition == "shuffled" else []
-        beside.append(draws.group_by(place).agg(pl.col("value").mean().alias(condition.split()[0]), *spread))
-    beside += [
-        column(told, "noise", "null"),
+    counts = rows.filter(pl.col("metric") == metric)
+    frame = column(metric, "N", "n_tokens")
+    for other in (
+        column(metric, metric.removeprefix(VARIANCE_COUNT).lstrip()),
+        _over_draws(counts, "shuffled", pl.col("value").std().alias("sd")),
+        _over_draws(counts, "random weights"),
+        column(metric, "noise", "null"),
         column(NUMERICAL_RANK, "rank"),
         column(PARTICIPATION_RATIO_CORRECTED, "ratio"),
         column(TWO_NN, "TwoNN"),
-    ]
-    for frame in beside:
-        found = found.join(frame, on=place, how="left", maintain_order="left")
-    short = pl.col("site").replace({"embeddings": "emb", FINAL_NORM: "norm"}).str.replace(",.*", "")
-    return found.with_columns(short).drop(c for c in found.columns if found[c].is_null().all())
+    ):
+        frame = frame.join(other, on=KEYS, how="left", maintain_order="left")
+    frame = frame.drop(name for name in frame.columns if frame[name].is_null().all())
+    return frame.with_columns(layer=_short_name()).drop("site")
+
+
+def _over_draws(counts: pl.DataFrame, condition: str, *further: pl.Expr) -> pl.DataFrame:
+    """Return the mean of a condition over its draws, under the first word of its name."""
+    draws = counts.filter(pl.col("condition") == condition)
+    return draws.group_by(*KEYS).agg(pl.col("value").mean().alias(condition.split()[0]), *further)
+
+
+def _short_name() -> pl.Expr:
+    """Return the name of a layer as the option `layers` takes it, and as the figures show it."""
+    ends = {"embeddings": "emb", FINAL_NORM: "norm"}
+    return pl.col("site").replace_strict(ends, default=pl.col("layer").cast(pl.String), return_dtype=pl.String)

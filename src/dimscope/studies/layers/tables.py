@@ -1,4 +1,4 @@
-"""From what was collected of one pass (one model, text, condition and draw) to rows of the tables of the layers study."""
+"""Rows of the tables of the layers study from the collection of one pass: one model, text, condition and draw."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -42,16 +42,16 @@ PREDICTIONS = {
     "model": pl.String, "text": pl.String, "condition": pl.String, "seed": pl.Int64, "metric": pl.String,
     "value": pl.Float64, "stderr": pl.Float64, "n_tokens": pl.Int64,
 }  # fmt: skip
-TYPES = {"seed": pl.Int64, "layer": pl.Int64, "n_tokens": pl.Int64}  # of columns that polars would type otherwise
-SMALLEST = 64  # rows of the shortest stretch of the curve over N
-FEWEST = 3  # rows from which there is a dimension to speak of
+TYPES = {"seed": pl.Int64, "layer": pl.Int64, "n_tokens": pl.Int64}  # of columns whose type polars would guess
+SMALLEST = 64  # rows of the smallest sample of the curve over N
+FEWEST = 3  # rows that a dimension needs
 
-Rows = Tensor | Moments  # few rows as they are, many as their moments
+Rows = Tensor | Moments  # few rows themselves, many as their moments
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Which pass over which text a row belongs to.
+    """The pass that a row belongs to.
 
     Attributes:
         model: Title of the model.
@@ -79,7 +79,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Preprocessed:
-    """The rows of a site after one preprocessing, as their spectrum, and how many were left out."""
+    """The spectrum of the rows of a site after one preprocessing, and how many rows were dropped."""
 
     preprocess: str
     spectrum: Spectrum
@@ -96,11 +96,11 @@ def layers_frame(
 ) -> pl.DataFrame:
     """Return every measure of every site; a measure that does not exist is null.
 
-    Further draws of a shuffle are there for the spread, and have the raw rows only.
+    Further draws of a shuffle serve the spread only, so they have no preprocessing.
 
     Args:
         identity: The pass.
-        collection: What was collected of it.
+        collection: Its collection.
         spectra: The `raw_spectra` of the collection.
         thresholds: Shares of the variance for which components are counted.
     """
@@ -119,7 +119,7 @@ def layers_frame(
 
 
 def _variants(sums: SiteSums, everything: Rows, raw: Spectrum) -> Iterator[Preprocessed]:
-    """Yield the rows raw (centred, and not), without the first token, without massive tokens, and z-scored."""
+    """Yield the rows raw (centred and uncentred), without the first token, without massive tokens, and z-scored."""
     yield Preprocessed("raw", raw)
     yield Preprocessed("raw", spectrum_of(everything, centred=False))
     for name, position in (("without first token", 0), ("without massive tokens", 1)):
@@ -135,7 +135,7 @@ def _variants(sums: SiteSums, everything: Rows, raw: Spectrum) -> Iterator[Prepr
 def rank_tolerance(n: int, dim: int, *, one_window: bool) -> float:
     """Return the relative tolerance of the numerical rank, in units of the eps of float32.
 
-    max(N, d) eps in one window, as `matrix_rank` has it; d eps in a stream, where it must not grow with N.
+    max(N, d) eps in one window, as in `matrix_rank`; d eps in a stream, where it must not grow with N.
     """
     return (max(n, dim) if one_window else dim) * FLOAT32_EPS
 
@@ -163,7 +163,7 @@ def _spectral_rows(
 
 
 def _row(metric: str, value: float, n: int, dim: int, **columns: Any) -> dict[str, Any]:
-    """Return a row of the table, of raw and centred rows unless the columns say otherwise."""
+    """Return a row of the table; `columns` override those of raw and centred rows."""
     usual = {"preprocess": "raw", "centred": True, "null": None, "n_dropped": 0}
     return usual | {"metric": metric, "value": float(value), "n_tokens": n, "dim": dim} | columns
 
@@ -183,7 +183,7 @@ def _ratio(value: float, whole: float | None) -> float | None:
 
 
 def _whole_rows(sums: SiteSums, everything: Rows) -> Iterator[dict[str, Any]]:
-    """Yield what one pass gives without a spectrum: mean cosine, massive activations, the widest coordinate."""
+    """Yield the measures that need no spectrum: mean cosine, massive activations, the widest coordinate."""
     n, dim = sums.count, sums.dim
     m, total = sums.unit_count, sums.unit_total
     # Ethayarajh 2019: the mean over pairs is (||sum u||^2 - m) / (m (m - 1)).
@@ -204,7 +204,7 @@ def _variances(rows: Rows) -> Float[Tensor, " d"]:
 
 
 def _sampled_rows(sample: Float[Tensor, "n d"]) -> Iterator[dict[str, Any]]:
-    """Yield what needs individual states, on the reservoir: norms, the entropy of unit rows, intrinsic dimensions."""
+    """Yield the measures of individual states, on the reservoir: norms, entropy of unit rows, intrinsic dimensions."""
     if len(sample) < FEWEST:
         return
     n, dim = sample.shape
@@ -245,7 +245,7 @@ def curve_frame(identity: Pass, collection: Collection, thresholds: tuple[float,
     for layer, states in sample.layers.items():
         for n in sizes:
             spectrum = spectrum_of(states[order[:n]])
-            tolerance = rank_tolerance(n, spectrum.dim, one_window=False)  # else the rank could fall while N grows
+            tolerance = rank_tolerance(n, spectrum.dim, one_window=False)  # otherwise the rank could fall while N grows
             null = _noise(n, spectrum.dim, True, thresholds, tolerance)
             columns = {"site": collection.sites[layer].name, "layer": layer, "n_tokens": n}
             rows += [
@@ -266,7 +266,7 @@ def confidence_frame(identity: Pass, predictions: Predictions) -> pl.DataFrame:
 def predictions_frame(identity: Pass, predictions: Predictions) -> pl.DataFrame:
     """Return loss, entropy, max log-softmax (nats, means over positions) and bits per byte.
 
-    Standard errors are those of independent positions, which neighbours in a text are not: a lower bound.
+    Standard errors assume independent positions. Neighbours in a text are dependent, so they are lower bounds.
     """
     rows = []
     for quantity, (n, total, squares) in zip(QUANTITIES, predictions.sums.tolist(), strict=True):
@@ -282,7 +282,7 @@ def predictions_frame(identity: Pass, predictions: Predictions) -> pl.DataFrame:
 
 
 def text_frame(identity: Pass, collection: Collection, length: int, bos: str | None) -> pl.DataFrame:
-    """Return how much text a pass read, and how many different tokens."""
+    """Return the size of the text of a pass, and its number of distinct tokens."""
     unique = torch.tensor(collection.unique, dtype=torch.float64)
     row = identity.row(
         n_windows=collection.n_windows, window_length=length, n_tokens=collection.n_tokens,
