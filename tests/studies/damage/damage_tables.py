@@ -1,6 +1,8 @@
 """Tables as the damage study writes them, with losses that a test plants."""
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from math import sqrt
 from typing import Any
 
@@ -12,8 +14,10 @@ from dimscope.evaluation.evaluate import Evaluation
 from dimscope.evaluation.generation import Continuation
 from dimscope.evaluation.prompts import Prompt
 from dimscope.interventions.perturbations import PERTURBATIONS
+from dimscope.page.section import Facts
 from dimscope.studies.damage import operator_tables
 from dimscope.studies.damage.claims import claims_frame
+from dimscope.studies.damage.facts import DamageFacts
 from dimscope.studies.damage.losses import breaking_frame
 from dimscope.studies.damage.plan import Point
 from dimscope.studies.damage.tables import (
@@ -110,3 +114,10 @@ def damage_tables(frame: pl.DataFrame | None = None) -> dict[str, pl.DataFrame]:
     frame = damage() if frame is None else frame
     tables = {"damage": frame, "breaking": breaking_frame(frame), "claims": claims_frame(frame)}
     return {**tables, "generations": generations(), **operators()}
+
+
+def facts(**changes: Any) -> Facts:
+    """Return the facts of a run with these tables, as report.json has them."""
+    own = {"facts": asdict(DamageFacts(new_tokens=6, **changes)), "tables": list(damage_tables())}
+    sizes = {"model": "toy", "vocab_size": 1000, "hidden_size": DIM, "n_parameters": 9, "tied": True}
+    return Facts.from_json(json.loads(json.dumps(sizes | {"studies": {"damage": own}})))
