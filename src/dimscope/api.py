@@ -192,7 +192,7 @@ def study_verb(study: Study) -> Callable[..., StudyResult]:
         tokenizer: The tokenizer of a PreTrainedModel.
         text: The text itself, or several; `texts` takes files, URLs and builtin:prose instead.
         out: Folder in which tables and page are written, and from which finished tables are reused. None keeps all in memory.
-        monitor: Who is told of stages.
+        monitor: Receives a line for every stage.
         **settings: The fields of {study.settings.__name__}.
 
     Returns:
@@ -291,7 +291,7 @@ def narrow(
         width: The hidden size to cut to.
         basis: How the kept directions are chosen: normalised, learned, raw, embedding, coordinates or random.
         text: The text itself to calibrate, train and evaluate on; `texts` takes files, URLs and builtin:prose instead.
-        monitor: Who is told of stages.
+        monitor: Receives a line for every stage.
         **settings: The fields of NarrowSettings.
 
     Returns:

@@ -12,5 +12,5 @@ PLAN = Plan((Model(blocks=3, dim=32), Model("toy-2", 2, 16)), windows=2, length=
 
 def test_the_page_reads_as_in_the_snapshot(snapshot) -> None:
     own = StudyFacts(planted.study_facts(PLAN, show_layer=2), tables=())
-    facts = Facts("toy-6", vocab_size=4096, hidden_size=32, n_parameters=100, tied=True, studies={"layers": own})
+    facts = Facts("toy-6", n_rows=4096, dim=32, n_parameters=100, tied=True, studies={"layers": own})
     assert page_text(LAYERS.load().make_sections(planted.layer_tables(PLAN), facts)) == snapshot

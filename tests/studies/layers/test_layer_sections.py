@@ -24,7 +24,7 @@ TWO = replace(ONE, models=(*ONE.models, Model("toy-2", 2, 16)), texts=("prose", 
 
 def _facts(plan: Plan = ONE, **changes: Any) -> Facts:
     own = StudyFacts(made.study_facts(plan, **{"show_layer": 2, **changes}), tables=())
-    return Facts("toy-6", vocab_size=4096, hidden_size=32, n_parameters=100, tied=True, studies={"layers": own})
+    return Facts("toy-6", n_rows=4096, dim=32, n_parameters=100, tied=True, studies={"layers": own})
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,4 @@ def facts(table: pl.DataFrame | None = None, **changes: Any) -> Facts:
         "shown": {"basis": shown["basis"], "width": shown["width"]}, "kv_bytes_per_token": CACHE, **changes,
     }  # fmt: skip
     study = StudyFacts({name: value for name, value in told.items() if value is not None}, ("plan",))
-    return Facts(
-        "toy", vocab_size=1000, hidden_size=DIM, n_parameters=PARAMETERS, tied=False, studies={"narrowing": study}
-    )
+    return Facts("toy", n_rows=1000, dim=DIM, n_parameters=PARAMETERS, tied=False, studies={"narrowing": study})

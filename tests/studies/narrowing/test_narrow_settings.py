@@ -30,7 +30,7 @@ def settings(**values: Any) -> NarrowSettings:
     [
         ({"bases": ("widest",)}, "`bases` must be normalised, .*, got 'widest'"),
         ({"windows": 0}, "`windows` must be 1 or more, got 0"), ({"length": 1}, "`length` must be 2 or more"),
-        ({"seed": -1}, "`seed` must be"), ({"texts": ()}, "`texts` takes"), ({"dtype": "int8"}, "`dtype` must be one of"),
+        ({"seed": -1}, "`seed` must be"), ({"texts": ()}, "`texts` takes"), ({"dtype": "int8"}, "`dtype` must be auto, float32"),
         ({"heal_steps": -1}, "`heal_steps` must be 0 or more, got -1"),
         ({"learn_steps": 0}, "`learn_steps` must be 1 or more, got 0"),
         ({"lora": 4}, "`lora` needs `heal_steps`"), ({"lora": 4, "heal_steps": 0}, "`lora` needs `heal_steps`"),
