@@ -174,6 +174,15 @@ def test_fewer_tokens_than_dimensions_bound_every_count() -> None:
     assert _numbers(findings[-1]) == [20, 32, 19]
 
 
+def test_fewer_distinct_states_than_dimensions_bound_no_count(one: Tables) -> None:
+    distinct = pl.when(pl.col("metric") == clouds.TWO_NN).then(20).otherwise("n_tokens")
+    tables = {**one, "layers": one["layers"].with_columns(n_tokens=distinct)}
+    assert (
+        _section(layers.profile_section(tables, _facts())).findings
+        == _section(layers.profile_section(one, _facts())).findings
+    )
+
+
 def test_another_threshold_where_95_is_not_measured(one: Tables) -> None:
     tables = {**one, "layers": one["layers"].filter(pl.col("metric") != COUNT)}
     assert 99 in _numbers(_section(layers.profile_section(tables, _facts())).title)

@@ -96,7 +96,11 @@ def _loss_finding(predictions: pl.DataFrame | None) -> tuple[str, ...]:
     return (f"Shuffling {verb} the loss by {gap} nats per token: {losses}.",)
 
 
-_UNITS = {"loss": "loss (nats per token)", "entropy": "entropy (nats)", "max log-softmax": "log-probability (nats)"}
+_UNITS = {
+    "loss": "loss (nats per token)",
+    "entropy": "entropy (nats)",
+    "max log-softmax": "log-probability of the first choice (nats)",
+}
 
 
 def _predictions_grid(predictions: pl.DataFrame) -> Grid:
@@ -314,7 +318,12 @@ def models_section(tables: Tables, facts: Facts) -> Section | None:
         name="Comparison of models",
         title=_models_finding(rows, metric, selection),
         blocks=(
-            Plot("models-profile", figures.models_profile(rows, metric), "share of dimensions used, by relative depth"),
+            Plot(
+                "models-profile",
+                figures.models_profile(rows, metric),
+                "share of dimensions used, by relative depth",
+                "Share of dimensions by relative depth",
+            ),
             *_model_matrices(tables, selection),
         ),
         how_to_read=(
@@ -362,5 +371,6 @@ def _model_matrices(tables: Tables, selection: Selection) -> list[Plot]:
     plots = []
     for name, other in zip(figure_names("models-cka", others), others, strict=True):
         fig = state_figures.similarity_matrix(pairs.filter(pl.col("other_model") == other), selection.model, other)
-        plots.append(Plot(name, fig, f"CKA between layers of {selection.model} and {other}", square=True))
+        alt = f"CKA between layers of {selection.model} and {other}"
+        plots.append(Plot(name, fig, alt, alt, square=True))
     return plots

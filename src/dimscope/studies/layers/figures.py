@@ -18,8 +18,9 @@ from dimscope.page.theme import (
     figure,
     log_ticks,
     series_mark,
+    tint,
 )
-from dimscope.studies.layers.profiles import NORM, conditions, metric_label, profile
+from dimscope.studies.layers.profiles import NORM, axis_label, conditions, profile
 
 UPPER, LOWER = (0.42, 1.0), (0.0, 0.3)
 """The domains of two panels over one axis of layers."""
@@ -82,7 +83,7 @@ def layer_profile(rows: pl.DataFrame, metric: str, *, top: float | None = None) 
     """
     profiles = {name: profile(rows, metric, name) for name in conditions(rows)}
     real = profiles.get("real", profile(rows, metric))
-    fig = _panels(rows, metric_label(metric).replace(" for ", "<br>for "), top)
+    fig = _panels(rows, axis_label(metric), top)
     fig.add_traces(noise_line(real))
     for condition, points in reversed(profiles.items()):
         mark = CONDITION_MARKS[condition]
@@ -153,7 +154,7 @@ def texts_profile(rows: pl.DataFrame, metric: str) -> go.Figure:
 
 def _series(rows: pl.DataFrame, groups: Mapping[str, pl.DataFrame], metric: str) -> go.Figure:
     sites = rows.select("layer", "site").iter_rows()
-    axis = {"title": {"text": metric_label(metric)}, "rangemode": "tozero"}
+    axis = {"title": {"text": axis_label(metric)}, "rangemode": "tozero"}
     fig = figure(400, xaxis=layer_axis(sites), yaxis=axis)
     marked = [(name, points, series_mark(i)) for i, (name, points) in enumerate(groups.items())]
     # The first is drawn last, on top of the others; the legend reads from the first on.
@@ -168,7 +169,11 @@ def models_profile(rows: pl.DataFrame, metric: str) -> go.Figure:
     fig = figure(
         400,
         xaxis={"title": {"text": "relative depth<br>(0: embeddings, 1: last block)"}, "range": [-0.03, 1.03]},
-        yaxis={"title": {"text": f"{metric_label(metric)},<br>share of d"}, "tickformat": ".0%", "rangemode": "tozero"},
+        yaxis={
+            "title": {"text": axis_label(metric).replace("components", "share of dimensions")},
+            "tickformat": ".0%",
+            "rangemode": "tozero",
+        },
         legend={"traceorder": "reversed"},
     )
     names = rows["model"].unique(maintain_order=True).to_list()
@@ -211,7 +216,8 @@ def alignment(pairs: pl.DataFrame) -> go.Figure:
     fig = _panels(pairs, "CKA")
     margins = 2 * pairs["cka_null_sd"].to_numpy()
     lowest = min(float(pairs["cka"].fill_null(0.0).to_numpy().min()), float(-margins.max()))
-    fig.update_layout(yaxis={"range": [1.1 * lowest, 1.04]})
+    # The markers of CKA near 0 need a margin below it.
+    fig.update_layout(yaxis={"range": [min(-0.04, 1.1 * lowest), 1.04]})
     has_overlap = pairs["overlap"].is_not_null().any()
     if not has_overlap:
         fig.update_layout(height=380, yaxis={"domain": [0, 1]}, xaxis={"anchor": "y"})
@@ -240,9 +246,8 @@ def _cka_line(points: pl.DataFrame, name: str, mark: Mark) -> go.Scatter:
 
 def _chance_band(points: pl.DataFrame) -> list[go.Scatter]:
     chance = points.with_columns(cka=pl.lit(0.0), margin=2 * pl.col("cka_null_sd"))
-    return profile_band(
-        chance, GAUSSIAN_NULL, "cka", "margin", name="CKA by chance (0 ± 2 sd)", showlegend=True, hoverinfo="skip"
-    )
+    looks = {"showlegend": True, "fillcolor": tint(GAUSSIAN_NULL.colour, 0.5)}
+    return profile_band(chance, GAUSSIAN_NULL, "cka", "margin", name="CKA by chance (0 ± 2 sd)", **looks)
 
 
 def _nulls(pairs: pl.DataFrame) -> pl.DataFrame:

@@ -27,6 +27,11 @@ def metric_label(metric: str) -> str:
     return metric
 
 
+def axis_label(metric: str) -> str:
+    """Return the label of a metric in two lines, which fit beside the y axis on a phone."""
+    return metric_label(metric).replace(" for ", "<br>for ")
+
+
 def conditions(rows: pl.DataFrame) -> list[str]:
     """Return the conditions of a frame in the order of legends; unknown ones are left out."""
     present = set(rows["condition"])

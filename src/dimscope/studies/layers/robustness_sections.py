@@ -123,12 +123,12 @@ def intrinsic_section(tables: Tables, facts: Facts) -> Section | None:
     if real.is_empty():
         return None
     curves = finite(rows.filter((pl.col("metric") == GRIDE) & pl.col("scale").is_not_null()))
-    plots = [
-        Plot("intrinsic-profile", figures.intrinsic_profile(rows), "intrinsic dimension by layer", log_toggle=True)
-    ]
+    by_layer, caption = figures.intrinsic_profile(rows), "From nearest neighbours (TwoNN)"
+    plots = [Plot("intrinsic-profile", by_layer, "intrinsic dimension by layer", caption, log_toggle=True)]
     if curves.height:
         layer = nearest_layer(curves, selection.layer)
-        plots.append(Plot("intrinsic-scale", state_figures.scale_curve(curves, layer), "intrinsic dimension by scale"))
+        by_scale, caption = state_figures.scale_curve(curves, layer), "From more distant neighbours (GRIDE)"
+        plots.append(Plot("intrinsic-scale", by_scale, "intrinsic dimension by scale", caption))
     return Section(
         anchor="intrinsic",
         name="Intrinsic dimension",

@@ -185,7 +185,7 @@ def _profile_findings(rows: pl.DataFrame, metric: str) -> list[str]:
     real, names = profile(rows, metric), sites(rows)
     others = [name for name in conditions(rows) if name != "real"]
     compared = [_against(real, profile(rows, metric, other), other, names) for other in others]
-    return [text for text in (*compared, _against_noise(real, names), _too_few(rows)) if text]
+    return [text for text in (*compared, _against_noise(real, names), _too_few(real)) if text]
 
 
 def _against(real: pl.DataFrame, other: pl.DataFrame, condition: str, names: dict[int, str]) -> str:
@@ -247,8 +247,8 @@ def _against_noise(real: pl.DataFrame, names: dict[int, str]) -> str:
     return f"Real text needs {reach} of the components that white noise needs."
 
 
-def _too_few(rows: pl.DataFrame) -> str:
-    n, dim = int(rows["n_tokens"].to_numpy().min()), int(rows["dim"].to_numpy().max())
+def _too_few(real: pl.DataFrame) -> str:
+    n, dim = int(real["n_tokens"].to_numpy().min()), int(real["dim"].to_numpy().max())
     if n > dim:
         return ""
     return f"Only {count(n, 'token')} for {dim:,} dimensions: no count here can exceed {max(n - 1, 0):,}, whatever the model."
@@ -286,11 +286,18 @@ def scree_section(tables: Tables, facts: Facts) -> Section | None:
     n_tokens = int(spectra["n_tokens"].to_numpy().max())
     layer, threshold = nearest_layer(spectra, selection.layer), percent(metric) / 100
     blocks = (
-        Plot("scree-shares", state_figures.scree(spectra, layer), "share of variance per component", log_toggle=True),
+        Plot(
+            "scree-shares",
+            state_figures.scree(spectra, layer),
+            "share of variance per component",
+            "Share of the variance of each component",
+            log_toggle=True,
+        ),
         Plot(
             "scree-cumulative",
             state_figures.cumulative_scree(spectra, layer, threshold),
             "cumulative share of variance",
+            "Share of the variance of the first components together",
         ),
     )
     return Section(

@@ -15,7 +15,7 @@ from dimscope.geometry.metrics import GRIDE
 from dimscope.page import charts
 from dimscope.page.section import finite
 from dimscope.page.theme import CONDITION_MARKS, GAUSSIAN_NULL, WHITE_NOISE, Mark, figure, log_ticks, tint
-from dimscope.studies.layers.profiles import NORM, conditions, metric_label
+from dimscope.studies.layers.profiles import NORM, axis_label, conditions
 
 FIRST = 60
 """Components of the scree; the cumulative curve shows all."""
@@ -208,13 +208,20 @@ def _names(pairs: pl.DataFrame, layer: str, site: str) -> dict[int, str]:
 def scale_curve(rows: pl.DataFrame, layer: int) -> go.Figure:
     """Draw the GRIDE dimension over the order of the neighbours; the figure has every layer and shows `layer`."""
     gride = finite(rows.filter((pl.col("metric") == GRIDE) & pl.col("scale").is_not_null()))
-    top = max(float(gride["value"].to_numpy().max(initial=1.0)), 1.0)
+    positive = [value for value in gride["value"] if value > 0] or [1.0]
+    low, high = min(positive), max(positive)
     scales = sorted(gride["scale"].unique())
     fig = figure(
         400,
         xaxis={"title": {"text": "neighbours n1 (n2 = 2 n1)"}, "type": "log", "tickvals": scales},
-        # One range for all layers, so that they can be compared when the reader switches.
-        yaxis={"title": {"text": "intrinsic dimension (GRIDE)"}, "range": [0, 1.08 * top]},
+        # One range for all layers, so that they can be compared when the reader switches; a layer of high dimension would
+        # compress the others on a linear axis.
+        yaxis={
+            "title": {"text": "intrinsic dimension (GRIDE)"},
+            "type": "log",
+            "tickvals": log_ticks(low, high),
+            "range": [math.log10(0.9 * low), math.log10(1.1 * high)],
+        },
         legend={"traceorder": "reversed"},
     )
     fig.update_xaxes(ticktext=[f"{scale:,}" for scale in scales])
@@ -250,7 +257,7 @@ def sample_curve(rows: pl.DataFrame, metric: str, layer: int) -> go.Figure:
     fig = figure(
         400,
         xaxis={"title": {"text": "tokens measured (N)"}, "type": "log", "tickvals": sizes},
-        yaxis={"title": {"text": metric_label(metric)}, "range": [0, 1.05 * top]},
+        yaxis={"title": {"text": axis_label(metric)}, "range": [0, 1.05 * top]},
         legend={"traceorder": "reversed"},
     )
     fig.update_xaxes(ticktext=[f"{size:,}" for size in sizes])
