@@ -17,9 +17,9 @@ result = dimscope.damage(
 )
 
 print(result.summary().answer)
-damage, texts = result.tables["damage"], result.tables["generations"]
+damage, continuations = result.tables["damage"], result.tables["generations"]
 for change in damage["change"].unique(maintain_order=True):
     rows = damage.filter(change=change)
     loss, same = (rows.filter(metric=metric)["value"][0] for metric in ("loss", "top-1 agreement"))
-    text = texts.filter(change=change)["text"][0]
+    text = continuations.filter(change=change)["continuation"][0]
     print(f"{change:>24}: loss {loss:.2f} nats, same top prediction at {same:.0%}, {text!r}")

@@ -143,7 +143,7 @@ def test_json_holds_what_the_tables_hold(studied, checkpoint, cli, text, tmp_pat
     answers = tables["generations"].partition_by("number", maintain_order=True)
     for n, answer in enumerate(answers, 1):
         rows = result[f"generations {n}"]
-        assert [row["text"] for row in rows] == answer["text"].to_list()
+        assert [row["continuation"] for row in rows] == answer["continuation"].to_list()
         assert {row["prompt"] for row in rows} == set(answer["prompt"])
     assert [row["change"] for row in result["changes 1"]] == changes(tables["damage"])
     assert [row["loss"] for row in result["changes 1"]][:3] == values(tables["damage"], "loss")[:3]
@@ -269,7 +269,7 @@ def test_on_a_terminal_the_answers_of_every_change_are_left_to_read(checkpoint, 
     for title in ("undamaged · 1 of 3", "truncate 16 · 2 of 3 · about", "truncate 8 · 3 of 3 · about"):
         assert screen.count(title) == 1
     tables = read_tables(tmp_path / "out")
-    words = [re.search("[A-Za-z]{2,}", row) for row in tables["generations"]["text"]]
+    words = [re.search("[A-Za-z]{2,}", row) for row in tables["generations"]["continuation"]]
     assert any(words)
     assert all(word is None or word[0] in screen for word in words)
     assert screen.rindex("breaking") > screen.rindex("3 of 3")

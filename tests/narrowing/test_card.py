@@ -1,33 +1,32 @@
 """The model card says what was measured, and nothing about what was not done."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from dimscope.narrowing.assembly import Account
-from dimscope.narrowing.card import hints, model_card, not_smaller
+from dimscope.narrowing.card import NarrowFacts, hints, model_card, not_smaller
 
 ACCOUNT = Account(
     dense_parameters=1000, dense_bytes=2000, narrow_parameters=750, narrow_bytes=1500, table_parameters=100, untied=False
 )  # fmt: skip
-FACTS: dict[str, Any] = {
-    "model": "owner/model", "title": "owner/model", "on_hub": True, "width": 24, "dim": 32, "basis": "normalised",
-    "family": "llama", "tied": False, "command": "dimscope narrow owner/model --width 24 -o n",
-}  # fmt: skip
+FACTS = NarrowFacts(
+    model="owner/model", title="owner/model", on_hub=True, width=24, dim=32, basis="normalised", family="llama", tied=False,
+    command="dimscope narrow owner/model --width 24 -o n",
+)  # fmt: skip
 
 
 def test_sizes_measured_numbers_and_the_command_are_in_it():
     card = model_card(FACTS, ACCOUNT, [{"metric": "KL", "dense": "0", "narrow": "0.12"}])
     for line in (
         "base_model: owner/model", "# owner/model, 24 of 32 dimensions", "| parameters in the files | 1,000 | 750 |",
-        "| bytes of weights | 2,000 | 1,500 |", "| KL | 0 | 0.12 |", f"    {FACTS['command']}",
+        "| bytes of weights | 2,000 | 1,500 |", "| KL | 0 | 0.12 |", f"    {FACTS.command}",
     ):  # fmt: skip
         assert line in card.splitlines()
 
 
 def test_nothing_is_said_of_what_was_not_done():
-    card = model_card(FACTS | {"on_hub": False}, ACCOUNT)
+    card = model_card(replace(FACTS, on_hub=False), ACCOUNT)
     assert not [
         word
         for word in ("base_model", "learned", "Healed", "Trained", "Calibrated", "table")
@@ -40,10 +39,10 @@ def test_nothing_is_said_of_what_was_not_done():
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
-        ({"steps": 80}, "learned in 80 steps"),
-        ({"heal": 20, "healed": True, "healing_steps": 15}, "15 steps, the norms first, then all weights"),
-        ({"heal": 20, "healed": True, "healing_steps": 20, "lora": 4}, "low-rank updates (rank 4)"),
-        ({"heal": 20, "healed": False, "healing_steps": 20}, "did not improve held-out text"),
+        ({"learned_steps": 80}, "learned in 80 steps"),
+        ({"heal_steps": 15, "healed": True}, "15 steps, the norms first, then all weights"),
+        ({"heal_steps": 20, "healed": True, "lora": 4}, "low-rank updates (rank 4)"),
+        ({"heal_steps": 20, "healed": False}, "did not improve held-out text"),
         ({"export": "phi"}, "Written as phi"),
         ({"tied": True, "tie_cost": 0.00123}, "+0.0012 nats"),
         ({"tied": True}, "was not measured"),
@@ -51,7 +50,7 @@ def test_nothing_is_said_of_what_was_not_done():
     ],
 )
 def test_what_was_done_is_said(facts, words):
-    assert words in model_card(FACTS | facts, ACCOUNT)
+    assert words in model_card(replace(FACTS, **facts), ACCOUNT)
 
 
 def test_a_model_that_did_not_shrink_is_said_not_to():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -109,18 +109,19 @@ def _cut(checkpoint: Checkpoint, settings: NarrowSettings, common: Common) -> No
     command = shlex.join(["dimscope", *sys.argv[1:]])
     result = narrow_to_folder(checkpoint, common.out, settings, command, Monitor(announce, log_stage))
     facts, account = result.facts, result.account
-    rows = {
-        "model": facts["model"], "checkpoint": common.out, "width": f"{facts['width']} of {facts['dim']}",
-        "tables": "one, tied" if facts["tied"] else "two",
+    rows: dict[str, Any] = {
+        "model": facts.model, "checkpoint": common.out, "width": f"{facts.width} of {facts.dim}",
+        "tables": "one, tied" if facts.tied else "two",
         "parameters_before": account.dense_parameters, "parameters_after": account.narrow_parameters,
         "bytes_before": account.dense_bytes, "bytes_after": account.narrow_bytes,
     }  # fmt: skip
-    rows |= {"tie_costs_kl": facts["tie_cost"]} if "tie_cost" in facts else {}
+    if facts.tie_cost is not None:
+        rows["tie_costs_kl"] = facts.tie_cost
     if settings.heal_steps:
-        rows["healed"] = "better on held-out text" if facts["healed"] else "no better on held-out text: weights as cut"
+        rows["healed"] = "better on held-out text" if facts.healed else "no better on held-out text: weights as cut"
     if not_smaller(account):
         rows["warning"] = "not smaller than the dense model: two tables weigh more than the cut saves"
     share = account.narrow_parameters / account.dense_parameters - 1
     change = f"{abs(share):.0%} {'fewer' if share < 0 else 'more'}"
     answer = f"{account.narrow_parameters:,} parameters, {change} than the dense model's {account.dense_parameters:,}."
-    common.print(Output(rows | {"seconds": facts["seconds"]}, result.tables, answer=answer))
+    common.print(Output(rows | {"seconds": facts.seconds}, result.tables, answer=answer))

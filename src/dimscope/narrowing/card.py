@@ -3,16 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dimscope.narrowing.assembly import Account
 
 GGUF_Q8, GGUF_K = 32, 256  # numbers in a block of the formats of llama.cpp
 TILE = 64  # that GPUs multiply at full speed
-
-
 HARD_WIRED = ("qwen2", "phi", "gpt_neox")  # families for which some engines compute the head size as width / heads
+
+
+@dataclass(frozen=True, slots=True)
+class NarrowFacts:
+    """How a narrow model was made. None stands for what was not done.
+
+    Attributes:
+        model: Name or path of the dense model.
+        title: Its human-readable name.
+        on_hub: Whether the dense model is on the hub.
+        dim: Hidden size of the dense model.
+        width: Hidden size of the narrow model.
+        basis: Name of the basis of the kept directions.
+        family: Model type of the narrow model.
+        tied: Whether one table is both input and output table.
+        export: Model type of the narrow model, where it is another than that of the dense one.
+        calibrated_on: Windows of the calibration.
+        learned_steps: Steps in which the basis was learned.
+        heal_steps: Steps of healing that were run.
+        lora: Rank of the low-rank updates by which it was healed.
+        healed: Whether healing improved held-out text, so that its weights are kept.
+        trained_on: Windows of the training.
+        evaluated_on: Windows of the measured numbers.
+        tie_cost: KL in nats that one table costs compared with two, before any training.
+        command: The command line.
+        seconds: How long it took.
+        warnings: What the user should know of the texts.
+    """
+
+    model: str
+    title: str
+    on_hub: bool
+    dim: int
+    width: int
+    basis: str
+    family: str
+    tied: bool
+    export: str | None = None
+    calibrated_on: str | None = None
+    learned_steps: int | None = None
+    heal_steps: int | None = None
+    lora: int | None = None
+    healed: bool | None = None
+    trained_on: str | None = None
+    evaluated_on: str | None = None
+    tie_cost: float | None = None
+    command: str = ""
+    seconds: float | None = None
+    warnings: Sequence[str] = ()
 
 
 def hints(width: int, family: str) -> list[str]:
@@ -39,28 +87,28 @@ def not_smaller(account: Account) -> bool:
     return account.narrow_parameters >= account.dense_parameters
 
 
-def model_card(facts: Mapping[str, Any], account: Account, measured: Sequence[Mapping[str, str]] = ()) -> str:
+def model_card(facts: NarrowFacts, account: Account, measured: Sequence[Mapping[str, str]] = ()) -> str:
     """Return the text of README.md.
 
     Args:
-        facts: How the checkpoint was made; parts without facts are left out.
+        facts: How the checkpoint was made.
         account: Parameters and bytes of the dense and of the narrow model.
         measured: Further rows of the table: `metric`, `dense`, `narrow`.
     """
-    dense = facts["model"]
+    dense = facts.model
     lines = [
-        "---", "library_name: transformers", *([f"base_model: {dense}"] if facts["on_hub"] else []),
+        "---", "library_name: transformers", *([f"base_model: {dense}"] if facts.on_hub else []),
         "tags: [dimscope, narrowed]", "---", "",
-        f"# {facts['title']}, {facts['width']} of {facts['dim']} dimensions", "",
-        f"The hidden size of `{dense}` cut from {facts['dim']} to {facts['width']} by one orthonormal map on the residual stream, "
+        f"# {facts.title}, {facts.width} of {facts.dim} dimensions", "",
+        f"The hidden size of `{dense}` cut from {facts.dim} to {facts.width} by one orthonormal map on the residual stream, "
         "with the gains of its norms folded in. A standard checkpoint: stock `transformers` loads it, without custom code.", "",
         "| | dense | narrow |", "|---|---|---|",
         f"| parameters in the files | {account.dense_parameters:,} | {account.narrow_parameters:,} |",
         f"| bytes of weights | {account.dense_bytes:,} | {account.narrow_bytes:,} |",
         *(f"| {row['metric']} | {row['dense']} | {row['narrow']} |" for row in measured), "",
     ]  # fmt: skip
-    if facts.get("evaluated_on"):
-        lines += [f"Measured on {facts['evaluated_on']}.", ""]
+    if facts.evaluated_on:
+        lines += [f"Measured on {facts.evaluated_on}.", ""]
     if not_smaller(account):
         lines += ["**Not smaller than the dense model: its size is no reason to use it.**", ""]
     lines += ["## How it was made", "", *_recipe(facts), "", *_tables(facts, account)]
@@ -68,37 +116,37 @@ def model_card(facts: Mapping[str, Any], account: Account, measured: Sequence[Ma
         "Only the width of the residual stream shrank. Heads, head size, KV cache, rotary embeddings and the cost of attention "
         "over positions are unchanged.", "",
     ]  # fmt: skip
-    lines += [*(f"* {hint}" for hint in hints(facts["width"], facts["family"])), ""]
-    if facts.get("command"):
-        lines += ["Made with:", "", f"    {facts['command']}", ""]
+    lines += [*(f"* {hint}" for hint in hints(facts.width, facts.family)), ""]
+    if facts.command:
+        lines += ["Made with:", "", f"    {facts.command}", ""]
     return "\n".join(lines)
 
 
-def _recipe(facts: Mapping[str, Any]) -> list[str]:
-    lines = [f"* Directions kept: {facts['basis']}."]
-    if facts.get("export"):
-        lines.append(f"* Written as {facts['export']}, an equivalent family.")
-    if facts.get("calibrated_on"):
-        lines.append(f"* Calibrated on {facts['calibrated_on']}.")
-    if facts.get("steps"):
+def _recipe(facts: NarrowFacts) -> list[str]:
+    lines = [f"* Directions kept: {facts.basis}."]
+    if facts.export:
+        lines.append(f"* Written as {facts.export}, an equivalent family.")
+    if facts.calibrated_on:
+        lines.append(f"* Calibrated on {facts.calibrated_on}.")
+    if facts.learned_steps:
         lines.append(
-            f"* The directions were learned in {facts['steps']} steps, by KL to the dense model; all weights are functions of them."
+            f"* The directions were learned in {facts.learned_steps} steps, by KL to the dense model; all weights are functions of them."
         )
-    if facts.get("heal"):
-        what = f"low-rank updates (rank {facts['lora']})" if facts.get("lora") else "all weights"
+    if facts.heal_steps:
+        what = f"low-rank updates (rank {facts.lora})" if facts.lora else "all weights"
         lines.append(
-            f"* Healed by KL to the dense model in {facts['healing_steps']} steps, the norms first, then {what}."
-            if facts["healed"]
-            else f"* {facts['healing_steps']} steps of healing did not improve held-out text, so the weights are as they were cut."
+            f"* Healed by KL to the dense model in {facts.heal_steps} steps, the norms first, then {what}."
+            if facts.healed
+            else f"* {facts.heal_steps} steps of healing did not improve held-out text, so the weights are as they were cut."
         )
-    if facts.get("trained_on"):
-        lines.append(f"* Trained on {facts['trained_on']}; the best state on other windows was kept.")
+    if facts.trained_on:
+        lines.append(f"* Trained on {facts.trained_on}; the best state on other windows was kept.")
     return lines
 
 
-def _tables(facts: Mapping[str, Any], account: Account) -> list[str]:
-    if facts.get("tied"):
-        cost = facts.get("tie_cost")
+def _tables(facts: NarrowFacts, account: Account) -> list[str]:
+    if facts.tied:
+        cost = facts.tie_cost
         measured = (
             "what that costs was not measured"
             if cost is None

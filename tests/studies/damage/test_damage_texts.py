@@ -139,7 +139,7 @@ def test_continuations_are_those_of_stock_generate_with_the_changed_table(studie
         assert point["number"].to_list() == [0, 1]
         assert point["chat"].to_list() == [False, False]
         assert point["ids"].to_list() == expected, (change, side, seed)
-        assert point["text"].to_list() == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
+        assert point["continuation"].to_list() == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
         assert point["n_tokens"].to_list() == list(map(len, expected))
         shared = [
             next((n for n in range(len(a)) if a[: n + 1] != b[: n + 1]), len(a))
@@ -163,7 +163,7 @@ def test_sampled_continuations_are_seeded(study, lively, tmp_path):
         for change, tables_of_it in (("undamaged", {}), ("truncate 24", table)):
             expected = continued(folder, tables_of_it, prompt_ids(folder), 8, seed)
             assert rows(tables["generations"], change=change)["ids"].to_list() == expected
-        texts[seed] = rows(tables["generations"], change="undamaged")["text"].to_list()
+        texts[seed] = rows(tables["generations"], change="undamaged")["continuation"].to_list()
     assert texts[3] != texts[4]
 
 
@@ -220,7 +220,7 @@ def test_prompts_are_put_into_the_template_unless_they_are_to_be_plain(study, ch
         assert point["chat"].to_list() == [chat]
         assert point["ids"].to_list() == continued(chatty, {}, [ids], 5), name
         assert (facts["template"], facts["chat"]) == (True, chat)
-        texts.append(point["text"][0])
+        texts.append(point["continuation"][0])
     assert len(set(texts)) == 3
 
 
@@ -238,10 +238,10 @@ def test_a_watcher_sees_every_continuation_grow_beside_that_of_the_undamaged_mod
     final = {w.change: w for w in heard}
     assert list(final) == ["undamaged", "truncate 8", "noise 1"]
     frame = tables["generations"]
-    own = rows(frame, change="undamaged")["text"].to_list()
+    own = rows(frame, change="undamaged")["continuation"].to_list()
     for number, (change, last) in enumerate(final.items(), 1):
         assert (last.number, last.total, last.prompts) == (number, 4, PROMPTS)
-        assert last.texts == rows(frame, change=change)["text"].to_list()
+        assert last.texts == rows(frame, change=change)["continuation"].to_list()
         assert last.undamaged == (None if change == "undamaged" else own)
         assert (last.seconds_left is None) == (number == 1)
         grown = [w.texts for w in heard if w.change == change]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,13 @@ import torch
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.loaded import checkpoint_of, weight_bytes
 from dimscope.errors import InvalidArgument
+from dimscope.studies.damage.settings import DamageSettings
+from dimscope.studies.damage.study import DAMAGE
 from dimscope.studies.narrowing.facts import ShownCandidate, narrowing_facts
-from dimscope.studies.narrowing.run import narrow_in_memory, narrow_to_folder
+from dimscope.studies.narrowing.run import NarrowResult, narrow_in_memory, narrow_to_folder
 from dimscope.studies.narrowing.settings import NarrowSettings
 from dimscope.studies.narrowing.study import NARROWING
-from dimscope.studies.study import run_study
+from dimscope.studies.study import Monitor, run_study
 from dimscope.texts.texts import text_from_string
 
 pytestmark = pytest.mark.slow  # whole commands or studies
@@ -103,6 +106,17 @@ def test_stock_transformers_loads_what_it_saves(checkpoint, tmp_path):
     assert loaded.generation_config.max_new_tokens == 7
 
 
+def assert_shown_in_a_notebook(result: NarrowResult) -> None:
+    """Check the table of `_repr_html_`: the account first, then every measured number."""
+    table = re.findall(r"<th>([^<]+)</th><td>([^<]+)</td><td>([^<]+)</td>", result._repr_html_())
+    account, measured = result.account, result.measured
+    assert measured is not None
+    assert table[0] == ("parameters", f"{account.dense_parameters:,}", f"{account.narrow_parameters:,}")
+    assert table[1] == ("bytes of weights", f"{account.dense_bytes:,}", f"{account.narrow_bytes:,}")
+    assert [name for name, *_ in table[2:]] == measured["metric"].to_list()[2:]
+    assert "16 of 32 dimensions" in result._repr_html_()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_in_memory_and_in_a_folder_it_is_the_same_model(checkpoint: Callable[..., Path], tmp_path, dtype):
     opened = open_checkpoint(checkpoint("qwen2", dtype=dtype))
@@ -117,6 +131,7 @@ def test_in_memory_and_in_a_folder_it_is_the_same_model(checkpoint: Callable[...
               (("memory", result.measured), ("folder", written.tables["measured"]))}  # fmt: skip
     assert judged["memory"].equals(judged["folder"])
     assert len(repr(result).splitlines()) < 30
+    assert_shown_in_a_notebook(result)
 
 
 def test_a_model_in_memory_is_written_with_its_tokenizer(checkpoint, tmp_path):
@@ -131,6 +146,27 @@ def test_a_model_in_memory_is_written_with_its_tokenizer(checkpoint, tmp_path):
 def test_several_widths_are_for_a_plan(checkpoint):
     with pytest.raises(InvalidArgument, match="`widths`"):
         narrow_in_memory(open_checkpoint(checkpoint("llama")), NarrowSettings(widths=(16, 24)))
+
+
+def test_windows_that_a_short_text_shrinks_are_a_warning_of_the_result_the_report_and_the_page(checkpoint, tmp_path):
+    short: Any = text_from_string(models.TEXT[:150], "short.txt")
+    opened, line = (
+        open_checkpoint(checkpoint("llama")),
+        r"short.txt has \d+ tokens: windows are \d+ tokens long, not 64",
+    )
+    lines: list[str] = []
+    cut = NarrowSettings(texts=(short,), widths=(16,), bases=("random",), windows=1)
+    result = narrow_in_memory(opened, cut, Monitor(lines.append))
+    [warning] = result.facts.warnings
+    assert re.fullmatch(line, warning)
+    assert lines[0] == warning
+    assert warning in repr(result)
+    assert warning in result._repr_html_()
+    for study, settings in ((NARROWING, cut), (DAMAGE, DamageSettings(changes=("rotate",), texts=(short,)))):
+        report = run_study(study, opened, settings)
+        [warning] = report.facts.warnings
+        assert re.fullmatch(line, warning)
+        assert warning in report.page(tmp_path / study.name).read_text()
 
 
 def test_a_plan_of_a_model_in_memory_writes_nothing_and_leaves_it_as_it_is(checkpoint, tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_what_cannot_be_planned(checkpoint, arguments, values, message):
 
 def test_an_untied_phi_is_what_a_tied_one_becomes(checkpoint):
     result = narrow_in_memory(open_checkpoint(checkpoint("phi", tied=True)), settings(**CUT))
-    assert not result.facts["tied"]
+    assert not result.facts.tied
     assert result.model.get_output_embeddings().weight is not result.model.get_input_embeddings().weight
 
 

@@ -56,7 +56,7 @@ def _gallery(rows: pl.DataFrame, *, opened: bool) -> Gallery:
         Answer(
             row["change"] + (f", {row['side']} side" if several and row["kind"] != UNDAMAGED else "")
             + (f", seed {row['seed']}" if row["seed"] else ""),
-            row["text"], "" if row["kind"] == UNDAMAGED else f"{row['n_same']} of {row['n_tokens']}",
+            row["continuation"], "" if row["kind"] == UNDAMAGED else f"{row['n_same']} of {row['n_tokens']}",
             "–" if row["repetition"] is None else f"{row['repetition']:.0%}",
         )
         for row in rows.iter_rows(named=True)

@@ -53,6 +53,7 @@ class DamageInputs:
         decoding: How they are continued.
         placement: Device and dtype.
         batch: Windows per forward pass.
+        warnings: What the user should know of the texts.
     """
 
     checkpoint: Checkpoint

@@ -131,7 +131,8 @@ def _listener(
     watch, inputs, point = monitor.watch, loaded.inputs, progress.point
     if watch is None:
         return None
-    undamaged = PointTables(loaded, store, inputs.points[0]).generations()["text"].to_list() if point.steps else None
+    own = PointTables(loaded, store, inputs.points[0])
+    undamaged = own.generations()["continuation"].to_list() if point.steps else None
     total, prompts = len(inputs.points), inputs.settings.prompts
     return lambda texts: watch(
         Writing(point.label, progress.number, total, progress.seconds_left, prompts, texts, undamaged)

@@ -74,4 +74,4 @@ def _short_breaking(breaking: pl.DataFrame) -> pl.DataFrame:
 
 def _short_generations(generations: pl.DataFrame) -> pl.DataFrame:
     """Return the continuations of one prompt, and how many tokens are the same as without damage."""
-    return generations.select("prompt", "side", "change", "seed", pl.col("n_same").alias("same"), "text")
+    return generations.select("prompt", "side", "change", "seed", pl.col("n_same").alias("same"), "continuation")

@@ -25,10 +25,10 @@ DAMAGE = POINT | {
     "null": pl.Float64, "n_tokens": pl.Int64,
 }  # fmt: skip
 GENERATIONS = POINT | {
-    "number": pl.Int64, "prompt": pl.String, "chat": pl.Boolean, "text": pl.String, "n_tokens": pl.Int64,
+    "number": pl.Int64, "prompt": pl.String, "chat": pl.Boolean, "continuation": pl.String, "n_tokens": pl.Int64,
     "repetition": pl.Float64, "ids": pl.List(pl.Int64),
 }  # fmt: skip
-DEFINITION = 2
+DEFINITION = 3
 """Of what these tables hold; a table made by another definition is computed again."""
 
 ERROR, RELATIVE = "error", "relative error"
@@ -133,7 +133,7 @@ def generations_frame(
     """Return the rows of a point in the table `generations`: the continuation of each prompt."""
     rows = [
         {
-            "number": number, "prompt": prompt.text, "chat": prompt.chat, "text": continuation.text,
+            "number": number, "prompt": prompt.text, "chat": prompt.chat, "continuation": continuation.text,
             "n_tokens": len(continuation.ids), "repetition": continuation.repetition, "ids": list(continuation.ids),
         }
         for number, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True))

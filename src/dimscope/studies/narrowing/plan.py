@@ -84,7 +84,7 @@ def run_plan(checkpoint: Checkpoint, settings: NarrowSettings, store: Store, mon
     tables = {"plan": plan, **_continuations(run, shown, prompts)}
     if run.training_folder is not None:
         shutil.rmtree(run.training_folder, ignore_errors=True)  # nothing is left to resume
-    return RunOutput(tables, _facts(session, plan, shown, widths, bases).as_json())
+    return RunOutput(tables, _facts(session, plan, shown, widths, bases).as_json(), session.warnings)
 
 
 def _candidate_widths(target: Target, settings: NarrowSettings) -> tuple[int, ...]:

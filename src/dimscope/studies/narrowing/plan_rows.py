@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ class _Row:
         identity: The columns that say what it is.
         make: Makes the model.
         timed: Whether its speed is measured.
+        bits: Bits of rounded weights.
         recipe: What it depends on, beside `identity` and what all rows depend on.
     """
 
@@ -58,6 +60,7 @@ class _Row:
     make: Callable[[], PreTrainedModel]
     timed: bool = True
     recipe: Mapping[str, Any] | None = None
+    bits: int | None = None
 
 
 def candidate_recipe(session: NarrowingSession, basis: str, width: int, *, healed: bool = False) -> dict[str, Any]:
@@ -119,7 +122,8 @@ def shallower_rows(run: PlanRun) -> list[pl.DataFrame]:
 def rounded_row(run: PlanRun) -> pl.DataFrame:
     """Return the row of the dense model with rounded weights. Its speed depends on the engine, and is not measured."""
     identity = {"method": ROUND, "bits": BITS, "tied": run.session.target.checkpoint.tied}
-    return _stored_row(run, _Row(f"bits-{BITS}", identity, lambda: quantised_model(run.session, BITS), timed=False))
+    make = partial(quantised_model, run.session, BITS)
+    return _stored_row(run, _Row(f"bits-{BITS}", identity, make, timed=False, bits=BITS))
 
 
 def final_model(run: PlanRun, basis: str, width: int) -> PreTrainedModel:
@@ -155,7 +159,7 @@ def _compute_row(session: NarrowingSession, row: _Row) -> pl.DataFrame:
     columns = {
         **row.identity,
         "parameters": parameters,
-        "bytes": _stored_bytes(session, model, row.identity.get("bits")),
+        "bytes": _stored_bytes(session, model, row.bits),
         **{name: getattr(evaluation, name) for name in EVALUATED},
         **speeds,
         "n_tokens": evaluation.n_positions,

@@ -7,8 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -19,7 +20,7 @@ from dimscope.evaluation.metrics import BITS, KL, LOSS, TOP_1
 from dimscope.evaluation.throughput import throughput
 from dimscope.narrowing.assembly import Account, account_of, assemble, stored_model, write_narrowing
 from dimscope.narrowing.bases import FROM_TABLE, LEARNED, check_basis, make_basis
-from dimscope.narrowing.card import model_card
+from dimscope.narrowing.card import NarrowFacts, model_card
 from dimscope.narrowing.projection import Narrowing, plan_narrowing
 from dimscope.narrowing.target import Target, check_width, resolve_target
 from dimscope.narrowing.training_state import Point
@@ -56,17 +57,31 @@ class NarrowResult:
     account: Account
     measured: pl.DataFrame | None
     training: pl.DataFrame | None
-    facts: Mapping[str, Any]
+    facts: NarrowFacts
 
     def __repr__(self) -> str:
         """Return the sizes, and what was measured, in a few lines."""
+        measured = [f"  {row['metric']}: {row['dense']} -> {row['narrow']}" for row in _card_rows(self.measured)]
+        return "\n".join([self._title(), *measured, *self.facts.warnings])
+
+    def _repr_html_(self) -> str:
+        """Return the account and what was measured as a table, for a notebook."""
+        account = self.account
+        rows = [
+            ("parameters", f"{account.dense_parameters:,}", f"{account.narrow_parameters:,}"),
+            ("bytes of weights", f"{account.dense_bytes:,}", f"{account.narrow_bytes:,}"),
+            *((row["metric"], row["dense"], row["narrow"]) for row in _card_rows(self.measured)),
+        ]
+        cells = (f"<th>{name}</th><td>{dense}</td><td>{narrow}</td>" for name, dense, narrow in rows)
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        lines = "".join(f"<p>{escape(line)}</p>" for line in (self._title(), *self.facts.warnings))
+        return f"{lines}<table><tr><th></th><th>dense</th><th>narrow</th></tr>{body}</table>"
+
+    def _title(self) -> str:
         share = self.account.narrow_parameters / self.account.dense_parameters
-        line = (
-            f"{type(self.model).__name__}, {self.facts['width']} of {self.facts['dim']} dimensions: "
+        return (
+            f"{type(self.model).__name__}, {self.facts.width} of {self.facts.dim} dimensions: "
             f"{self.account.narrow_parameters:,} parameters, {share:.0%} of the dense model's"
-        )
-        return "\n".join(
-            [line, *(f"  {r['metric']}: {r['dense']} -> {r['narrow']}" for r in _card_rows(self.measured))]
         )
 
 
@@ -84,7 +99,7 @@ class NarrowCheckpoint:
     folder: Path
     account: Account
     tables: Mapping[str, pl.DataFrame]
-    facts: Mapping[str, Any]
+    facts: NarrowFacts
 
 
 def narrow_in_memory(checkpoint: Checkpoint, settings: NarrowSettings, monitor: Monitor = SILENT) -> NarrowResult:
@@ -104,14 +119,12 @@ def narrow_in_memory(checkpoint: Checkpoint, settings: NarrowSettings, monitor: 
     fitted = _fit(request, None)
     device = request.session.placement.device if request.session else place(checkpoint, device=settings.device).device
     model = stored_model(fitted.narrowing, fitted.trained, "cpu" if device == "map" else device)
-    facts = fitted.facts | {"family": fitted.narrowing.config.model_type}
-    measured = None
+    account, measured = account_of(fitted.narrowing), None
     if settings.evaluate:
         assert request.session is not None
-        facts["evaluated_on"] = _described(request.session, request.session.windows.evaluation)
-        measured = _measure(request.session, _computed(request.session, model), account_of(fitted.narrowing))
-    facts["seconds"] = round(time.monotonic() - began, 1)
-    return NarrowResult(model, account_of(fitted.narrowing), measured, fitted.training, facts)
+        measured = _measure(request.session, _computed(request.session, model), account)
+    facts = replace(fitted.facts, seconds=round(time.monotonic() - began, 1))
+    return NarrowResult(model, account, measured, fitted.training, facts)
 
 
 def narrow_to_folder(
@@ -140,18 +153,16 @@ def narrow_to_folder(
     lock: AbstractContextManager[None] = alone(folder) if folder is not None else nullcontext()
     with lock:
         fitted = _fit(request, folder)
-        fitted.facts["command"] = command
-        written = _write(request, fitted, out, monitor)
+        written = _write(request, replace(fitted, facts=replace(fitted.facts, command=command)), out, monitor)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
     seconds = round(time.monotonic() - began, 1)
-    return replace(written, facts={**written.facts, "seconds": seconds})
+    return replace(written, facts=replace(written.facts, seconds=seconds))
 
 
 def _write(request: _Request, fitted: _Fitted, out: Path, monitor: Monitor) -> NarrowCheckpoint:
     """Write weights, config, tokenizer and model card, whole or not at all."""
     tables = {} if fitted.training is None else {"training": fitted.training}
-    facts = fitted.facts | {"family": fitted.narrowing.config.model_type}
     with whole_folder(out) as folder:
         monitor.announce(f"writing {readable_bytes(sum(t.n_bytes for t in fitted.narrowing.plan()))}")
         with writing(out):
@@ -159,13 +170,12 @@ def _write(request: _Request, fitted: _Fitted, out: Path, monitor: Monitor) -> N
         fitted.trained.clear()  # a model in float32
         if request.settings.evaluate:
             assert request.session is not None
-            facts["evaluated_on"] = _described(request.session, request.session.windows.evaluation)
             small = load_model(open_checkpoint(folder), request.session.placement)
             tables["measured"] = _measure(request.session, small, account)
-        card = model_card(facts, account, _card_rows(tables.get("measured")))
+        card = model_card(fitted.facts, account, _card_rows(tables.get("measured")))
         with writing(out):
             (folder / "README.md").write_text(card, encoding="utf-8")
-    return NarrowCheckpoint(out, account, tables, facts)
+    return NarrowCheckpoint(out, account, tables, fitted.facts)
 
 
 def _require_empty(out: Path) -> None:
@@ -209,14 +219,19 @@ def _request(checkpoint: Checkpoint, settings: NarrowSettings, monitor: Monitor)
     return _Request(target, settings, basis, width, session)
 
 
-def _initial_facts(request: _Request) -> dict[str, Any]:
-    target, settings = request.target, request.settings
+def _initial_facts(request: _Request, narrowing: Narrowing) -> NarrowFacts:
+    """Return what is known before any training: the models, and the windows of each purpose."""
+    target, session = request.target, request.session
     checkpoint = target.checkpoint
-    return {
-        "model": checkpoint.name, "title": checkpoint.title, "dim": target.dim, "width": request.width, "basis": request.basis,
-        "heal": settings.heal_steps, "lora": settings.lora, "on_hub": checkpoint.revision is not None, "tied": target.tied,
-        "export": target.export,
-    }  # fmt: skip
+    facts = NarrowFacts(
+        model=checkpoint.name, title=checkpoint.title, on_hub=checkpoint.revision is not None, dim=target.dim,
+        width=request.width, basis=request.basis, family=narrowing.config.model_type, tied=target.tied, export=target.export,
+    )  # fmt: skip
+    if session is None:
+        return facts
+    evaluated = _described(session, session.windows.evaluation) if request.settings.evaluate else None
+    calibrated = _described(session, session.windows.calibration)
+    return replace(facts, calibrated_on=calibrated, evaluated_on=evaluated, warnings=session.warnings)
 
 
 # ---- fitting ---------------------------------------------------------------------------------------------------------
@@ -229,29 +244,31 @@ class _Fitted:
     narrowing: Narrowing
     trained: dict[str, Tensor]
     training: pl.DataFrame | None
-    facts: dict[str, Any]
+    facts: NarrowFacts
 
 
 def _fit(request: _Request, folder: Path | None) -> _Fitted:
     """Choose the basis, calibrate the gains, and train; `folder` is where the state of training is kept."""
-    facts, session = _initial_facts(request), request.session
+    session = request.session
     if session is None:
-        return _Fitted(_narrowing_of_table(request), {}, None, facts)
+        narrowing = _narrowing_of_table(request)
+        return _Fitted(narrowing, {}, None, _initial_facts(request, narrowing))
     candidate = make_candidate(session, request.basis, request.width, folder and folder / "basis")
-    facts["calibrated_on"] = _described(session, session.windows.calibration)
-    if candidate.narrowing.tied:
-        facts["tie_cost"] = tie_cost(session, candidate, request.basis)
-        session.monitor.announce(f"one table for both sides costs {facts['tie_cost']:+.4f} nats of KL")
     narrowing, learned = candidate.narrowing, candidate.points
+    facts = _initial_facts(request, narrowing)
+    if narrowing.tied:
+        cost = tie_cost(session, candidate, request.basis)
+        session.monitor.announce(f"one table for both sides costs {cost:+.4f} nats of KL")
+        facts = replace(facts, tie_cost=cost)
     if not request.trains:
         return _Fitted(narrowing, {}, None, facts)
     del candidate  # healing has a model of its own
-    facts |= {"trained_on": _described(session, session.windows.training), "healed": False}
-    facts |= {"steps": learned[-1].step} if learned else {}
+    trained, learned_steps = _described(session, session.windows.training), learned[-1].step if learned else None
+    facts = replace(facts, trained_on=trained, learned_steps=learned_steps)
     if not request.settings.heal_steps:
         return _Fitted(narrowing, {}, _training_table({"basis": learned}), facts)
     healed = heal_candidate(session, narrowing, folder and folder / "healing")
-    facts |= {"healed": bool(healed.trained), "healing_steps": healed.steps}
+    facts = replace(facts, healed=bool(healed.trained), heal_steps=healed.steps, lora=request.settings.lora)
     stages = {"basis": learned, "norms": healed.norms, "weights": healed.weights}
     return _Fitted(narrowing, dict(healed.trained), _training_table(stages), facts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ class NarrowingSession:
         trains: Whether something is trained, so that windows are held out for it.
         texts: Texts by name; None for the one that the model generates.
         windows: Their windows by purpose.
+        warnings: What the user should know of the texts, such as windows that a short one shrank.
         dense: Returns the dense model, loaded on the first call.
         calibration: Returns the calibration, computed on the first call.
         table: Returns the moments of the input table, computed on the first call.
@@ -60,6 +61,7 @@ class NarrowingSession:
     trains: bool
     texts: Mapping[str, Text | None]
     windows: SplitWindows
+    warnings: Sequence[str]
     dense: Callable[[], PreTrainedModel]
     calibration: Callable[[], Calibration]
     table: Callable[[], TableSummary]
@@ -101,7 +103,11 @@ def open_session(target: Target, settings: NarrowSettings, monitor: Monitor, *, 
     texts = texts_or_generated(settings.texts)
     dense = cache(lambda: load_model(checkpoint, placement, trust_remote_code=settings.trust_remote_code))
     source = _WindowSource(checkpoint, settings, monitor, texts, trains, dense)
-    windows = split_windows(_read_windows(source), settings.windows, trains, list(texts))
+    # One window to calibrate on, one to evaluate on, and one to hold out where something is trained.
+    fitted = fitted_length(checkpoint, texts, settings.length, LENGTH, n_windows=2 + trains)
+    for line in fitted.warnings:
+        monitor.announce(line)
+    windows = split_windows(_read_windows(source, fitted.length), settings.windows, trains, list(texts))
     batch = windows_at_once(placement, len(windows.evaluation[0].ids))
 
     def calibration() -> Calibration:
@@ -110,7 +116,7 @@ def open_session(target: Target, settings: NarrowSettings, monitor: Monitor, *, 
         return calibrate(dense(), target.layout, windows.calibration, batch)
 
     return NarrowingSession(
-        target, settings, monitor, placement, trains, texts, windows, dense, cache(calibration),
+        target, settings, monitor, placement, trains, texts, windows, fitted.warnings, dense, cache(calibration),
         cache(lambda: table_summary(checkpoint)), cache(lambda: baseline(dense(), windows.evaluation, batch)),
     )  # fmt: skip
 
@@ -155,13 +161,8 @@ class _WindowSource:
     dense: Callable[[], PreTrainedModel]
 
 
-def _read_windows(source: _WindowSource) -> list[Window]:
+def _read_windows(source: _WindowSource, length: int) -> list[Window]:
     tokenizer = require_tokenizer(source.checkpoint.source)
-    # One window to calibrate on, one to evaluate on, and one to hold out where something is trained.
-    fitted = fitted_length(source.checkpoint, source.texts, source.settings.length, LENGTH, n_windows=2 + source.trains)
-    for line in fitted.warnings:
-        source.monitor.announce(line)
-    length = fitted.length
     most = MOST if source.trains else -(-2 * source.settings.windows // len(source.texts))
     windows: list[Window] = []
     for text in source.texts.values():
