@@ -18,7 +18,7 @@ def intro_section(tables: Tables, facts: Facts) -> Section:
         anchor="intro",
         name="Effective dimension",
         title="What is an effective dimension?",
-        blocks=tuple(Plot(f"intro-{i}", fig, f"60 points {name}") for i, (name, fig) in enumerate(panels)),
+        blocks=tuple(Plot(f"intro-{name.replace(' ', '-')}", fig, f"60 points {name}") for name, fig in panels),
         how_to_read=(
             "Every point has two coordinates, so each cloud lives in two dimensions. But in the first panel one number per "
             "point says everything: the cloud really has one dimension. In the second the points leave the line only "

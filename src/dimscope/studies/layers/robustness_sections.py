@@ -123,18 +123,12 @@ def intrinsic_section(tables: Tables, facts: Facts) -> Section | None:
     if real.is_empty():
         return None
     curves = finite(rows.filter((pl.col("metric") == GRIDE) & pl.col("scale").is_not_null()))
-    by_layer, caption = figures.intrinsic_profile(rows), "From nearest neighbours (TwoNN)"
-    plots = [Plot("intrinsic-profile", by_layer, "intrinsic dimension by layer", caption, log_toggle=True)]
-    if curves.height:
-        layer = nearest_layer(curves, selection.layer)
-        by_scale, caption = state_figures.scale_curve(curves, layer), "From more distant neighbours (GRIDE)"
-        plots.append(Plot("intrinsic-scale", by_scale, "intrinsic dimension by scale", caption))
     return Section(
         anchor="intrinsic",
         name="Intrinsic dimension",
         title=_intrinsic_finding(real, selection),
         findings=tuple(_intrinsic_against(real, rows)),
-        blocks=tuple(plots),
+        blocks=_intrinsic_plots(rows, curves, selection),
         choice=layer_choice(curves, selection.layer, "Layer of the second figure") if curves.height else None,
         how_to_read=(
             "A crumpled sheet of paper is two-dimensional, although it extends in three directions. The intrinsic "
@@ -152,6 +146,16 @@ def intrinsic_section(tables: Tables, facts: Facts) -> Section | None:
         ),
         tables=("layers",),
     )
+
+
+def _intrinsic_plots(rows: pl.DataFrame, curves: pl.DataFrame, selection: Selection) -> tuple[Plot, ...]:
+    by_layer, caption = figures.intrinsic_profile(rows), "From nearest neighbours (TwoNN)"
+    nearest = Plot("intrinsic-profile", by_layer, "intrinsic dimension by layer", caption, log_toggle=True)
+    if curves.is_empty():
+        return (nearest,)
+    by_scale = state_figures.scale_curve(curves, nearest_layer(curves, selection.layer))
+    caption = "From more distant neighbours (GRIDE)"
+    return nearest, Plot("intrinsic-scale", by_scale, "intrinsic dimension by scale", caption)
 
 
 def _intrinsic_finding(real: pl.DataFrame, selection: Selection) -> str:

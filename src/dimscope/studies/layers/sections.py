@@ -285,26 +285,17 @@ def scree_section(tables: Tables, facts: Facts) -> Section | None:
         return None
     n_tokens = int(spectra["n_tokens"].to_numpy().max())
     layer, threshold = nearest_layer(spectra, selection.layer), percent(metric) / 100
-    blocks = (
-        Plot(
-            "scree-shares",
-            state_figures.scree(spectra, layer),
-            "share of variance per component",
-            "Share of the variance of each component",
-            log_toggle=True,
-        ),
-        Plot(
-            "scree-cumulative",
-            state_figures.cumulative_scree(spectra, layer, threshold),
-            "cumulative share of variance",
-            "Share of the variance of the first components together",
-        ),
-    )
+    shares, cumulative = state_figures.scree(spectra, layer), state_figures.cumulative_scree(spectra, layer, threshold)
+    shares_caption = "Share of the variance of each component"
+    cumulative_caption = "Share of the variance of the first components together"
     return Section(
         anchor="scree",
         name="Scree",
         title=_scree_finding(spectra, layer, threshold, selection),
-        blocks=blocks,
+        blocks=(
+            Plot("scree-shares", shares, "share of variance per component", shares_caption, log_toggle=True),
+            Plot("scree-cumulative", cumulative, "cumulative share of variance", cumulative_caption),
+        ),
         choice=layer_choice(spectra, selection.layer),
         how_to_read=(
             "PCA orders the directions of the cloud of states by their variance. The first figure shows the share of the "
