@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from dimscope.page.section import Facts, Tables
+from dimscope.storage import FORMAT
 
 HOSTILE = "</script><script>alert(1)</script>"
 LABELS = ["<s>", "␣water", "Water", HOSTILE, "\"'`&amp;", "\u202eשלום", "<b>bold</b><0xFF>", "#7"]
@@ -24,7 +25,15 @@ EMBEDDING_FACTS = {
 REPORT = {
     "model": "my model's <tiny>",
     "revision": None,
-    "studies": {"embedding": {"facts": EMBEDDING_FACTS, "tables": TABLES, "warnings": ["a <warning>"], "seconds": 2.0}},
+    "studies": {
+        "embedding": {
+            "facts": EMBEDDING_FACTS,
+            "tables": TABLES,
+            "warnings": ["a <warning>"],
+            "seconds": 2.0,
+            "definition": [FORMAT, 1],
+        }
+    },
     "architecture": "LlamaForCausalLM",
     "vocab_size": 8,
     "hidden_size": 4,

@@ -14,7 +14,7 @@ from dimscope import studies
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.page.render import write_page
 from dimscope.page.section import Facts
-from dimscope.storage import STATE, alone, write_json
+from dimscope.storage import FORMAT, STATE, alone, write_json
 from dimscope.studies.study import SILENT, Monitor, Study, StudyResult, page_of, run_study
 from dimscope.vectors.table import VectorTable
 
@@ -48,20 +48,28 @@ def _add(result: StudyResult, out: Path) -> None:
     path, report = out / "report.json", dict(result.report)
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if before.get("fingerprint") == report["fingerprint"]:
-        report["studies"] = {**before.get("studies", {}), **report["studies"]}
+        report["studies"] = {**_current(before), **report["studies"]}
     write_json(path, report)
     rewrite_page(out)
+
+
+def _current(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of report.json whose tables have the columns and rows of this version."""
+    numbers = {study.name: [FORMAT, study.definition] for study in studies.STUDIES}
+    entries = report.get("studies", {}).items()
+    return {name: own for name, own in entries if own.get("definition") == numbers.get(name, own.get("definition"))}
 
 
 def rewrite_page(out: Path) -> Path:
     """Write OUT/index.html anew from OUT/report.json and the tables in OUT/tables that it names.
 
-    Sections whose tables are missing are left out.
+    Sections whose tables are missing are left out, and studies whose tables are those of another version.
 
     Raises:
         FileNotFoundError: There is no report.json.
     """
-    facts = Facts.from_json(json.loads((out / "report.json").read_text(encoding="utf-8")))
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    facts = Facts.from_json(report | {"studies": _current(report)})
     names = {name for study in facts.studies.values() for name in study.tables}
     files = {name: path for name in sorted(names) if (path := out / "tables" / f"{name}.parquet").exists()}
     tables = {name: pl.read_parquet(path) for name, path in files.items()}

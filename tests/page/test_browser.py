@@ -11,6 +11,7 @@ from layer_tables import Model, Plan, layer_tables, study_facts
 
 from dimscope.page.section import Tables
 from dimscope.report import rewrite_page
+from dimscope.storage import FORMAT
 
 CHROMIUM = Path("/usr/bin/chromium")
 # Software WebGL, and none of the calls home that a browser makes by itself.
@@ -181,7 +182,9 @@ def test_paper_is_light_and_the_screen_comes_back(opened: Any) -> None:
 def test_layer_can_be_chosen_and_the_theme_keeps_it(browser: Any, run_folder: Callable[..., Path]) -> None:
     plan = Plan(models=(Model(blocks=2, dim=16),), texts=("prose",), windows=1, length=64)
     tables = layer_tables(plan)
-    folder = run_folder(tables, {"studies": {"layers": {"facts": study_facts(plan), "tables": list(tables)}}})
+    folder = run_folder(
+        tables, {"studies": {"layers": {"facts": study_facts(plan), "tables": list(tables), "definition": [FORMAT, 1]}}}
+    )
     troubles: list[str] = []
     page = browser.new_page(viewport={"width": 390, "height": 900}, color_scheme="light")
     page.on("pageerror", lambda error: troubles.append(str(error)))

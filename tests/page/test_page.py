@@ -1,5 +1,6 @@
 """The page as a file: whole, self-contained, safe against its labels, small at the size of a real vocabulary."""
 
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -8,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from small_tables import REPORT
 
 from dimscope.page.render import EMBED_LIMIT
 from dimscope.page.section import Tables
 from dimscope.report import rewrite_page
+from dimscope.storage import FORMAT
 
 Write = Callable[..., Path]
 
@@ -143,3 +146,15 @@ def test_page_of_a_whole_vocabulary_stays_small(tables: Tables, run_folder: Writ
     assert path.stat().st_size <= 25_000_000
     assert (folder / "tables" / "tokens.parquet").stat().st_size > EMBED_LIMIT
     assert 'id="table-tokens" href="tables/tokens.parquet"' in path.read_text(encoding="utf-8")
+
+
+def test_a_study_of_another_version_is_left_out(run_folder: Write, tables: Tables) -> None:
+    own = REPORT["studies"]["embedding"]
+    folder = run_folder(tables)
+    shown = Outline(rewrite_page(folder).read_text(encoding="utf-8")).headings
+    old = {**REPORT, "studies": {"embedding": {**own, "definition": [FORMAT, 2]}}}
+    (folder / "report.json").write_text(json.dumps(old), encoding="utf-8")
+    assert len(shown) > 5
+    assert Outline(rewrite_page(folder).read_text(encoding="utf-8")).headings == [
+        "Computed with these arguments and versions"
+    ]

@@ -129,6 +129,8 @@ class Study:
         load: Imports and returns the code of the study.
         example: A command line to try.
         presets: Values of settings by the name of a preset, which other options override.
+        definition: Number of the definition of its tables: a change of their columns or rows raises it, and tables of another
+            number are computed again.
         takes_vectors: Whether the study also runs on N x d vectors that belong to no model.
     """
 
@@ -138,6 +140,7 @@ class Study:
     load: Callable[[], StudyCode]
     example: str = ""
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    definition: int = 1
     takes_vectors: bool = False
 
     def check(self, source: Checkpoint | VectorTable) -> None:
@@ -250,18 +253,20 @@ def run_study(
     Raises:
         DimscopeError: What the study, and opening, reading and running its models raise.
     """
-    from dimscope.storage import MemoryStore, ResultFolder
+    from dimscope.storage import FORMAT, MemoryStore, ResultFolder
     from dimscope.studies.provenance import definition_number, fingerprint, source_facts
 
     began = time.monotonic()
     mark = fingerprint(source)  # of a model or vectors in memory this reads all numbers
-    store: Store = MemoryStore() if out is None else ResultFolder(out, mark, definition_number)
+    recipe = mark | {"definition": study.definition}
+    store: Store = MemoryStore() if out is None else ResultFolder(out, recipe, definition_number)
     output = study.load().run(source, settings, store, monitor)
     own = {
         "facts": dict(output.facts),
         "tables": list(output.tables),
         "warnings": list(output.warnings),
         "seconds": round(time.monotonic() - began, 1),
+        "definition": [FORMAT, study.definition],
     }
     report = source_facts(source) | {"studies": {study.name: own}, "fingerprint": mark}
     return StudyResult(study, output.tables, report, output.waiting)

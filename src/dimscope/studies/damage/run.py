@@ -23,7 +23,7 @@ from dimscope.studies.damage.inputs import WINDOWS, DamageInputs, Loaded, damage
 from dimscope.studies.damage.losses import breaking_frame
 from dimscope.studies.damage.plan import Point, Table
 from dimscope.studies.damage.settings import DamageSettings
-from dimscope.studies.damage.tables import DEFINITION, with_agreement
+from dimscope.studies.damage.tables import with_agreement
 from dimscope.studies.estimate import estimate_damage
 from dimscope.studies.study import Monitor, RunOutput
 
@@ -152,7 +152,7 @@ class PointTables:
 
     def _stored(self, name: str, arguments: Mapping[str, Any], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
         point = self.point
-        identity = {"steps": point.steps, "side": point.side, "seed": point.seed, "definition": DEFINITION}
+        identity = {"steps": point.steps, "side": point.side, "seed": point.seed}
         return self.store.table(f"points/{point.slug}.{name}", identity | dict(arguments), compute)
 
     def damage(self) -> pl.DataFrame:
@@ -203,7 +203,7 @@ def _study_tables(loaded: Loaded, store: Store) -> dict[str, pl.DataFrame]:
     def stored(
         name: str, listed: Sequence[Any], arguments: Mapping[str, Any], compute: Callable[[], pl.DataFrame]
     ) -> pl.DataFrame:
-        return store.table(name, {"points": listed, "definition": DEFINITION} | dict(arguments), compute)
+        return store.table(name, {"points": listed} | dict(arguments), compute)
 
     slugs, read = [point.slug for point in inputs.points], _text_arguments(inputs)
     damage = stored("damage", slugs, read, lambda: pl.concat(tables.damage() for tables in at.values()))
@@ -250,5 +250,5 @@ def _operator_tables(loaded: Loaded, store: Store) -> dict[str, pl.DataFrame]:
         "operator_block": lambda: operator_tables.operator_block_frame(projector()),
         "operator_histogram": lambda: operator_tables.operator_histogram_frame(projector()),
     }
-    arguments = {"k": k, "d": dim, "seed": seed, "definition": DEFINITION}
+    arguments = {"k": k, "d": dim, "seed": seed}
     return {name: store.table(name, arguments, compute) for name, compute in frames.items()}

@@ -28,8 +28,6 @@ GENERATIONS = POINT | {
     "number": pl.Int64, "prompt": pl.String, "chat": pl.Boolean, "continuation": pl.String, "n_tokens": pl.Int64,
     "repetition": pl.Float64, "ids": pl.List(pl.Int64),
 }  # fmt: skip
-DEFINITION = 3
-"""Of what these tables hold; a table made by another definition is computed again."""
 
 ERROR, RELATIVE = "error", "relative error"
 CAST, NORMED, COSINE = "relative error, cast", "relative error, first norm", "cosine"
