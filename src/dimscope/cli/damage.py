@@ -20,7 +20,7 @@ from dimscope.studies.damage.settings import PRESETS, DamageSettings
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dimscope.studies.damage.run import Writing
+    from dimscope.studies.damage.run import GenerationProgress
     from dimscope.studies.study import Study
 
 RESCALED = "project-rescaled"
@@ -97,26 +97,26 @@ def changes_of(options: Mapping[str, Sequence[str]], *, rescaled: bool) -> tuple
 
 
 @contextmanager
-def _shown(enabled: bool) -> Generator[Callable[[Writing], object] | None]:
+def _shown(enabled: bool) -> Generator[Callable[[GenerationProgress], object] | None]:
     """Show texts while they are generated, beside those of the undamaged model, where there is a terminal."""
     if not (enabled and sys.stdout.isatty()):
         yield None
         return
     from rich.live import Live
 
-    current: list[Writing] = []
+    current: list[GenerationProgress] = []
     with Live(auto_refresh=False, transient=False) as live:
 
-        def watch(writing: Writing) -> None:
-            if current and current[-1].change != writing.change:  # the one before stays above
-                live.console.print(writing_table(current[-1]))
-            current[:] = [writing]
-            live.update(writing_table(writing), refresh=True)
+        def watch(progress: GenerationProgress) -> None:
+            if current and current[-1].change != progress.change:  # the one before stays above
+                live.console.print(progress_table(current[-1]))
+            current[:] = [progress]
+            live.update(progress_table(progress), refresh=True)
 
         yield watch
 
 
-def writing_table(writing: Writing) -> Table:
+def progress_table(progress: GenerationProgress) -> Table:
     """Return the answers to prompts as far as they are generated, beside those of the undamaged model."""
     from rich import box
     from rich.markup import escape
@@ -124,11 +124,11 @@ def writing_table(writing: Writing) -> Table:
 
     from dimscope.units import readable_duration
 
-    left = f" · about {readable_duration(writing.seconds_left)} left" if writing.seconds_left is not None else ""
-    title = f"{escape(writing.change)} · {writing.number} of {writing.total}{left}"
+    left = f" · about {readable_duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
+    title = f"{escape(progress.change)} · {progress.number} of {progress.total}{left}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = [writing.prompts, *([writing.undamaged] if writing.undamaged is not None else []), writing.texts]
-    for name in ("prompt", *(["undamaged"] if writing.undamaged is not None else []), writing.change):
+    columns = [progress.prompts, *([progress.undamaged] if progress.undamaged is not None else []), progress.texts]
+    for name in ("prompt", *(["undamaged"] if progress.undamaged is not None else []), progress.change):
         table.add_column(escape(name), overflow="fold", ratio=1 if name == "prompt" else 2)
     for row in zip(*columns, strict=True):
         table.add_row(*map(escape, row))
