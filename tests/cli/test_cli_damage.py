@@ -176,10 +176,10 @@ def test_the_loss_is_that_of_a_model_saved_with_the_truncated_table(checkpoint, 
     assert values(frame, "relative error") == [pytest.approx(error, rel=1e-9)]
 
 
-def test_every_registered_kind_is_an_option_with_its_title(checkpoint, cli, text):
+def test_every_registered_kind_is_an_option(checkpoint, cli, text):
     page = " ".join(succeed(cli("damage", "--help")).replace("│", " ").split())
     for kind in PERTURBATIONS.values():
-        assert f"--{kind.name} STR... {kind.title[0].upper()}{kind.title[1:]}; " in page
+        assert f"--{kind.name} STR... {kind.about} " in page
     assert "--[KEYWORD]" not in page
     strengths = {"dimensions": "8", "standard deviations": "0.5", "factor": "2", "bits": "4", "": "on"}
     options = [word for kind in PERTURBATIONS.values() for word in (f"--{kind.name}", strengths[kind.unit])]

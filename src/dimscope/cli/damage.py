@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 
 RESCALED = "project-rescaled"
 DEFAULT = DamageSettings()
-GROUP = Group("Kinds of change (strengths with commas between them)", sort_key=1)
+GROUP = Group("Kinds of change (several strengths are separated by commas)", sort_key=1)
 RESCALED_OPTION = Parameter(
-    negative=(), group=GROUP, show_default=False, help="Add to every --project the same projection multiplied by d/k."
+    negative=(),
+    group=GROUP,
+    show_default=False,
+    help="For every --project, also try the same projection multiplied by d/k.",
 )
 
 
@@ -73,12 +76,12 @@ def _kind_options() -> type:
 
 
 def _help(kind: Perturbation) -> str:
-    """Return the title of a kind, the unit of its strengths and an example."""
+    """Return what a kind does, and strengths as an example."""
     examples = {
-        "dimensions": "dimensions: 800,600 or 75%,50%", "standard deviations": "standard deviations: 0.1,1",
-        "factor": "factors: 0.5,2", "bits": "bits: 8,4", "": "on",
+        "dimensions": "k: 800,600 or 75%,50% of the dimensions", "factor": "Factors: 0.5,2",
+        "standard deviations": "Standard deviations: 0.1,1", "bits": "b: 8,4", "": "Strength: on",
     }  # fmt: skip
-    return f"{kind.title[0].upper()}{kind.title[1:]}; {examples[kind.unit]}."
+    return f"{kind.about} {examples[kind.unit]}."
 
 
 def changes_of(options: Mapping[str, Sequence[str]], *, rescaled: bool) -> tuple[str, ...]:
