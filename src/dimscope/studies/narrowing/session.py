@@ -47,11 +47,11 @@ class NarrowingSession:
         trains: Whether something is trained, so that windows are held out for it.
         texts: Texts by name; None for the one that the model generates.
         windows: Their windows by purpose.
-        warnings: What the user should know of the texts, such as windows that a short one shrank.
         dense: Returns the dense model, loaded on the first call.
         calibration: Returns the calibration, computed on the first call.
         table: Returns the moments of the input table, computed on the first call.
         baseline: Returns the predictions of the dense model on the evaluation windows, computed on the first call.
+        warnings: What the user should know of the texts, such as windows that a short one shrank.
     """
 
     target: Target
@@ -61,11 +61,11 @@ class NarrowingSession:
     trains: bool
     texts: Mapping[str, Text | None]
     windows: SplitWindows
-    warnings: Sequence[str]
     dense: Callable[[], PreTrainedModel]
     calibration: Callable[[], Calibration]
     table: Callable[[], TableSummary]
     baseline: Callable[[], Baseline]
+    warnings: Sequence[str] = ()
 
     @property
     def length(self) -> int:
@@ -113,8 +113,8 @@ def open_session(target: Target, settings: NarrowSettings, monitor: Monitor, *, 
         return calibrate(dense(), target.layout, windows.calibration, batch)
 
     return NarrowingSession(
-        target, settings, monitor, placement, trains, texts, windows, fitted.warnings, dense, cache(calibration),
-        cache(lambda: table_summary(checkpoint)), cache(lambda: baseline(dense(), windows.evaluation, batch)),
+        target, settings, monitor, placement, trains, texts, windows, dense, cache(calibration),
+        cache(lambda: table_summary(checkpoint)), cache(lambda: baseline(dense(), windows.evaluation, batch)), fitted.warnings,
     )  # fmt: skip
 
 
