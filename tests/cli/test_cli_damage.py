@@ -23,9 +23,9 @@ import transformers
 from polars.testing import assert_frame_equal
 from rich.console import Console
 
-from dimscope.cli.damage import writing_table
+from dimscope.cli.damage import progress_table
 from dimscope.interventions.perturbations import PERTURBATIONS
-from dimscope.studies.damage.run import Writing
+from dimscope.studies.damage.run import GenerationProgress
 
 pytestmark = pytest.mark.slow  # whole commands or studies
 
@@ -176,10 +176,10 @@ def test_the_loss_is_that_of_a_model_saved_with_the_truncated_table(checkpoint, 
     assert values(frame, "relative error") == [pytest.approx(error, rel=1e-9)]
 
 
-def test_every_registered_kind_is_an_option_with_its_title(checkpoint, cli, text):
+def test_every_registered_kind_is_an_option(checkpoint, cli, text):
     page = " ".join(succeed(cli("damage", "--help")).replace("│", " ").split())
     for kind in PERTURBATIONS.values():
-        assert f"--{kind.name} STR... {kind.title[0].upper()}{kind.title[1:]}; " in page
+        assert f"--{kind.name} STR... {kind.about} " in page
     assert "--[KEYWORD]" not in page
     strengths = {"dimensions": "8", "standard deviations": "0.5", "factor": "2", "bits": "4", "": "on"}
     options = [word for kind in PERTURBATIONS.values() for word in (f"--{kind.name}", strengths[kind.unit])]
@@ -230,18 +230,18 @@ def test_options_choose_what_is_changed_and_read(checkpoint, cli, text, tmp_path
 # ---- a terminal ----------------------------------------------------------------------------------------------------
 
 
-def shown(writing: Writing) -> list[list[str]]:
+def shown(writing: GenerationProgress) -> list[list[str]]:
     """The words of every line of what a terminal shows while a model writes."""
     page = io.StringIO()
-    Console(file=page, width=100).print(writing_table(writing))
+    Console(file=page, width=100).print(progress_table(writing))
     return [words for line in page.getvalue().splitlines() if (words := line.split()) and "─" not in line]
 
 
 def test_answers_are_shown_beside_those_of_the_undamaged_model():
     long = "Once upon a time there was a lighthouse"
-    first = shown(Writing("undamaged", 1, 9, None, [long], ["[red] world"], None))
+    first = shown(GenerationProgress("undamaged", 1, 9, None, [long], ["[red] world"], None))
     assert first == [["undamaged", "·", "1", "of", "9"], ["prompt", "undamaged"], [*long.split(), "[red]", "world"]]
-    later = shown(Writing("project 8", 3, 9, 150.0, [long, "Bye"], ["one", "two"], ["three", "four"]))
+    later = shown(GenerationProgress("project 8", 3, 9, 150.0, [long, "Bye"], ["one", "two"], ["three", "four"]))
     assert " ".join(later[0]) == "project 8 · 3 of 9 · about 2 min left"
     assert later[1:] == [
         ["prompt", "undamaged", "project", "8"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -42,6 +43,7 @@ def test_the_help_of_each_command_has_an_example_and_needs_no_torch(run_python):
     for command, text in zip(COMMANDS, texts, strict=True):
         assert "Example" in text
         assert f"dimscope {command} " in text
+        assert not re.search(r"--empty-|default: (\(|False|None)", text), command  # as Python prints them
         for option in ("--json", "--out", "--revision", "--allow-pickle", "MODEL"):
             assert option in text, (command, option)
         tables = (*TABLE_COMMANDS, "embedding")

@@ -33,6 +33,7 @@ def build_app(listed: Sequence[Study]) -> App:
     """Return the commands: those about tables and checkpoints, one for each study, and the report."""
     app = App(
         name="dimscope",
+        default_parameter=Parameter(negative_iterable=(), show_default=default_text),
         suppress_keyboard_interrupt=False,  # `main` says what is kept
         help="How many dimensions does a language model really use?",
         default_parameter=Parameter(show_default=shown_default, negative_iterable=()),
@@ -101,6 +102,17 @@ def _preset(arguments: Sequence[str]) -> list[Any]:
         return []
     names = option_names(study.settings)
     return [Dict({study.name: {names[field].removeprefix("--"): value for field, value in values.items()}})]
+
+
+def default_text(value: Any) -> str | None:
+    """Return a default as it is typed on the command line; None, which prints nothing, for no value and for a flag.
+
+    >>> default_text(("input", "both")), default_text(0), default_text(()), default_text(False)
+    ('input both', '0', None, None)
+    """
+    if value is None or value is False or value == ():
+        return None
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def option_names(settings: type) -> dict[str, str]:

@@ -20,14 +20,17 @@ from dimscope.studies.damage.settings import PRESETS, DamageSettings
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dimscope.studies.damage.run import Writing
+    from dimscope.studies.damage.run import GenerationProgress
     from dimscope.studies.study import Study
 
 RESCALED = "project-rescaled"
 DEFAULT = DamageSettings()
-GROUP = Group("Kinds of change (strengths with commas between them)", sort_key=1)
+GROUP = Group("Kinds of change (several strengths are separated by commas)", sort_key=1)
 RESCALED_OPTION = Parameter(
-    negative=(), group=GROUP, show_default=False, help="Add to every --project the same projection multiplied by d/k."
+    negative=(),
+    group=GROUP,
+    show_default=False,
+    help="For every --project, also try the same projection multiplied by d/k.",
 )
 
 
@@ -73,12 +76,12 @@ def _kind_options() -> type:
 
 
 def _help(kind: Perturbation) -> str:
-    """Return the title of a kind, the unit of its strengths and an example."""
+    """Return what a kind does, and strengths as an example."""
     examples = {
-        "dimensions": "dimensions: 800,600 or 75%,50%", "standard deviations": "standard deviations: 0.1,1",
-        "factor": "factors: 0.5,2", "bits": "bits: 8,4", "": "on",
+        "dimensions": "k: 800,600 or 75%,50% of the dimensions", "factor": "Factors: 0.5,2",
+        "standard deviations": "Standard deviations: 0.1,1", "bits": "b: 8,4", "": "Strength: on",
     }  # fmt: skip
-    return f"{kind.title[0].upper()}{kind.title[1:]}; {examples[kind.unit]}."
+    return f"{kind.about} {examples[kind.unit]}."
 
 
 def changes_of(options: Mapping[str, Sequence[str]], *, rescaled: bool) -> tuple[str, ...]:
@@ -97,26 +100,26 @@ def changes_of(options: Mapping[str, Sequence[str]], *, rescaled: bool) -> tuple
 
 
 @contextmanager
-def _shown(enabled: bool) -> Generator[Callable[[Writing], object] | None]:
+def _shown(enabled: bool) -> Generator[Callable[[GenerationProgress], object] | None]:
     """Show texts while they are generated, beside those of the undamaged model, where there is a terminal."""
     if not (enabled and sys.stdout.isatty()):
         yield None
         return
     from rich.live import Live
 
-    current: list[Writing] = []
+    current: list[GenerationProgress] = []
     with Live(auto_refresh=False, transient=False) as live:
 
-        def watch(writing: Writing) -> None:
-            if current and current[-1].change != writing.change:  # the one before stays above
-                live.console.print(writing_table(current[-1]))
-            current[:] = [writing]
-            live.update(writing_table(writing), refresh=True)
+        def watch(progress: GenerationProgress) -> None:
+            if current and current[-1].change != progress.change:  # the one before stays above
+                live.console.print(progress_table(current[-1]))
+            current[:] = [progress]
+            live.update(progress_table(progress), refresh=True)
 
         yield watch
 
 
-def writing_table(writing: Writing) -> Table:
+def progress_table(progress: GenerationProgress) -> Table:
     """Return the answers to prompts as far as they are generated, beside those of the undamaged model."""
     from rich import box
     from rich.markup import escape
@@ -124,11 +127,11 @@ def writing_table(writing: Writing) -> Table:
 
     from dimscope.units import readable_duration
 
-    left = f" · about {readable_duration(writing.seconds_left)} left" if writing.seconds_left is not None else ""
-    title = f"{escape(writing.change)} · {writing.number} of {writing.total}{left}"
+    left = f" · about {readable_duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
+    title = f"{escape(progress.change)} · {progress.number} of {progress.total}{left}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = [writing.prompts, *([writing.undamaged] if writing.undamaged is not None else []), writing.texts]
-    for name in ("prompt", *(["undamaged"] if writing.undamaged is not None else []), writing.change):
+    columns = [progress.prompts, *([progress.undamaged] if progress.undamaged is not None else []), progress.texts]
+    for name in ("prompt", *(["undamaged"] if progress.undamaged is not None else []), progress.change):
         table.add_column(escape(name), overflow="fold", ratio=1 if name == "prompt" else 2)
     for row in zip(*columns, strict=True):
         table.add_row(*map(escape, row))

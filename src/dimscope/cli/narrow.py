@@ -37,9 +37,9 @@ def narrow_command(study: Study) -> Callable[..., None]:
     ) -> None:
         """Cut the hidden size of a model into a standard checkpoint that stock transformers loads, and report what it costs.
 
-        Families: llama, qwen2, qwen3, mistral, gemma, phi, gpt_neox (written as Phi). The folder given by --out gets weights,
-        config, tokenizer and a model card with the measured account; it is there whole or not at all. With --plan nothing is
-        cut: --out gets a page and the tables behind it. The same command resumes an interrupted one.
+        Families: llama, qwen2, qwen3, mistral, gemma, phi, gpt_neox (written as phi). The folder OUT gets weights, config,
+        tokenizer and a model card with measured sizes, losses and speeds; it appears only when it is complete. With --plan no
+        model is cut, and OUT gets a page and its tables. An interrupted run resumes when the same command is run again.
 
         Example: `dimscope narrow builtin --width 192 --basis learned --heal-steps 100 -o narrow`
 

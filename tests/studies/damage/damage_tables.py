@@ -23,7 +23,7 @@ from dimscope.studies.damage.plan import Point
 from dimscope.studies.damage.tables import (
     CAST,
     RELATIVE,
-    Measured,
+    Measurement,
     damage_frame,
     evaluation_numbers,
     generations_frame,
@@ -72,13 +72,16 @@ def damage(losses: Losses = PLANTED, text: str = "prose", side: Any = "input", b
         for seed, loss in enumerate(values):
             point = Point(((kind, strength),), side, seed if PERTURBATIONS[kind].random else None)
             error = error_of(kind, strength)
-            errors = [Measured(RELATIVE, error * (1 + 0.01 * seed), 1000, null=error), Measured(CAST, error, 100, 0.0)]
+            errors = [
+                Measurement(RELATIVE, error * (1 + 0.01 * seed), 1000, null=error),
+                Measurement(CAST, error, 100, 0.0),
+            ]
             columns = point_columns("toy", point, DIM)
             frames.append(damage_frame(columns, {side: errors}, {text: _evaluated(loss, base)}))
     return pl.concat(frames)
 
 
-def _evaluated(loss: float, base: float) -> list[Measured]:
+def _evaluated(loss: float, base: float) -> list[Measurement]:
     rise, top_1 = loss - base, max(0.0, 1 - (loss - base) / base)
     return evaluation_numbers(Evaluation(loss, rise, 0.0, loss, rise, 0.0, top_1, n_predicted=500, n_positions=501))
 

@@ -14,7 +14,7 @@ from dimscope.studies.damage.curves import damages
 from dimscope.studies.damage.losses import breaking_frame, texts_of
 from dimscope.studies.damage.plan import Point
 from dimscope.studies.damage.summary import change_frames
-from dimscope.studies.damage.tables import DAMAGE, Measured, damage_frame, evaluation_numbers, point_columns
+from dimscope.studies.damage.tables import DAMAGE, Measurement, damage_frame, evaluation_numbers, point_columns
 
 D, BASE = 900, 2.0
 RANDOM_BEATS_SVD, RESCALING_HELPS, NOISE_IS_HARMLESS, BIAS_HURTS, TWO_THIRDS, A_NINTH = CLAIMS
@@ -42,7 +42,7 @@ def frame(
         seeded = any(find_perturbation(name).random for name, _ in steps)
         for seed, loss in enumerate(losses if isinstance(losses, Sequence) else [losses]):
             columns = point_columns("model", Point(steps, side, seed if seeded else None), D)
-            table = [Measured("relative error", (errors or {}).get(change, 0.5), 100)]
+            table = [Measurement("relative error", (errors or {}).get(change, 0.5), 100)]
             evaluations = {text: evaluated(loss, (agreement or {}).get(change, 0.5)) for text in texts}
             parts.append(damage_frame(columns, {"input": table}, evaluations))
     whole = pl.concat(parts)
@@ -50,7 +50,7 @@ def frame(
     return whole
 
 
-def evaluated(loss: float, agreement: float) -> list[Measured]:
+def evaluated(loss: float, agreement: float) -> list[Measurement]:
     return evaluation_numbers(Evaluation(loss, 0.0, 0.0, loss, 0.0, 0.0, agreement, n_predicted=100, n_positions=100))
 
 

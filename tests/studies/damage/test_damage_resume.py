@@ -14,7 +14,7 @@ from polars.testing import assert_frame_equal
 
 import dimscope
 from dimscope.errors import InvalidArgument, NonFiniteRows, TokenizerMissing, UnsupportedCheckpoint
-from dimscope.studies.damage.run import Writing
+from dimscope.studies.damage.run import GenerationProgress
 from dimscope.studies.damage.study import DAMAGE as STUDY
 from dimscope.studies.study import run_study
 
@@ -66,9 +66,9 @@ def test_the_tables_are_those_of_the_points_one_below_the_other(uninterrupted):
 
 def test_an_interrupted_study_resumes_where_it_stopped(study, lively, uninterrupted, tmp_path):
     """Six tokens are heard at each of the five points whose prompts are answered; Ctrl-C comes with one of them."""
-    after, heard = 9, list[Writing]()
+    after, heard = 9, list[GenerationProgress]()
 
-    def stop(writing: Writing) -> None:
+    def stop(writing: GenerationProgress) -> None:
         heard.append(writing)
         if len(heard) == after:
             raise KeyboardInterrupt

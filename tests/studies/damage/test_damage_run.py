@@ -30,7 +30,7 @@ from dimscope.checkpoints.model import Placement
 from dimscope.interventions.perturbations import PERTURBATIONS
 from dimscope.studies import estimate
 from dimscope.studies.damage import points
-from dimscope.studies.damage.inputs import Loaded, damage_inputs
+from dimscope.studies.damage.inputs import DamageSession, damage_inputs
 from dimscope.studies.damage.summary import change_frames
 from dimscope.studies.damage.tables import DAMAGE, POINT
 
@@ -157,11 +157,11 @@ def test_changes_that_change_nothing_cost_nothing(study, lively, tmp_path):
 @pytest.mark.parametrize("case", ["tied, stored in bfloat16", "tied, with positions"])
 def test_a_tied_head_reads_hidden_states_as_before_while_the_input_is_damaged(lively, text, case):
     settings = damage_settings(text, "truncate:4", sides=SIDES)
-    work = Loaded(damage_inputs(dimscope.open(str(lively(case))), settings))
-    head, table = work.model.get_output_embeddings(), work.model.get_input_embeddings()
+    session = DamageSession(damage_inputs(dimscope.open(str(lively(case))), settings))
+    head, table = session.model.get_output_embeddings(), session.model.get_input_embeddings()
     hidden = torch.randn(5, D, generator=torch.Generator().manual_seed(3))
     ids = torch.arange(20, 30)
-    undamaged, only_input, only_output, both = work.inputs.points
+    undamaged, only_input, only_output, both = session.inputs.points
     with torch.no_grad():
         logits, embedded = head(hidden), table(ids)
         for point, head_changes, reading_changes in (
@@ -170,7 +170,7 @@ def test_a_tied_head_reads_hidden_states_as_before_while_the_input_is_damaged(li
             (only_output, True, False),
             (both, True, True),
         ):
-            with points.damaged(work, point, points.make_maps(work, point)):
+            with points.damaged(session, point, points.make_maps(session, point)):
                 assert torch.equal(head(hidden), logits) != head_changes
                 assert torch.equal(table(ids), embedded) != reading_changes
             assert torch.equal(head(hidden), logits)

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dimscope
 from dimscope.studies.damage.inputs import damage_inputs
-from dimscope.studies.damage.run import Writing
+from dimscope.studies.damage.run import GenerationProgress
 from dimscope.studies.damage.tables import GENERATIONS
 
 pytestmark = pytest.mark.slow  # whole commands or studies
@@ -231,7 +231,7 @@ def test_the_system_prompt_of_a_preset_is_left_out_without_a_template(lively, te
 
 
 def test_a_watcher_sees_every_continuation_grow_beside_that_of_the_undamaged_model(study, lively, tmp_path):
-    heard: list[Writing] = []
+    heard: list[GenerationProgress] = []
     _, tables = study(
         lively("untied"), tmp_path, "truncate:8", "noise:1", watch=heard.append, prompts=PROMPTS, draws=2, new_tokens=4
     )

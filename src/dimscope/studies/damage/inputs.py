@@ -156,7 +156,7 @@ class SampledRows:
     rows: Float[Tensor, "n d"]
 
 
-class Loaded:
+class DamageSession:
     """What is loaded or computed once, when the first point needs it. Finished studies need none of it."""
 
     def __init__(self, inputs: DamageInputs) -> None:

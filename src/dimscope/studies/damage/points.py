@@ -12,11 +12,11 @@ from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.maps import RowMap
 from dimscope.interventions.row_errors import row_errors, token_errors
 from dimscope.interventions.table_summary import make_chain
-from dimscope.studies.damage.inputs import Loaded
+from dimscope.studies.damage.inputs import DamageSession
 from dimscope.studies.damage.plan import Point, Table
 from dimscope.studies.damage.tables import (
     POINT,
-    Measured,
+    Measurement,
     damage_frame,
     error_numbers,
     evaluation_numbers,
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def make_maps(loaded: Loaded, point: Point) -> dict[Table, RowMap]:
+def make_maps(session: DamageSession, point: Point) -> dict[Table, RowMap]:
     """Return the map of each table that a point changes."""
-    return {name: make_chain(point.steps, loaded.summaries[name], point.seed or 0) for name in point.tables}
+    return {name: make_chain(point.steps, session.summaries[name], point.seed or 0) for name in point.tables}
 
 
 @contextmanager
-def damaged(loaded: Loaded, point: Point, maps: Mapping[Table, RowMap]) -> Generator["PreTrainedModel"]:
+def damaged(session: DamageSession, point: Point, maps: Mapping[Table, RowMap]) -> Generator["PreTrainedModel"]:
     """Open the model with the change of a point in it; untied tables have a map each."""
-    model = loaded.model
+    model = session.model
     if not point.steps:
         yield model
-    elif point.side == "both" and not loaded.inputs.checkpoint.tied:
+    elif point.side == "both" and not session.inputs.checkpoint.tied:
         with perturbed(model, maps["input"]), perturbed(model, maps["output"], "output"):
             yield model
     else:
@@ -47,45 +47,45 @@ def damaged(loaded: Loaded, point: Point, maps: Mapping[Table, RowMap]) -> Gener
             yield model
 
 
-def measure_point(loaded: Loaded, point: Point, maps: Mapping[Table, RowMap]) -> pl.DataFrame:
+def measure_point(session: DamageSession, point: Point, maps: Mapping[Table, RowMap]) -> pl.DataFrame:
     """Return the rows of a point in the table `damage`: the errors of its tables, and its evaluation on every text."""
-    _ = loaded.tables  # a table with NaN is refused before the model is loaded
-    baselines = loaded.baselines  # of the undamaged model, so before anything is changed
-    errors = {name: _table_errors(loaded, point, name, change) for name, change in maps.items()}
-    with damaged(loaded, point, maps) as model:
+    _ = session.tables  # a table with NaN is refused before the model is loaded
+    baselines = session.baselines  # of the undamaged model, so before anything is changed
+    errors = {name: _table_errors(session, point, name, change) for name, change in maps.items()}
+    with damaged(session, point, maps) as model:
         evaluations = {
             name: evaluation_numbers(evaluate(model, base, changed=bool(point.steps)))
             for name, base in baselines.items()
         }
-    return damage_frame(_columns(loaded, point), errors, evaluations)
+    return damage_frame(_columns(session, point), errors, evaluations)
 
 
-def _table_errors(loaded: Loaded, point: Point, name: Table, change: RowMap) -> list[Measured]:
-    sample = loaded.samples[name]
-    norm = loaded.norm if name == "input" else None
-    measured = row_errors(sample.rows, sample.ids, change, loaded.model.dtype, norm)
-    return error_numbers(change, loaded.summaries[name], measured, point)
+def _table_errors(session: DamageSession, point: Point, name: Table, change: RowMap) -> list[Measurement]:
+    sample = session.samples[name]
+    norm = session.norm if name == "input" else None
+    measured = row_errors(sample.rows, sample.ids, change, session.model.dtype, norm)
+    return error_numbers(change, session.summaries[name], measured, point)
 
 
 def continue_prompts(
-    loaded: Loaded,
+    session: DamageSession,
     point: Point,
     maps: Mapping[Table, RowMap],
     listener: Callable[[list[str]], object] | None = None,
 ) -> pl.DataFrame:
     """Return the rows of a point in the table `generations`; the listener gets the texts as they grow."""
-    inputs = loaded.inputs
-    with damaged(loaded, point, maps) as model:
+    inputs = session.inputs
+    with damaged(session, point, maps) as model:
         continuations = generate(model, inputs.tokenizer, inputs.prompts, inputs.decoding, listener)
-    return generations_frame(_columns(loaded, point), inputs.prompts, continuations)
+    return generations_frame(_columns(session, point), inputs.prompts, continuations)
 
 
-def measure_tokens(loaded: Loaded, point: Point, name: Table, change: RowMap) -> pl.DataFrame:
+def measure_tokens(session: DamageSession, point: Point, name: Table, change: RowMap) -> pl.DataFrame:
     """Return the rows of a point in the table `token_errors`: the error of every token of a table."""
-    columns = _columns(loaded, point)
+    columns = _columns(session, point)
     constants = [pl.lit(columns[c], dtype=POINT[c]).alias(c) for c in ("change", "side", "seed")]
-    return token_errors(loaded.tables[name], change).select(*constants, pl.lit(name).alias("table"), pl.all())
+    return token_errors(session.tables[name], change).select(*constants, pl.lit(name).alias("table"), pl.all())
 
 
-def _columns(loaded: Loaded, point: Point) -> dict[str, Any]:
-    return point_columns(loaded.inputs.checkpoint.title, point, loaded.inputs.dim)
+def _columns(session: DamageSession, point: Point) -> dict[str, Any]:
+    return point_columns(session.inputs.checkpoint.title, point, session.inputs.dim)

@@ -19,7 +19,7 @@ from dimscope.storage import Store
 from dimscope.studies.damage import operator_tables, points
 from dimscope.studies.damage.claims import claims_frame
 from dimscope.studies.damage.facts import DamageFacts
-from dimscope.studies.damage.inputs import WINDOWS, DamageInputs, Loaded, damage_inputs
+from dimscope.studies.damage.inputs import WINDOWS, DamageInputs, DamageSession, damage_inputs
 from dimscope.studies.damage.losses import breaking_frame
 from dimscope.studies.damage.plan import Point, Table
 from dimscope.studies.damage.settings import DamageSettings
@@ -33,7 +33,7 @@ OPTIONAL = ("generations", "token_errors", "operator", "operator_block", "operat
 
 
 @dataclass(frozen=True, slots=True)
-class Writing:
+class GenerationProgress:
     """Continuations of the prompts while they grow.
 
     Attributes:
@@ -64,10 +64,10 @@ def run_damage(checkpoint: Checkpoint, settings: DamageSettings, store: Store, m
     """
     inputs = damage_inputs(checkpoint, settings)
     monitor.announce("\n".join([*inputs.warnings, _estimate(inputs)]))
-    loaded = Loaded(inputs)
+    session = DamageSession(inputs)
     try:
-        _run_points(loaded, store, monitor)
-        tables = _study_tables(loaded, store)
+        _run_points(session, store, monitor)
+        tables = _study_tables(session, store)
     except (RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
             raise out_of_memory(checkpoint.name) from e
@@ -97,18 +97,18 @@ def _facts(inputs: DamageInputs) -> DamageFacts:
 # ---- point by point --------------------------------------------------------------------------------------------------
 
 
-def _run_points(loaded: Loaded, store: Store, monitor: Monitor) -> None:
+def _run_points(session: DamageSession, store: Store, monitor: Monitor) -> None:
     """Run every point that is not finished."""
-    inputs, began, total = loaded.inputs, time.monotonic(), len(loaded.inputs.points)
+    inputs, began, total = session.inputs, time.monotonic(), len(session.inputs.points)
     silent = None if monitor.watch is None else True
     with tqdm(inputs.points, desc=inputs.checkpoint.title, unit="change", disable=silent) as bar:
         for number, point in enumerate(bar, 1):
             bar.set_postfix_str(point.label)
             left = None if number == 1 else (time.monotonic() - began) / (number - 1) * (total - number + 1)
-            tables = PointTables(loaded, store, point)
+            tables = PointTables(session, store, point)
             tables.damage()
             if inputs.continues_prompts(point):
-                tables.generations(_listener(loaded, store, monitor, Progress(point, number, left)))
+                tables.generations(_listener(session, store, monitor, PointProgress(point, number, left)))
             if inputs.settings.token_errors:
                 for name in point.tables:
                     tables.token_errors(name)
@@ -116,7 +116,7 @@ def _run_points(loaded: Loaded, store: Store, monitor: Monitor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class PointProgress:
     """A point, its number, and the seconds left from there on."""
 
     point: Point
@@ -125,30 +125,30 @@ class Progress:
 
 
 def _listener(
-    loaded: Loaded, store: Store, monitor: Monitor, progress: Progress
+    session: DamageSession, store: Store, monitor: Monitor, progress: PointProgress
 ) -> Callable[[list[str]], object] | None:
     """Return what shows continuations while they grow, beside those of the undamaged model."""
-    watch, inputs, point = monitor.watch, loaded.inputs, progress.point
+    watch, inputs, point = monitor.watch, session.inputs, progress.point
     if watch is None:
         return None
-    own = PointTables(loaded, store, inputs.points[0])
+    own = PointTables(session, store, inputs.points[0])
     undamaged = own.generations()["continuation"].to_list() if point.steps else None
     total, prompts = len(inputs.points), inputs.settings.prompts
     return lambda texts: watch(
-        Writing(point.label, progress.number, total, progress.seconds_left, prompts, texts, undamaged)
+        GenerationProgress(point.label, progress.number, total, progress.seconds_left, prompts, texts, undamaged)
     )
 
 
 class PointTables:
     """The tables of one point: from the store where they are finished, else computed with maps that they share."""
 
-    def __init__(self, loaded: Loaded, store: Store, point: Point) -> None:
-        self.loaded, self.store, self.point = loaded, store, point
+    def __init__(self, session: DamageSession, store: Store, point: Point) -> None:
+        self.session, self.store, self.point = session, store, point
 
     @cached_property
     def maps(self) -> Mapping[Table, RowMap]:
         """Return the map of each table."""
-        return points.make_maps(self.loaded, self.point)
+        return points.make_maps(self.session, self.point)
 
     def _stored(self, name: str, arguments: Mapping[str, Any], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
         point = self.point
@@ -157,21 +157,21 @@ class PointTables:
 
     def damage(self) -> pl.DataFrame:
         """Return the errors and evaluations."""
-        arguments = _text_arguments(self.loaded.inputs)
-        return self._stored("damage", arguments, lambda: points.measure_point(self.loaded, self.point, self.maps))
+        arguments = _text_arguments(self.session.inputs)
+        return self._stored("damage", arguments, lambda: points.measure_point(self.session, self.point, self.maps))
 
     def generations(self, listener: Callable[[list[str]], object] | None = None) -> pl.DataFrame:
         """Return the continuations of the prompts."""
         return self._stored(
-            "generations", _prompt_arguments(self.loaded.inputs),
-            lambda: points.continue_prompts(self.loaded, self.point, self.maps, listener),
+            "generations", _prompt_arguments(self.session.inputs),
+            lambda: points.continue_prompts(self.session, self.point, self.maps, listener),
         )  # fmt: skip
 
     def token_errors(self, name: Table) -> pl.DataFrame:
         """Return the error of every token of a table."""
         return self._stored(
             f"token_errors.{name}", {"table": name},
-            lambda: points.measure_tokens(self.loaded, self.point, name, self.maps[name]),
+            lambda: points.measure_tokens(self.session, self.point, name, self.maps[name]),
         )  # fmt: skip
 
 
@@ -195,10 +195,10 @@ def _prompt_arguments(inputs: DamageInputs) -> dict[str, Any]:
 # ---- tables of the study ---------------------------------------------------------------------------------------------
 
 
-def _study_tables(loaded: Loaded, store: Store) -> dict[str, pl.DataFrame]:
+def _study_tables(session: DamageSession, store: Store) -> dict[str, pl.DataFrame]:
     """Return the tables of the study: those of its points, one below the other, and what follows from them."""
-    inputs = loaded.inputs
-    at = {point: PointTables(loaded, store, point) for point in inputs.points}
+    inputs = session.inputs
+    at = {point: PointTables(session, store, point) for point in inputs.points}
 
     def stored(
         name: str, listed: Sequence[Any], arguments: Mapping[str, Any], compute: Callable[[], pl.DataFrame]
@@ -211,7 +211,7 @@ def _study_tables(loaded: Loaded, store: Store) -> dict[str, pl.DataFrame]:
         "damage": damage,
         "breaking": stored("breaking", slugs, read, lambda: breaking_frame(damage)),
         "claims": stored("claims", slugs, read, lambda: claims_frame(damage)),
-        **_operator_tables(loaded, store),
+        **_operator_tables(session, store),
     }
     if continued := [point for point in inputs.points if inputs.continues_prompts(point)]:
         tables["generations"] = stored(
@@ -230,10 +230,12 @@ def _study_tables(loaded: Loaded, store: Store) -> dict[str, pl.DataFrame]:
     return tables
 
 
-def _operator_tables(loaded: Loaded, store: Store) -> dict[str, pl.DataFrame]:
+def _operator_tables(session: DamageSession, store: Store) -> dict[str, pl.DataFrame]:
     """Return the random projection nearest to two thirds of the dimensions, as a matrix."""
-    dim = loaded.inputs.dim
-    projected = [point for point in loaded.inputs.points if point.kind in PROJECTIONS and 0 < (point.n_kept or 0) < dim]
+    dim = session.inputs.dim
+    projected = [
+        point for point in session.inputs.points if point.kind in PROJECTIONS and 0 < (point.n_kept or 0) < dim
+    ]
     if not projected or dim < 2:
         return {}
     point = min(projected, key=lambda point: abs((point.n_kept or 0) - OPERATOR_SHARE * dim))
@@ -241,7 +243,7 @@ def _operator_tables(loaded: Loaded, store: Store) -> dict[str, pl.DataFrame]:
 
     @cache  # a QR of d x k, from which three tables are computed
     def projector() -> Tensor:
-        change = make_map("project", next(iter(loaded.summaries.values())), k, seed)
+        change = make_map("project", next(iter(session.summaries.values())), k, seed)
         assert isinstance(change, LinearMap)
         return change.matrix
 

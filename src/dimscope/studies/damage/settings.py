@@ -29,48 +29,44 @@ Sides = Annotated[
 class DamageSettings:
     """Options of the study of damage."""
 
-    changes: Annotated[
-        tuple[str, ...], Parameter(name="change", consume_multiple=True, negative=(), show_default=False)
-    ] = ()
-    "Changes of the table, KIND:STRENGTH; + applies one after the other: truncate:75%+noise:0.1 [default: a sweep]."
+    changes: Annotated[tuple[str, ...], Parameter(name="change", consume_multiple=True, negative=())] = ()
+    "Changes of the embedding table as KIND:STRENGTH, chained by +: truncate:75%+noise:0.1 [default: a sweep of common ones]."
     sides: Sides = ("input",)
-    "Which table is changed: input, output or both; one side of a tied model leaves the other as it is."
+    "Embedding table to change. In a tied model, changing one side leaves the other side as it is."
     draws: int = 3
     "Random seeds per random perturbation."
     texts: Texts = ("builtin:prose",)
-    "Texts to evaluate on: files, folders, FILE.parquet:COLUMN, URLs, -, builtin:prose, or generated (written by the model)."
+    "Texts to evaluate on: files, folders, FILE.parquet:COLUMN, URLs, -, builtin:prose, or generated (by the model itself)."
     windows: int | None = None
     "Windows per text, spread evenly over it [default: 4, or as many as it has]."
     length: int | None = None
     "Tokens per window [default: the context length of the model, at most 512]."
     from_start: Flag = False
-    "Take windows from the beginning of the text, not spread over it."
-    prompts: Annotated[
-        tuple[str, ...], Parameter(name="prompt", consume_multiple=True, negative=(), show_default=False)
-    ] = ()
+    "Take the windows from the beginning of each text instead of spreading them over it."
+    prompts: Annotated[tuple[str, ...], Parameter(name="prompt", consume_multiple=True, negative=())] = ()
     "Prompts that the model continues after every change."
     system: str | None = None
     "System prompt, for a model with a chat template."
     chat: Annotated[bool | None, Parameter(negative="plain")] = None
-    "Put prompts into the model's chat template, or use them as they are [default: the template, where there is one]."
+    "Put prompts into the model's chat template, or use them as they are [default: the template, if the model has one]."
     decoding: Literal["greedy", "sample", "model"] = "greedy"
-    "greedy, sample from the model's distribution, or model: as its generation config says."
+    "How prompts are continued: greedy, sample (from the model's distribution), or model (as its generation config says)."
     new_tokens: int = 64
     "Tokens per continuation, at most."
     text_draws: int = 1
-    "Random seeds for which the prompts are continued."
+    "Random seeds of each random perturbation at which the prompts are continued."
     token_errors: Flag = False
-    "Write the error of every token as a table too: V rows per change."
+    "Also write the table token_errors: the error of every token of the vocabulary after every change."
     batch: int | None = None
     "Windows per forward pass [default: what fits the device]."
     dtype: DType = "auto"
     "Dtype of the computation; auto is float32 on a CPU where that fits into memory, else the stored dtype."
     device: str = "auto"
-    "auto, cpu, cuda, cuda:1, mps, or map: spread over all devices by accelerate."
+    "Device: auto, cpu, cuda, cuda:1, mps, or map (spread over all devices by accelerate)."
     seed: int = 0
-    "Random seed of random changes, sampled texts and samples of rows."
+    "First random seed of random perturbations, sampled texts and sampled rows."
     preset: Literal["notebook"] | None = None
-    "notebook: the changes and prompts of the original notebook, as shares of the dimensions; other options override it."
+    "notebook: the changes and prompts of the notebook that this study comes from; other options override them."
     trust_remote_code: Annotated[bool, Parameter(parse=False)] = False
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ CAST, NORMED, COSINE = "relative error, cast", "relative error, first norm", "co
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Measurement:
     """A number of the table `damage`.
 
     Attributes:
@@ -63,7 +63,7 @@ def point_columns(model: str, point: Point, dim: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def error_numbers(change: RowMap, table: TableSummary, sampled: RowErrors, point: Point) -> list[Measured]:
+def error_numbers(change: RowMap, table: TableSummary, sampled: RowErrors, point: Point) -> list[Measurement]:
     """Return the errors of one table: exact by its moments where the map is linear, else of a sample of rows."""
     norm = table.norm
     if isinstance(change, LinearMap):
@@ -74,13 +74,13 @@ def error_numbers(change: RowMap, table: TableSummary, sampled: RowErrors, point
         stderr = relative.stderr if n < table.moments.count else None
     expected = _closed_form(point, table)
     numbers = [
-        Measured(ERROR, relative.value * norm, n, None if stderr is None else stderr * norm, expected),
-        Measured(RELATIVE, relative.value, n, stderr, None if expected is None or not norm else expected / norm),
-        Measured(COSINE, sampled.cosine, sampled.n),
-        Measured(CAST, sampled.cast.value, sampled.n, sampled.cast.stderr),
+        Measurement(ERROR, relative.value * norm, n, None if stderr is None else stderr * norm, expected),
+        Measurement(RELATIVE, relative.value, n, stderr, None if expected is None or not norm else expected / norm),
+        Measurement(COSINE, sampled.cosine, sampled.n),
+        Measurement(CAST, sampled.cast.value, sampled.n, sampled.cast.stderr),
     ]
     if sampled.normed is not None:
-        numbers.append(Measured(NORMED, sampled.normed.value, sampled.n, sampled.normed.stderr))
+        numbers.append(Measurement(NORMED, sampled.normed.value, sampled.n, sampled.normed.stderr))
     return numbers
 
 
@@ -93,23 +93,23 @@ def _closed_form(point: Point, table: TableSummary) -> float | None:
     return None if formula is None else formula(table, strength)
 
 
-def evaluation_numbers(result: Evaluation) -> list[Measured]:
+def evaluation_numbers(result: Evaluation) -> list[Measurement]:
     """Return what a text costs, and how far the model is from the undamaged one."""
     n_predicted, n_positions = result.n_predicted, result.n_positions
     return [
-        Measured(LOSS, result.loss, n_predicted),
-        Measured(RISE, result.loss_rise, n_predicted, result.loss_rise_stderr),
-        Measured(PERPLEXITY, result.perplexity, n_predicted),
-        Measured(BITS, result.bits_per_byte, n_predicted),
-        Measured(KL, result.kl, n_positions, result.kl_stderr),
-        Measured(TOP_1, result.top_1, n_positions),
+        Measurement(LOSS, result.loss, n_predicted),
+        Measurement(RISE, result.loss_rise, n_predicted, result.loss_rise_stderr),
+        Measurement(PERPLEXITY, result.perplexity, n_predicted),
+        Measurement(BITS, result.bits_per_byte, n_predicted),
+        Measurement(KL, result.kl, n_positions, result.kl_stderr),
+        Measurement(TOP_1, result.top_1, n_positions),
     ]
 
 
 def damage_frame(
     columns: Mapping[str, Any],
-    errors: Mapping[Table, Sequence[Measured]],
-    evaluations: Mapping[str, Sequence[Measured]],
+    errors: Mapping[Table, Sequence[Measurement]],
+    evaluations: Mapping[str, Sequence[Measurement]],
 ) -> pl.DataFrame:
     """Return the rows of a point in the table `damage`.
 

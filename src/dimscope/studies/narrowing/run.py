@@ -160,7 +160,7 @@ def narrow_to_folder(
     return replace(written, facts=replace(written.facts, seconds=seconds))
 
 
-def _write(request: _Request, fitted: _Fitted, out: Path, monitor: Monitor) -> NarrowCheckpoint:
+def _write(request: _Request, fitted: _FittedModel, out: Path, monitor: Monitor) -> NarrowCheckpoint:
     """Write weights, config, tokenizer and model card, whole or not at all."""
     tables = {} if fitted.training is None else {"training": fitted.training}
     with whole_folder(out) as folder:
@@ -238,7 +238,7 @@ def _initial_facts(request: _Request, narrowing: Narrowing) -> NarrowFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Fitted:
+class _FittedModel:
     """A narrow model before it is assembled: the weights that healing changed, and how they came about."""
 
     narrowing: Narrowing
@@ -247,12 +247,12 @@ class _Fitted:
     facts: NarrowFacts
 
 
-def _fit(request: _Request, folder: Path | None) -> _Fitted:
+def _fit(request: _Request, folder: Path | None) -> _FittedModel:
     """Choose the basis, calibrate the gains, and train; `folder` is where the state of training is kept."""
     session = request.session
     if session is None:
         narrowing = _narrowing_of_table(request)
-        return _Fitted(narrowing, {}, None, _initial_facts(request, narrowing))
+        return _FittedModel(narrowing, {}, None, _initial_facts(request, narrowing))
     candidate = make_candidate(session, request.basis, request.width, folder and folder / "basis")
     narrowing, learned = candidate.narrowing, candidate.points
     facts = _initial_facts(request, narrowing)
@@ -261,16 +261,16 @@ def _fit(request: _Request, folder: Path | None) -> _Fitted:
         session.monitor.announce(f"one table for both sides costs {cost:+.4f} nats of KL")
         facts = replace(facts, tie_cost=cost)
     if not request.trains:
-        return _Fitted(narrowing, {}, None, facts)
+        return _FittedModel(narrowing, {}, None, facts)
     del candidate  # healing has a model of its own
     trained, learned_steps = _described(session, session.windows.training), learned[-1].step if learned else None
     facts = replace(facts, trained_on=trained, learned_steps=learned_steps)
     if not request.settings.heal_steps:
-        return _Fitted(narrowing, {}, _training_table({"basis": learned}), facts)
+        return _FittedModel(narrowing, {}, _training_table({"basis": learned}), facts)
     healed = heal_candidate(session, narrowing, folder and folder / "healing")
     facts = replace(facts, healed=bool(healed.trained), heal_steps=healed.steps, lora=request.settings.lora)
     stages = {"basis": learned, "norms": healed.norms, "weights": healed.weights}
-    return _Fitted(narrowing, dict(healed.trained), _training_table(stages), facts)
+    return _FittedModel(narrowing, dict(healed.trained), _training_table(stages), facts)
 
 
 def _narrowing_of_table(request: _Request) -> Narrowing:

@@ -19,7 +19,7 @@ from dimscope.narrowing.target import Target
 from dimscope.studies.narrowing.settings import NarrowSettings
 from dimscope.studies.narrowing.windows import SplitWindows, split_windows
 from dimscope.studies.provenance import fingerprint
-from dimscope.studies.reading import fitted_length, texts_or_generated, windows_at_once
+from dimscope.studies.reading import FittedLength, fitted_length, texts_or_generated, windows_at_once
 from dimscope.studies.study import Monitor
 from dimscope.texts.windows import Window, middle_windows
 from dimscope.vectors.embedding import open_table
@@ -47,11 +47,11 @@ class NarrowingSession:
         trains: Whether something is trained, so that windows are held out for it.
         texts: Texts by name; None for the one that the model generates.
         windows: Their windows by purpose.
-        warnings: What the user should know of the texts, such as windows that a short one shrank.
         dense: Returns the dense model, loaded on the first call.
         calibration: Returns the calibration, computed on the first call.
         table: Returns the moments of the input table, computed on the first call.
         baseline: Returns the predictions of the dense model on the evaluation windows, computed on the first call.
+        warnings: What the user should know of the texts, such as windows that a short one shrank.
     """
 
     target: Target
@@ -61,11 +61,11 @@ class NarrowingSession:
     trains: bool
     texts: Mapping[str, Text | None]
     windows: SplitWindows
-    warnings: Sequence[str]
     dense: Callable[[], PreTrainedModel]
     calibration: Callable[[], Calibration]
     table: Callable[[], TableSummary]
     baseline: Callable[[], Baseline]
+    warnings: Sequence[str] = ()
 
     @property
     def length(self) -> int:
@@ -103,10 +103,7 @@ def open_session(target: Target, settings: NarrowSettings, monitor: Monitor, *, 
     texts = texts_or_generated(settings.texts)
     dense = cache(lambda: load_model(checkpoint, placement, trust_remote_code=settings.trust_remote_code))
     source = _WindowSource(checkpoint, settings, monitor, texts, trains, dense)
-    # One window to calibrate on, one to evaluate on, and one to hold out where something is trained.
-    fitted = fitted_length(checkpoint, texts, settings.length, LENGTH, n_windows=2 + trains)
-    for line in fitted.warnings:
-        monitor.announce(line)
+    fitted = _fitted_length(source)
     windows = split_windows(_read_windows(source, fitted.length), settings.windows, trains, list(texts))
     batch = windows_at_once(placement, len(windows.evaluation[0].ids))
 
@@ -116,8 +113,8 @@ def open_session(target: Target, settings: NarrowSettings, monitor: Monitor, *, 
         return calibrate(dense(), target.layout, windows.calibration, batch)
 
     return NarrowingSession(
-        target, settings, monitor, placement, trains, texts, windows, fitted.warnings, dense, cache(calibration),
-        cache(lambda: table_summary(checkpoint)), cache(lambda: baseline(dense(), windows.evaluation, batch)),
+        target, settings, monitor, placement, trains, texts, windows, dense, cache(calibration),
+        cache(lambda: table_summary(checkpoint)), cache(lambda: baseline(dense(), windows.evaluation, batch)), fitted.warnings,
     )  # fmt: skip
 
 
@@ -159,6 +156,16 @@ class _WindowSource:
     texts: Mapping[str, Text | None]
     trains: bool
     dense: Callable[[], PreTrainedModel]
+
+
+def _fitted_length(source: _WindowSource) -> FittedLength:
+    """Return the tokens of a window that fit every text, and announce what a short one shrank."""
+    # One window to calibrate on, one to evaluate on, and one to hold out where something is trained.
+    n_windows = 2 + source.trains
+    fitted = fitted_length(source.checkpoint, source.texts, source.settings.length, LENGTH, n_windows=n_windows)
+    for line in fitted.warnings:
+        source.monitor.announce(line)
+    return fitted
 
 
 def _read_windows(source: _WindowSource, length: int) -> list[Window]:

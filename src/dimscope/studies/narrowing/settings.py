@@ -24,19 +24,19 @@ class NarrowSettings:
     """Options of narrowing: of one narrow model, or of a plan that compares several."""
 
     widths: Annotated[tuple[int, ...], Parameter(name="width", consume_multiple=True, negative=())] = ()
-    "Hidden size of the narrow model; several for a plan [default of a plan: 7/8, 3/4, 5/8 and 1/2 of the model's]."
+    "Hidden size of the narrow model; --plan takes several [default with --plan: 7/8, 3/4, 5/8 and 1/2 of the model's]."
     bases: Annotated[tuple[Basis, ...], Parameter(name="basis", consume_multiple=True, negative=())] = ()
-    "Basis of the kept directions, see docs/narrowing.md [default: normalised; of a plan: random, raw and normalised]."
+    "Basis of the kept directions (docs/narrowing.md); --plan takes several [default: normalised; with --plan also random and raw]."
     learn_steps: int = 150
-    "Training steps of a learned basis."
+    "Training steps for --basis learned."
     heal_steps: int = 0
-    "Training steps of all weights after the cut, norms first; kept only if held-out text improves."
+    "Training steps of all weights after the cut, the norms first; kept only if the KL on held-out text falls."
     lora: int | None = None
     "Heal with low-rank updates of this rank, by peft [default: train the weights themselves]."
     tied: Annotated[bool | None, Parameter(negative="untied")] = None
-    "Keep one table for input and output, or write two, which is exact [default: as in the model]."
+    "Write one table for input and output, or two, which loses less [default: as in the model]."
     export_as: Literal["llama", "phi"] | None = None
-    "Write a Qwen2 as the equivalent Llama with biases; a GPT-NeoX is always written as the equivalent Phi."
+    "Model type to write: llama for a Qwen2, as the equivalent Llama with biases; a GPT-NeoX is always written as a Phi."
     evaluate: bool = True
     "Evaluate and time the narrow and the dense model."
     texts: Texts = ("builtin:prose",)
@@ -46,13 +46,13 @@ class NarrowSettings:
     length: int | None = None
     "Tokens per window [default: the context length of the model, at most 512]."
     prompts: Annotated[tuple[str, ...], Parameter(name="prompt", consume_multiple=True, negative=())] = ()
-    "Prompts that the dense and the narrow model continue, in a plan."
+    "Prompts that the dense and the narrow model continue; needs --plan."
     dtype: DType = "auto"
     "Dtype of the computation; the checkpoint keeps its stored dtype."
     device: str = "auto"
-    "auto, cpu, cuda, cuda:1 or mps."
+    "Device: auto, cpu, cuda, cuda:1 or mps."
     seed: int = 0
-    "Random seed of random directions and of the order of training."
+    "Random seed of --basis random and of the order of the training windows."
     trust_remote_code: Annotated[bool, Parameter(parse=False)] = False
 
     def __post_init__(self) -> None:
