@@ -36,7 +36,6 @@ def build_app(listed: Sequence[Study]) -> App:
         default_parameter=Parameter(negative_iterable=(), show_default=default_text),
         suppress_keyboard_interrupt=False,  # `main` says what is kept
         help="How many dimensions does a language model really use?",
-        default_parameter=Parameter(show_default=shown_default, negative_iterable=()),
         help_epilogue=EPILOGUE,
     )
     for command in embedding.COMMANDS:
@@ -45,17 +44,6 @@ def build_app(listed: Sequence[Study]) -> App:
         app.command(SPECIAL.get(study.name, study_command)(study))
     app.command(report_command(listed), name="report")
     return app
-
-
-def shown_default(value: Any) -> str | None:
-    """Return a default as the help shows it: nothing where the option is off or empty.
-
-    >>> shown_default(("builtin:prose", "builtin:html")), shown_default(False)
-    ('builtin:prose builtin:html', None)
-    """
-    if value is None or value is False or value == ():
-        return None
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def main(tokens: list[str] | None = None) -> int:
