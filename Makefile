@@ -16,7 +16,7 @@ test test-fast: export OMP_NUM_THREADS = 1
 test test-fast: export PYTHONDONTWRITEBYTECODE =
 
 test: .venv/dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	@echo "lines covered in this process and its workers (commands in subprocesses are not counted)"
 	@for package in $(PACKAGES); do \
 		case " $(COVERED) " in *" $$package "*) least=95 ;; *) least=0 ;; esac; \

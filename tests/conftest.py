@@ -27,6 +27,12 @@ PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start files with slow tests first, the tour before all: no worker waits for the other at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name != "test_tour.py", item.path not in slow))
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return `checkpoint(family, **arguments)`: build_checkpoint, each once per run. Read only: see `editable`.
