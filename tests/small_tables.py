@@ -14,7 +14,7 @@ HOSTILE = "</script><script>alert(1)</script>"
 LABELS = ["<s>", "␣water", "Water", HOSTILE, "\"'`&amp;", "\u202eשלום", "<b>bold</b><0xFF>", "#7"]
 CATEGORIES = ["special", "ordinary", "ordinary", "ordinary", "undecodable", "ordinary", "unreachable", "beyond"]
 TABLES = ["budget", "tokens", "spectrum", "dimensions", "measures", "correlation", "correlation_blocks", "duplicates", "knn", "hubs",
-          "probes"]  # fmt: skip
+          "probes", "influence"]  # fmt: skip
 EMBEDDING_FACTS = {
     "side": "input",
     "radius": 0.001,
@@ -79,6 +79,7 @@ def spectrum() -> pl.DataFrame:
     return pl.DataFrame(
         {
             "table": ["input"] * 4,
+            "rows": ["all"] * 4,
             "preprocess": ["centred"] * 4,
             "index": [1, 2, 3, 4],
             "singular_value": sigma,
@@ -94,15 +95,20 @@ def dimensions() -> pl.DataFrame:
     rows = [("variance count 90%", "centred", 2.0, 4.0, 4.0), ("participation ratio", "centred", 1.6, 3.9, 3.8),
             ("stable rank", "uncentred", 1.2, 3.0, 2.9)]  # fmt: skip
     schema = ["metric", "preprocess", "value", "null_gaussian", "null_permuted"]
-    return pl.DataFrame(rows, schema=schema, orient="row").with_columns(table=pl.lit("input"))
+    whole = pl.DataFrame(rows, schema=schema, orient="row").with_columns(table=pl.lit("input"))
+    trained = whole.with_columns(
+        value=pl.col("value") * 1.5, rows=pl.lit("trained"), n_tokens=pl.lit(5, dtype=pl.Int64)
+    )
+    return pl.concat([trained, whole.with_columns(rows=pl.lit("all"), n_tokens=pl.lit(8, dtype=pl.Int64))])
 
 
 def measures() -> pl.DataFrame:
-    rows = [("spikes above the edge", "centred", 1.0, None), ("mean cosine", "none", 0.31, 0.0),
+    rows = [("chance edge", "centred", 2.0, None), ("directions above chance", "centred", 2.0, 0.0),
+            ("spikes above the edge", "centred", 1.0, None), ("mean cosine", "none", 0.31, 0.0),
             ("mean cosine", "centred", -0.001, 0.0), ("norm-rank correlation", "none", 0.5, 0.0),
             ("untrained threshold", "centred", 0.4, None), ("seed rows", "none", 2.0, None)]  # fmt: skip
     frame = pl.DataFrame(rows, schema=["metric", "preprocess", "value", "null"], orient="row")
-    return frame.with_columns(table=pl.lit("input"))
+    return frame.with_columns(table=pl.lit("input"), rows=pl.lit("all"), n_tokens=pl.lit(8, dtype=pl.Int64))
 
 
 def correlation() -> pl.DataFrame:
@@ -129,6 +135,14 @@ def probes() -> pl.DataFrame:
     )  # fmt: skip
 
 
+def influence() -> pl.DataFrame:
+    rows = [
+        ("input", "beyond", 1, "participation ratio", 1.7, 1.6),
+        ("input", "untrained", 3, "participation ratio", 2.4, 1.6),
+    ]
+    return pl.DataFrame(rows, schema=["table", "left_out", "n_tokens", "metric", "value", "value_all"], orient="row")
+
+
 def small_tables() -> Tables:
     return {
         "budget": budget(),
@@ -142,6 +156,7 @@ def small_tables() -> Tables:
         "knn": knn(),
         "hubs": pl.DataFrame({"id": [1, 2, 3], "label": LABELS[1:4], "in_degree": [6, 0, 0]}),
         "probes": probes(),
+        "influence": influence(),
     }
 
 

@@ -291,14 +291,16 @@ def spectrum(
     seed
         First of these seeds.
     """
-    from dimscope.studies.embedding.tables import dimensions_frame, spectrum_frame
+    from dimscope.studies.embedding.populations import row_sets
+    from dimscope.studies.embedding.spectrum_tables import dimensions_frame, spectrum_frame
 
     if permutations < 1:
         raise InvalidArgument(f"`permutations` must be 1 or more, got {permutations}")
     source = which.open(model, common)
     table = source.table
-    values = spectrum_frame(source.side, table, source.moments, permutations, seed)
-    family = dimensions_frame(source.side, values, table.n_used, table.dim)
+    populations = [rows for rows in row_sets(source) if rows.table_name == source.side]
+    values = pl.concat(spectrum_frame(rows, permutations, seed) for rows in populations)
+    family = pl.concat(dimensions_frame(rows, values) for rows in populations)
     facts = {**_source_facts(source), "rows": table.n_used, "dim": table.dim, "seed": seed}
     common.show(
         Output(
@@ -312,10 +314,13 @@ def spectrum(
 
 
 def _dimension_answer(family: pl.DataFrame, dim: int) -> str:
-    rows = {row["preprocess"]: row for row in family.filter(metric=PARTICIPATION_RATIO).iter_rows(named=True)}
+    """Return the participation ratio of the rows that lead, before and after centring, as a sentence."""
+    lead = family.filter(metric=PARTICIPATION_RATIO, rows=family["rows"][0])
+    rows = {row["preprocess"]: row for row in lead.iter_rows(named=True)}
     centred, raw = rows["centred"], rows["uncentred"]
+    who = f"{centred['n_tokens']:,} {'' if centred['rows'] == 'all' else centred['rows'] + ' '}rows"
     return (
-        f"The participation ratio is {number(centred['value'])} of {dim:,} dimensions after centring, "
+        f"The participation ratio of {who} is {number(centred['value'])} of {dim:,} dimensions after centring, "
         f"{against(centred['value'], centred['null_gaussian'])}, and {number(raw['value'])} before centring."
     )
 

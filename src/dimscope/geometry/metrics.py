@@ -38,6 +38,8 @@ NOISE_SCALE = "noise scale"
 NOISE_EDGE = "Marchenko-Pastur edge"
 SPIKES = "spikes above the edge"
 GAVISH_DONOHO_RANK = "Gavish-Donoho rank"
+CHANCE_EDGE = "chance edge"
+DIRECTIONS_ABOVE_CHANCE = "directions above chance"
 
 HUBNESS = "hubness skewness"
 CKA = "CKA"
@@ -123,6 +125,12 @@ _NOISE = (
     _metric(NOISE_SCALE, "standard deviation", "s of the white noise whose median singular value is the measured one"),
     _metric(NOISE_EDGE, "singular value", "singular value that white noise of the noise scale exceeds in 1% of tables", "Johnstone 2001"),
     _metric(SPIKES, COUNT, "singular values above the Marchenko-Pastur edge"),
+    _metric(
+        CHANCE_EDGE, "singular value",
+        "95% quantile of the largest singular value of independent entries with the same row norms and column variances",
+        "Paul & Silverstein 2009; Couillet & Hachem 2014",
+    ),
+    _metric(DIRECTIONS_ABOVE_CHANCE, COUNT, "centred singular values above the chance edge"),
     _metric(GAVISH_DONOHO_RANK, DIMENSIONS, "singular values above omega(beta) times their median", "Gavish & Donoho 2014"),
 )  # fmt: skip
 _OTHERS = (

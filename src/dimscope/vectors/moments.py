@@ -68,6 +68,11 @@ def merge(left: Moments, right: Moments) -> Moments:
     return Moments(left.count + right.count, left.total + right.total, left.gram + right.gram)
 
 
+def subtract(whole: Moments, part: Moments) -> Moments:
+    """Return the moments of the rows that are left when some rows are taken out."""
+    return Moments(whole.count - part.count, whole.total - part.total, whole.gram - part.gram)
+
+
 def upper_gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
     """Compute X^T X on and above its diagonal, for about half of the products; what is below is not filled."""
     gram = rows.new_zeros(rows.shape[1], rows.shape[1])

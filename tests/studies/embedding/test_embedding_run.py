@@ -40,7 +40,7 @@ def result() -> StudyResult:
 
 def value(result: StudyResult, metric: str, preprocess: str, column: str = "value") -> float:
     table = "dimensions" if metric == metrics.PARTICIPATION_RATIO else "measures"
-    return result.tables[table].filter(metric=metric, preprocess=preprocess)[column].item()
+    return result.tables[table].filter(rows="all", metric=metric, preprocess=preprocess)[column].item()
 
 
 def test_the_numbers_of_vectors_are_those_of_numpy(result: StudyResult) -> None:
@@ -136,7 +136,7 @@ def test_refusals(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
     assert not (tmp_path / "out" / "report.json").exists()
     without = dimscope.embedding(rows, skip_nonfinite=True, knn_sample=50)
     assert without.facts.warnings[0] == "1 rows with NaN or Inf were left out"
-    assert without.tables["measures"].filter(metric=metrics.MEAN_NORM)["n_tokens"].item() == N - 1
+    assert without.tables["measures"].filter(rows="all", metric=metrics.MEAN_NORM)["n_tokens"].item() == N - 1
 
 
 def test_a_table_is_computed_again_where_a_metric_has_another_definition(tmp_path: Path) -> None:
@@ -160,5 +160,6 @@ def test_an_untied_model_has_both_tables(checkpoint: Callable[..., Path]) -> Non
     output = run_embedding(opened, EmbeddingSettings(side="output", knn_sample=50), MemoryStore(), SILENT)
     assert set(output.tables["dimensions"]["table"]) == {"output", "input"}
     own = dimscope.dimensions(opened, side="output")["participation_ratio"].value
-    row = output.tables["dimensions"].filter(table="output", metric=metrics.PARTICIPATION_RATIO, preprocess="centred")
+    frame = output.tables["dimensions"].filter(table="output", rows="all", preprocess="centred")
+    row = frame.filter(metric=metrics.PARTICIPATION_RATIO)
     assert row["value"].item() == pytest.approx(own, rel=1e-12)

@@ -75,7 +75,8 @@ def test_cumulative_variance_equals_the_table(tables: Tables) -> None:
 
 
 def test_dimensions_stand_beside_their_nulls(tables: Tables) -> None:
-    fig, frame = spectrum_figures.dimensions(tables["dimensions"], 4), tables["dimensions"]
+    frame = tables["dimensions"].filter(rows="all")
+    fig = spectrum_figures.dimensions(frame, 4)
     dots = {trace.name: trace for trace in fig.data if trace.mode == "markers"}
     np.testing.assert_array_equal(dots["this table"].x, frame["value"])
     np.testing.assert_array_equal(dots["random Gaussian table"].x, frame["null_gaussian"])

@@ -63,19 +63,19 @@ def test_budget_names_the_share_and_the_tie(tables: Tables, facts: Facts) -> Non
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("n", "words"),
     [
-        ([2.8, 2.4, 2.1, 1.9], "None of 4 directions are wider than chance would make them"),
-        ([4.0, 2.0, 2.2, 0.5], "1 of 4 directions is wider than chance would make it"),
-        ([4.0, 2.5, 2.2, 0.5], "3 of 4 directions are wider"),
-        ([4.0, 3.0, 2.5, 2.0], "4 of 4 directions are wider"),
+        (0.0, "None of 4 directions is wider than chance explains, in the 5 trained rows"),
+        (1.0, "1 of 4 directions is wider"),
+        (3.0, "3 of 4 directions are wider"),
     ],
 )
-def test_spectrum_counts_the_leading_directions_above_the_permuted_table(
-    tables: Tables, facts: Facts, values: list[float], words: str
+def test_spectrum_counts_the_directions_above_the_chance_edge(
+    tables: Tables, facts: Facts, n: float, words: str
 ) -> None:
-    changed = {**tables, "spectrum": tables["spectrum"].with_columns(singular_value=pl.Series(values))}
-    assert _section(directions.spectrum_section(changed, facts)).title.startswith(words)
+    assert _section(
+        directions.spectrum_section(_measured(tables, "directions above chance", n), facts)
+    ).title.startswith(words)
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,14 @@ def test_untied_model_shows_both_tables(tables: Tables, facts: Facts) -> None:
     }
     changed = {**tables, **both}
     assert len(_section(directions.spectrum_section(changed, facts)).blocks) == 4
-    assert len(_section(directions.dimension_section(changed, facts)).blocks) == 2
+    plots = [block for block in _section(directions.dimension_section(changed, facts)).blocks if block.kind == "plot"]
+    assert len(plots) == 2
 
 
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (1.0, "uses 1 of 4 dimensions, far fewer than the 3.9"),
+        (1.0, "the 5 trained rows use 1 of 4 dimensions, far fewer than the 3.9"),
         (3.0, "fewer than the 3.9"),
         (3.9, "about as many as the 3.9"),
         (4.2, "more than the 3.9"),

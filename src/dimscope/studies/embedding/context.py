@@ -4,45 +4,72 @@ from typing import Any
 
 import polars as pl
 
+from dimscope.geometry.metrics import PARTICIPATION_RATIO
 from dimscope.page.section import Tables
 
 NAMES = {"input": "input table", "output": "output table", "vectors": "vectors"}
 """What the page calls each table, in the order in which it shows them."""
 
 
-def measure(tables: Tables, metric: str, preprocess: str | None = None) -> dict[str, Any] | None:
+LEADING = ("trained", "all")
+"""The rows that the page speaks of, in order of preference."""
+
+
+def measure(
+    tables: Tables, metric: str, preprocess: str | None = None, rows: str | None = None
+) -> dict[str, Any] | None:
     """Return the row of measures.parquet for this metric of the first table, or None where it was not measured."""
     if "measures" not in tables:
         return None
-    rows = _of_table(tables["measures"].filter(pl.col("metric") == metric), None)
+    part = of_rows(of_table(tables["measures"].filter(pl.col("metric") == metric)), rows)
     if preprocess is not None:
-        rows = rows.filter(pl.col("preprocess") == preprocess)
+        part = part.filter(pl.col("preprocess") == preprocess)
     # By default the page speaks of the centred table.
-    rows = rows.sort(pl.col("preprocess") != "centred", maintain_order=True)
-    return rows.row(0, named=True) if rows.height and rows["value"][0] is not None else None
+    return _first(part.sort(pl.col("preprocess") != "centred", maintain_order=True))
 
 
-def dimension(tables: Tables, metric: str, table: str | None = None) -> dict[str, Any] | None:
+def dimension(tables: Tables, metric: str, table: str | None = None, rows: str | None = None) -> dict[str, Any] | None:
     """Return the row of dimensions.parquet for this metric of a centred table, or None where it was not measured."""
     if "dimensions" not in tables:
         return None
-    frame = tables["dimensions"].filter(preprocess="centred")
-    rows = _of_table(frame, table).filter(metric=metric)
-    return rows.row(0, named=True) if rows.height and rows["value"][0] is not None else None
+    frame = tables["dimensions"].filter(preprocess="centred", metric=metric)
+    return _first(of_rows(of_table(frame, table), rows))
+
+
+def _first(frame: pl.DataFrame) -> dict[str, Any] | None:
+    return frame.row(0, named=True) if frame.height and frame["value"][0] is not None else None
 
 
 def explained_variance(tables: Tables) -> list[float]:
-    """Return the share of variance of each component of the first table, centred, or nothing without a spectrum."""
+    """Return the share of variance of each component of all rows of the first table, centred, or nothing."""
     if "spectrum" not in tables:
         return []
-    rows = _of_table(tables["spectrum"].filter(preprocess="centred"), None).sort("index")
+    rows = of_rows(of_table(tables["spectrum"].filter(preprocess="centred")), "all").sort("index")
     return rows["explained_variance_ratio"].to_list()
 
 
-def _of_table(frame: pl.DataFrame, table: str | None) -> pl.DataFrame:
-    """Return the rows about a table, by default the first one that the page shows."""
+def of_table(frame: pl.DataFrame, table: str | None = None) -> pl.DataFrame:
+    """Return the part about a table, by default the first one that the page shows."""
     sides = [table] if table is not None else table_sides(frame)
     return frame.filter(pl.col("table") == sides[0]) if sides else frame
+
+
+def of_rows(frame: pl.DataFrame, rows: str | None = None) -> pl.DataFrame:
+    """Return the part about some rows, by default those that lead: the trained ones, else all."""
+    present = [name for name in LEADING if (frame["rows"] == name).any()]
+    chosen = rows or (present[0] if present else "all")
+    return frame.filter(pl.col("rows") == chosen)
+
+
+def rows_phrase(tables: Tables, table: str | None = None) -> str:
+    """Return the rows that lead in words: "the 4,061 trained rows", or "all 4,224 rows" where none is left out."""
+    lead = dimension(tables, PARTICIPATION_RATIO, table)
+    whole = dimension(tables, PARTICIPATION_RATIO, table, "all")
+    if lead is None or whole is None:
+        return "the rows"
+    if lead["n_tokens"] == whole["n_tokens"]:
+        return f"all {whole['n_tokens']:,} rows"
+    return f"the {lead['n_tokens']:,} {lead['rows']} rows"
 
 
 def table_sides(frame: pl.DataFrame) -> list[str]:

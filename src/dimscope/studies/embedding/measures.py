@@ -9,18 +9,21 @@ import polars as pl
 import torch
 
 from dimscope.geometry import metrics
+from dimscope.geometry.chance import chance_edge
 from dimscope.geometry.dimension import isoscore
 from dimscope.geometry.isotropy import mean_cosine, partition_isotropy, row_norms
 from dimscope.geometry.neighbors import build_index, hubness
 from dimscope.geometry.nulls import gavish_donoho_rank, noise_edge, noise_scale
 from dimscope.geometry.spectrum import spectrum
 from dimscope.geometry.untrained import UntrainedScores
-from dimscope.studies.embedding.tables import gaussian_like, in_degrees
+from dimscope.studies.embedding.populations import RowSet
+from dimscope.studies.embedding.spectrum_tables import gaussian_like
+from dimscope.studies.embedding.tables import in_degrees
 from dimscope.vectors.moments import Moments
 from dimscope.vectors.table import VectorTable
 
 SCHEMA = {
-    "table": pl.String, "metric": pl.String, "preprocess": pl.String, "value": pl.Float64, "stderr": pl.Float64,
+    "table": pl.String, "rows": pl.String, "metric": pl.String, "preprocess": pl.String, "value": pl.Float64, "stderr": pl.Float64,
     "null": pl.Float64, "n_tokens": pl.Int64, "note": pl.String,
 }  # fmt: skip
 RAW, CENTRED = "none", "centred"  # preprocessing
@@ -38,12 +41,19 @@ class Measure:
     note: str | None = None
 
 
-def measures_frame(side: str, table: VectorTable, moments: Moments) -> pl.DataFrame:
-    """Return the noise fit, isotropy and norms of one table."""
+def measures_frame(population: RowSet) -> pl.DataFrame:
+    """Return the noise fit, directions above chance, isotropy and norms of one population of rows."""
+    table, moments = population.table, population.moments
     share = float(table.n_used * moments.mean.square().sum() / moments.gram.trace())
     energy = Measure(metrics.ENERGY_OF_MEAN, RAW, share, null=1 / table.n_used, note="share of the sum of squares")
-    rows = [energy, *noise_measures(moments), *isotropy_measures(table, moments), *norm_measures(table)]
-    return _frame(side, rows, table.n_used)
+    rows = [
+        energy,
+        *noise_measures(moments),
+        *chance_measures(table, moments),
+        *isotropy_measures(table, moments),
+        *norm_measures(table),
+    ]
+    return _frame(population.table_name, population.rows, rows, table.n_used)
 
 
 def noise_measures(moments: Moments) -> list[Measure]:
@@ -58,6 +68,19 @@ def noise_measures(moments: Moments) -> list[Measure]:
         Measure(metrics.NOISE_EDGE, CENTRED, edge, note="singular value; exceeded by one white-noise table in 100"),
         Measure(metrics.SPIKES, CENTRED, spikes, null=0.0, note="count"),
         Measure(metrics.GAVISH_DONOHO_RANK, CENTRED, float(gavish_donoho_rank(centred)), null=0.0, note="count"),
+    ]
+
+
+def chance_measures(table: VectorTable, moments: Moments) -> list[Measure]:
+    """Count the directions that are wider than the widest one of 95% of tables without structure."""
+    values = spectrum(moments, centred=True).singular_values
+    variances = moments.scatter(centred=True).diagonal() / table.n_used
+    edge = chance_edge(row_norms(table, moments.mean).square(), variances.clamp_min(0))
+    edge_note = "singular value; entries are independent, rows keep their norms and columns their variances"
+    above = float((values > edge).sum())
+    return [
+        Measure(metrics.CHANCE_EDGE, CENTRED, edge, note=edge_note),
+        Measure(metrics.DIRECTIONS_ABOVE_CHANCE, CENTRED, above, null=0.0, note="count"),
     ]
 
 
@@ -102,15 +125,14 @@ def untrained_measures(side: str, untrained: UntrainedScores, n_tokens: int) -> 
         Measure(metrics.SEED_ROWS, RAW, seeds, note="rows beyond the tokenizer or unreachable"),
         Measure(metrics.UNTRAINED_THRESHOLD, RAW, threshold, note="score at or below which a row is flagged"),
     ]
-    return _frame(side, rows, n_tokens)
+    return _frame(side, "all", rows, n_tokens)
 
 
 def hubness_measure(side: str, hubs: pl.DataFrame, null: float | None) -> pl.DataFrame:
     """Return the skewness of the in-degrees; `null` is that of Gaussian rows of the same shape, where it was computed."""
     note = "kNN graph among the rows counted; null: Gaussian rows of the same shape"
-    return _frame(
-        side, [Measure(metrics.HUBNESS, RAW, hubness(hubs["in_degree"].to_numpy()), null=null, note=note)], len(hubs)
-    )
+    skewness = Measure(metrics.HUBNESS, RAW, hubness(hubs["in_degree"].to_numpy()), null=null, note=note)
+    return _frame(side, "all", [skewness], len(hubs))
 
 
 def gaussian_hubness(n_rows: int, dim: int, k: int, seed: int) -> float:
@@ -119,7 +141,7 @@ def gaussian_hubness(n_rows: int, dim: int, k: int, seed: int) -> float:
     return hubness(in_degrees(build_index(torch.arange(n_rows), noise), k).numpy())
 
 
-def _frame(side: str, measures: list[Measure], n_tokens: int) -> pl.DataFrame:
+def _frame(table: str, rows: str, measures: list[Measure], n_tokens: int) -> pl.DataFrame:
     """Return measures as a tidy frame, in which a value that does not exist is null."""
-    rows = [(side, *row[:-1], n_tokens, row[-1]) for row in map(astuple, measures)]
-    return pl.DataFrame(rows, schema=SCHEMA, orient="row").fill_nan(None)
+    records = [(table, rows, *record[:-1], n_tokens, record[-1]) for record in map(astuple, measures)]
+    return pl.DataFrame(records, schema=SCHEMA, orient="row").fill_nan(None)

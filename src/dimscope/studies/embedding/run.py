@@ -19,9 +19,11 @@ from dimscope.storage import Store
 from dimscope.studies.embedding import measures, tables
 from dimscope.studies.embedding.facts import EmbeddingFacts
 from dimscope.studies.embedding.neighbors import NEIGHBORS, find_neighbors, parse_query, query_vector, search_spaces
+from dimscope.studies.embedding.populations import influence_frame, row_sets
 from dimscope.studies.embedding.row_tables import duplicates_table, tokens_table
 from dimscope.studies.embedding.settings import EmbeddingSettings
-from dimscope.studies.embedding.source import EmbeddingSource, TableSide, open_source
+from dimscope.studies.embedding.source import EmbeddingSource, open_source
+from dimscope.studies.embedding.spectrum_tables import dimensions_frame, spectrum_frame
 from dimscope.studies.study import Monitor, RunOutput
 from dimscope.vectors.table import VectorTable
 
@@ -79,31 +81,28 @@ def units_of(source: EmbeddingSource, settings: EmbeddingSettings) -> list[Unit]
     ]  # fmt: skip
     return [
         *model_only,
-        Unit("spectrum", NULL, lambda done: spectrum_table(source, settings)),
-        Unit("dimensions", NULL, lambda done: dimensions_table(source, done["spectrum"])),
         Unit("duplicates", TABLE, lambda done: duplicates_table(source)),
+        Unit("spectrum", NULL, lambda done: spectrum_table(source, settings, done["duplicates"])),
+        Unit("dimensions", NULL, lambda done: dimensions_table(source, done)),
+        Unit("influence", TABLE, lambda done: influence_frame(source, done["duplicates"])),
         Unit("tokens", TABLE, lambda done: tokens_with_groups(source, done["duplicates"])),
         Unit("correlation", (*TABLE, "first_ids"), lambda done: first_correlations(source, settings.first_ids)),
         Unit("correlation_blocks", TABLE, lambda done: blocks_table(source)),
         Unit("knn", GRAPH, lambda done: knn_table(source, settings)),
         Unit("hubs", GRAPH, lambda done: hubs_table(source, settings, done["knn"])),
-        Unit("measures", GRAPH, lambda done: measures_table(source, settings, done["hubs"])),
+        Unit("measures", GRAPH, lambda done: measures_table(source, settings, done)),
     ]
 
 
-def spectrum_table(source: EmbeddingSource, settings: EmbeddingSettings) -> pl.DataFrame:
-    """Return the singular values of each table beside their nulls."""
-
-    def frame(side: TableSide) -> pl.DataFrame:
-        return tables.spectrum_frame(side.name, side.table, side.moments, settings.permutations, settings.seed)
-
-    return pl.concat(map(frame, source.sides))
+def spectrum_table(source: EmbeddingSource, settings: EmbeddingSettings, duplicates: pl.DataFrame) -> pl.DataFrame:
+    """Return the singular values of each population of rows beside their nulls."""
+    populations = row_sets(source, duplicates)
+    return pl.concat(spectrum_frame(rows, settings.permutations, settings.seed) for rows in populations)
 
 
-def dimensions_table(source: EmbeddingSource, spectra: pl.DataFrame) -> pl.DataFrame:
-    """Return the linear dimensions of each table beside their nulls."""
-    sides = source.sides
-    return pl.concat(tables.dimensions_frame(s.name, spectra, s.table.n_used, s.table.dim) for s in sides)
+def dimensions_table(source: EmbeddingSource, done: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    """Return the linear dimensions of each population of rows beside their nulls."""
+    return pl.concat(dimensions_frame(rows, done["spectrum"]) for rows in row_sets(source, done["duplicates"]))
 
 
 def tokens_with_groups(source: EmbeddingSource, duplicates: pl.DataFrame) -> pl.DataFrame:
@@ -161,12 +160,14 @@ def hubs_table(source: EmbeddingSource, settings: EmbeddingSettings, knn: pl.Dat
     return tables.hubs_frame(ids[positions], degrees, source.vocabulary)
 
 
-def measures_table(source: EmbeddingSource, settings: EmbeddingSettings, hubs: pl.DataFrame) -> pl.DataFrame:
-    """Compute the single numbers about each table, and hubness."""
-    null = None
+def measures_table(
+    source: EmbeddingSource, settings: EmbeddingSettings, done: Mapping[str, pl.DataFrame]
+) -> pl.DataFrame:
+    """Compute the single numbers about each population of rows, and hubness."""
+    null, hubs = None, done["hubs"]
     if not settings.full_knn:
         null = measures.gaussian_hubness(len(hubs), source.table.dim, settings.neighbors, settings.seed)
-    frames = [measures.measures_frame(side.name, side.table, side.moments) for side in source.sides]
+    frames = [measures.measures_frame(rows) for rows in row_sets(source, done["duplicates"])]
     if source.checkpoint is not None:
         frames.append(measures.untrained_measures(source.side, source.untrained, source.table.n_used))
     return pl.concat([*frames, measures.hubness_measure(source.side, hubs, null)])

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from dimscope.page.theme import GAUSSIAN_NULL, MEASURED, PERMUTED_NULL, ROLE_COLOURS, Mark, figure, log_ticks
+from dimscope.page.theme import GAUSSIAN_NULL, HIGHLIGHT, MEASURED, PERMUTED_NULL, ROLE_COLOURS, Mark, figure, log_ticks
 from dimscope.page.wording import share
 
 # (column in dimensions.parquet, column in spectrum.parquet, legend, mark); the measurement comes last, on top.
@@ -56,8 +56,8 @@ def _place() -> pl.Expr:
     )
 
 
-def spectrum(curves: pl.DataFrame, *, log: bool = True) -> go.Figure:
-    """Draw the singular values of one table and one preprocessing against their index, with both nulls.
+def spectrum(curves: pl.DataFrame, *, log: bool = True, edge: float | None = None) -> go.Figure:
+    """Draw the singular values of one table and one preprocessing against their index, with both nulls and the chance edge.
 
     Columns without values are left out. Zeros have no place on a logarithmic axis and vanish there.
     """
@@ -73,6 +73,14 @@ def spectrum(curves: pl.DataFrame, *, log: bool = True) -> go.Figure:
         if curves[column].is_not_null().any():
             sd = curves.get_column("permuted_sd", default=None) if column == "permuted_singular_value" else None
             fig.add_trace(_line(curves["index"], curves[column], name, mark, "singular value", sd))
+    if edge is not None:
+        ends = curves["index"][[0, -1]]
+        line = go.Scatter(
+            x=ends.to_numpy(), y=[edge, edge], mode="lines", name="chance edge (95%)",
+            line={"color": HIGHLIGHT.colour, "width": 1.5, "dash": "dash"},
+            hovertemplate=f"95% of tables without structure stay below {edge:.4g}<extra></extra>",
+        )  # fmt: skip
+        fig.add_trace(line)
     return fig
 
 

@@ -4,10 +4,10 @@ import polars as pl
 
 from dimscope.checkpoints.budget import embedding_share
 from dimscope.geometry import metrics
-from dimscope.page.section import Facts, Grid, Plot, Section, Tables
+from dimscope.page.section import Facts, Grid, Plot, Section, Tables, table
 from dimscope.page.wording import against, count, number, sentence, share
 from dimscope.studies.embedding import spectrum_figures, token_figures
-from dimscope.studies.embedding.context import NAMES, dimension, measure, table_sides
+from dimscope.studies.embedding.context import NAMES, dimension, measure, of_rows, of_table, rows_phrase, table_sides
 
 
 def intro_section(tables: Tables, facts: Facts) -> Section:
@@ -69,48 +69,57 @@ def _embedding_owner(facts: Facts) -> str:
 
 
 def spectrum_section(tables: Tables, facts: Facts) -> Section | None:
-    """Tell how many directions rise above those of a random table of the same shape."""
+    """Tell how many directions are wider than the largest one of a table without structure."""
     if "spectrum" not in tables:
         return None
-    frame = tables["spectrum"].filter(pl.col("preprocess") == "centred").sort("index")
-    blocks = []
+    frame = of_rows(tables["spectrum"].filter(pl.col("preprocess") == "centred")).sort("index")
+    blocks, edge = [], measure(tables, metrics.CHANCE_EDGE)
     for side in table_sides(frame):
-        curves, suffix = frame.filter(pl.col("table") == side), f" of the {NAMES[side]}"
-        alt = f"singular values{suffix}"
-        blocks.append(Plot(f"spectrum-{side}", spectrum_figures.spectrum(curves), alt, log_toggle=True))
+        curves, suffix = of_table(frame, side), f" of the {NAMES[side]}"
+        figure = spectrum_figures.spectrum(curves, edge=edge["value"] if edge and not blocks else None)
+        blocks.append(Plot(f"spectrum-{side}", figure, f"singular values{suffix}", log_toggle=True))
         blocks.append(
             Plot(f"variance-{side}", spectrum_figures.cumulative_variance(curves), f"cumulative variance{suffix}")
         )
     return Section(
         anchor="spectrum",
         name="Spectrum",
-        title=_spectrum_finding(frame, facts),
+        title=_spectrum_finding(tables, facts),
+        findings=_spectrum_of_all_rows(tables),
         blocks=tuple(blocks),
         how_to_read=(
             f"Turn the cloud of {facts.row}s until its widest direction comes first, then the next widest, and so on: the "
-            "first figure shows how wide each direction is (singular values, the mean row removed). The title counts "
-            "how far blue runs above brown, what chance makes of the same columns; since the variances add up to the "
-            "same, wider ones at the front leave narrower ones behind. The second figure adds the directions up: how "
-            "much of the variance the first k hold." + _both_sides(blocks)
+            "first figure shows how wide each direction is (singular values, the mean row removed). The red line is the "
+            "chance edge: 95% of tables without structure have no direction above it. The title counts the directions above "
+            "it. The second figure adds the directions up: the share of the variance in the first k."
+            + _both_sides(blocks)
         ),
         caveat=(
             "Grey is a table of independent Gaussian numbers of the same shape and standard deviation "
             "(Marchenko–Pastur). Brown permutes each column by itself: it keeps columns of unequal variance and "
-            "destroys every relation between them, so what brown explains needs no relation between dimensions. "
-            f"{_noise_note(tables)}Every number uses all {facts.n_rows:,} rows."
+            "destroys every relation between them. The chance edge is that of independent entries which give every row its "
+            "norm and every column its variance, so neither of the two makes a direction stand out. "
+            f"{_noise_note(tables)}Every number uses {rows_phrase(tables)}."
         ),
         tables=("spectrum", "measures"),
     )
 
 
-def _spectrum_finding(frame: pl.DataFrame, facts: Facts) -> str:
-    """Parallel analysis: how many leading directions are wider than the same one of the column-permuted table."""
-    studied = frame.filter(pl.col("table") == table_sides(frame)[0])
-    wider = (studied["singular_value"] > studied["permuted_singular_value"]).to_list()
-    n = wider.index(False) if False in wider else len(wider)
-    verb = "is" if n == 1 else "are"
-    who = f"{n:,}" if n else "None"
-    return f"{who} of {facts.dim:,} directions {verb} wider than chance would make {'it' if n == 1 else 'them'}"
+def _spectrum_finding(tables: Tables, facts: Facts) -> str:
+    above = measure(tables, metrics.DIRECTIONS_ABOVE_CHANCE)
+    if above is None:
+        return "How wide each direction of the table is"
+    n = round(above["value"])
+    who, verb = (f"{n:,}", "is" if n == 1 else "are") if n else ("None", "is")
+    return f"{who} of {facts.dim:,} directions {verb} wider than chance explains, in {rows_phrase(tables)}"
+
+
+def _spectrum_of_all_rows(tables: Tables) -> tuple[str, ...]:
+    """Say how many directions stand out in all rows, where that is another number."""
+    lead, whole = (measure(tables, metrics.DIRECTIONS_ABOVE_CHANCE, rows=rows) for rows in (None, "all"))
+    if lead is None or whole is None or lead["value"] == whole["value"]:
+        return ()
+    return (f"In all {whole['n_tokens']:,} rows {round(whole['value']):,} directions are above the chance edge.",)
 
 
 def _noise_note(tables: Tables) -> str:
@@ -129,23 +138,26 @@ def _both_sides(blocks: list[Plot]) -> str:
 
 
 def dimension_section(tables: Tables, facts: Facts) -> Section | None:
-    """Tell the effective dimension and hold the whole family of measures against its nulls."""
+    """Tell the effective dimension of the leading rows, compare the family with its nulls, and show what rows change."""
     if "dimensions" not in tables:
         return None
-    frame = tables["dimensions"]
-    blocks = tuple(
+    frame = of_rows(tables["dimensions"])
+    blocks: list[Plot | Grid] = [
         Plot(
             f"dimensions-{side}",
-            spectrum_figures.dimensions(frame.filter(pl.col("table") == side), facts.dim),
+            spectrum_figures.dimensions(of_table(frame, side), facts.dim),
             f"effective dimensions of the {NAMES[side]}",
         )
         for side in table_sides(frame)
-    )
+    ]
+    if grid := _influence_grid(tables):
+        blocks.append(grid)
     return Section(
         anchor="dimensions",
         name="Dimension and chance",
         title=_dimension_finding(tables, facts),
-        blocks=blocks,
+        findings=_influence_findings(tables),
+        blocks=tuple(blocks),
         how_to_read=(
             "Every row is one published way to count dimensions. Blue is this table, the grey diamond a random "
             "Gaussian table of the same shape, the brown square this table with each column permuted. The longer "
@@ -155,11 +167,12 @@ def dimension_section(tables: Tables, facts: Facts) -> Section | None:
         ),
         caveat=(
             "The measures answer different questions and differ by design; a number without its name says nothing. "
-            f"All use {facts.n_rows:,} rows. Even pure noise of this shape falls short of {facts.dim:,}, "
-            "which is why a null stands beside each. The corrected participation ratio assumes independent Gaussian "
-            "rows. None of them says how much quality a smaller table would cost."
+            f"All use {rows_phrase(tables)}; the table dimensions also has those of all rows and of one row per group of "
+            f"copies. Even pure noise of this shape falls short of {facts.dim:,}, which is why a null stands beside each. "
+            "The corrected participation ratio assumes independent Gaussian rows. None of them says how much quality a "
+            "smaller table would cost."
         ),
-        tables=("dimensions",),
+        tables=("dimensions", "influence"),
     )
 
 
@@ -168,8 +181,40 @@ def _dimension_finding(tables: Tables, facts: Facts) -> str:
     if row is None:
         return "The family of effective dimensions"
     comparison = against(row["value"], row["null_gaussian"])
-    users = "table uses" if facts.is_model else "vectors use"
-    return f"By the participation ratio the {users} {number(row['value'])} of {facts.dim:,} dimensions, {comparison}"
+    who = rows_phrase(tables)
+    return f"By the participation ratio {who} use {number(row['value'])} of {facts.dim:,} dimensions, {comparison}"
+
+
+NOTABLE = 0.03  # relative change of the participation ratio that the page puts into words
+
+
+def _influence_findings(tables: Tables) -> tuple[str, ...]:
+    """Say what the untrained rows, and the copies, change."""
+    frame = table(tables, "influence")
+    if frame is None:
+        return ()
+    findings = []
+    for row in frame.filter(pl.col("left_out").is_in(list(_NOUNS))).drop_nulls("value").iter_rows(named=True):
+        if abs(row["value_all"] / row["value"] - 1) > NOTABLE:
+            who, verb = count(row["n_tokens"], _NOUNS[row["left_out"]]), "moves" if row["n_tokens"] == 1 else "move"
+            ends = f"from {number(row['value'])} to {number(row['value_all'])}"
+            findings.append(f"{sentence(who)} {verb} the participation ratio {ends}.")
+    return tuple(findings)
+
+
+_NOUNS = {"untrained": "untrained row", "copies": "duplicate row"}
+
+
+def _influence_grid(tables: Tables) -> Grid | None:
+    frame = table(tables, "influence")
+    if frame is None:
+        return None
+    rows = tuple(
+        (row["left_out"], f"{row['n_tokens']:,}", number(row["value"]), number(row["value_all"]))
+        for row in frame.iter_rows(named=True)
+    )
+    header = ("rows left out", "how many", "participation ratio without them", "of all rows")
+    return Grid("Influence of each kind of row", header, rows, frozenset({1, 2, 3}))
 
 
 def _both_sides_of(frame: pl.DataFrame) -> str:
@@ -202,7 +247,7 @@ def isotropy_section(tables: Tables, facts: Facts) -> Section | None:
         caveat=(
             f"{_IDS_ARE_NOT_FREQUENCIES if facts.is_model else ''}"
             "A mean cosine far from 0 often comes from one shared offset alone: compare the value after centring."
-            f"{' Rows never trained pull all of these numbers.' if facts.is_model else ''}"
+            f" All numbers use {rows_phrase(tables)}."
         ),
         tables=("measures", "tokens"),
     )
@@ -250,7 +295,7 @@ _ISOTROPY = (
 def _isotropy_grid(tables: Tables) -> Grid | None:
     if "measures" not in tables:
         return None
-    frame = tables["measures"].filter(pl.col("metric").is_in(_ISOTROPY))
+    frame = of_rows(tables["measures"].filter(pl.col("metric").is_in(_ISOTROPY)))
     rows = tuple(
         (sentence(row["metric"]), row["table"], row["preprocess"], number(row["value"]), number(row["null"]))
         for row in frame.iter_rows(named=True)

@@ -33,5 +33,6 @@ EMBEDDING = Study(
     EmbeddingSettings,
     _load,
     example="dimscope embedding builtin -o report",
+    definition=2,
     takes_vectors=True,
 )

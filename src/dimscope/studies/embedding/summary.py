@@ -6,7 +6,7 @@ from dimscope.checkpoints.budget import embedding_share
 from dimscope.geometry.metrics import PARTICIPATION_RATIO
 from dimscope.page.section import Facts, Tables
 from dimscope.page.wording import against, number, share
-from dimscope.studies.embedding.context import dimension
+from dimscope.studies.embedding.context import LEADING, dimension, rows_phrase
 from dimscope.studies.embedding.facts import embedding_facts
 from dimscope.studies.study import Highlight, Summary
 
@@ -18,19 +18,30 @@ def highlights(tables: Tables, facts: Facts) -> list[Highlight]:
         highlights.append(("embedding share", share(embedding_share(tables["budget"])), "of all parameters"))
     row = dimension(tables, PARTICIPATION_RATIO)
     if row:
-        highlights.append(("effective dimension", number(row["value"]), against(row["value"], row["null_gaussian"])))
+        note = f"{against(row['value'], row['null_gaussian'])}; {rows_phrase(tables)}"
+        highlights.append(("effective dimension", number(row["value"]), note))
     return highlights
 
 
 def summarise(tables: Tables, facts: Facts) -> Summary:
     """Return the participation ratio of the centred table in a sentence, and every linear dimension."""
-    row = dimension(tables, PARTICIPATION_RATIO, embedding_facts(facts).side)
-    subject = "centred embedding table" if facts.is_model else "centred vectors"
+    side = embedding_facts(facts).side
+    row = dimension(tables, PARTICIPATION_RATIO, side)
+    subject = "embedding table" if facts.is_model else "vectors"
     answer = f"No effective dimension: the rows of the {subject} do not vary."
     if row:
         answer = (
-            f"The participation ratio of the {subject} is {number(row['value'])} of {facts.dim:,} "
-            f"dimensions: {against(row['value'], row['null_gaussian'])}."
+            f"The participation ratio of {rows_phrase(tables, side)} of the {subject}, centred, is {number(row['value'])} of "
+            f"{facts.dim:,} dimensions: {against(row['value'], row['null_gaussian'])}.{_of_all_rows(tables, side)}"
         )
-    dimensions = tables["dimensions"].select("table", "metric", "preprocess", "value", "null_gaussian", "null_permuted")
+    columns = ("table", "rows", "metric", "preprocess", "value", "null_gaussian", "null_permuted")
+    dimensions = tables["dimensions"].filter(pl.col("rows").is_in(LEADING)).select(columns)
     return Summary(answer, {"dimensions": dimensions.sort(pl.col("preprocess") != "centred", maintain_order=True)})
+
+
+def _of_all_rows(tables: Tables, side: str) -> str:
+    """Return what the participation ratio is with the untrained rows, where that is another number."""
+    lead, whole = (dimension(tables, PARTICIPATION_RATIO, side, rows) for rows in (None, "all"))
+    if lead is None or whole is None or number(lead["value"]) == number(whole["value"]):
+        return ""
+    return f" With the {whole['n_tokens'] - lead['n_tokens']:,} untrained rows it is {number(whole['value'])}."

@@ -1,8 +1,7 @@
-"""The tables of the embedding study but its single numbers, one function each: objects in, a tidy frame out."""
+"""The tables about rows and pairs of rows, one function each: objects in, a tidy frame out."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,16 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dimscope.checkpoints.vocabulary import Vocabulary
-from dimscope.geometry.dimension import Dimension, linear_dimensions
 from dimscope.geometry.isotropy import row_norms
 from dimscope.geometry.neighbors import NeighborIndex, drop_self
-from dimscope.geometry.nulls import (
-    permuted_moments,
-    permuted_spectrum,
-    white_noise_spectrum,
-)
 from dimscope.geometry.pairs import Groups, Pairs, diameter
-from dimscope.geometry.spectrum import Spectrum, principal_components, spectrum
+from dimscope.geometry.spectrum import principal_components
 from dimscope.geometry.untrained import UntrainedScores, untrained_scores
 from dimscope.vectors.moments import Moments
 from dimscope.vectors.table import VectorTable
@@ -78,61 +71,6 @@ def _untrained_reason(untrained: UntrainedScores) -> pl.Expr:
     near = pl.format("lies with the untrainable rows (score {})", pl.col("untrained_score").cast(pl.Float64).round(4))
     both = pl.when(pl.col("reason").is_not_null()).then(pl.format("{}; {}", "reason", near)).otherwise(near)
     return pl.when(pl.col("untrained")).then(both)
-
-
-def spectrum_frame(side: str, table: VectorTable, moments: Moments, draws: int, seed: int) -> pl.DataFrame:
-    """Return singular values, centred and not, beside those of a Gaussian table and of the column-permuted table."""
-    shuffled = permuted_moments(table, draws=draws, seed=seed)
-    parts = []
-    for centred in (True, False):
-        measured = spectrum(moments, centred=centred)
-        share = measured.explained_variance_ratio
-        permuted = permuted_spectrum(shuffled, centred=centred)
-        parts.append(
-            pl.DataFrame(
-                {
-                    "table": [side] * len(share),
-                    "preprocess": [measured.preprocess] * len(share),
-                    "index": np.arange(1, len(share) + 1),
-                    "singular_value": measured.singular_values.numpy(),
-                    "explained_variance_ratio": share.numpy(),
-                    "cumulative": share.cumsum(0).numpy(),
-                    "gaussian_singular_value": gaussian_like(measured).singular_values.numpy(),
-                    "permuted_singular_value": permuted.mean.singular_values.numpy(),
-                    "permuted_sd": permuted.sd.numpy(),
-                }
-            )
-        )
-    return pl.concat(parts)
-
-
-def gaussian_like(measured: Spectrum) -> Spectrum:
-    """Return the expected spectrum of a Gaussian table of the same shape and standard deviation."""
-    n = max(measured.n_rows - measured.centred, 1)
-    std = math.sqrt(float(measured.singular_values.square().sum()) / (n * measured.dim))
-    return white_noise_spectrum(measured.n_rows, measured.dim, std, centred=measured.centred)
-
-
-def dimensions_frame(side: str, spectra: pl.DataFrame, n_rows: int, dim: int) -> pl.DataFrame:
-    """Return every linear dimension of the family, beside its value on the two nulls of the same shape."""
-    rows = []
-    for preprocess in ("centred", "uncentred"):
-        part = spectra.filter(table=side, preprocess=preprocess)
-
-        def family(column: str, part: pl.DataFrame = part, centred: bool = preprocess == "centred") -> list[Dimension]:
-            return linear_dimensions(Spectrum(torch.from_numpy(part[column].to_numpy().copy()), n_rows, dim, centred))
-
-        values = [family(f"{c}singular_value") for c in ("", "gaussian_", "permuted_")]
-        rows += [
-            (side, d.metric, preprocess, d.spectrum, d.order, d.value, gaussian.value, permuted.value, n_rows, dim)
-            for d, gaussian, permuted in zip(*values, strict=True)
-        ]
-    text, value, n = pl.String, pl.Float64, pl.Int64
-    schema = {
-        "table": text, "metric": text, "preprocess": text, "spectrum": text, "order": value, "value": value,
-        "null_gaussian": value, "null_permuted": value, "n_tokens": n, "dim": n,
-    }  # fmt: skip
-    return pl.DataFrame(rows, schema=schema, orient="row").fill_nan(None)  # a table without variance has no dimension
 
 
 def correlation_frame(ids: list[int], labels: list[str], matrix: Float[Tensor, "n n"]) -> pl.DataFrame:
