@@ -76,6 +76,13 @@ def test_planted_blocks_are_found_whole():
     assert blocks_of(gaussian(400, 64), 0.99)[0] == []
 
 
+def test_blocks_do_not_depend_on_the_lengths_of_the_rows():
+    x = planted()
+    x[[177, 10, 300]] *= 1e18
+    x[[180, 20, 301]] *= 1e-18
+    assert blocks_of(x, 0.99)[0] == blocks_of(planted(), 0.99)[0]
+
+
 @pytest.mark.parametrize("at_least", [0.5, 0.9, 0.997, 0.9999])
 def test_the_pairs_are_those_of_the_matrix(at_least):
     x = planted()

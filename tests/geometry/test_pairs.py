@@ -130,6 +130,75 @@ def test_a_distance_equal_to_the_radius_is_within_it():
         same(found_in(x, radius), brute(x, radius))
 
 
+def radius_between(distances, share):
+    """Return a radius between two distances at this share of all, so that the last bit of a distance decides nothing."""
+    distances = np.concatenate([[0.0], np.sort(distances), [2 * distances.max()]])
+    gaps = np.flatnonzero(distances[1:] > (1 + 1e-9) * distances[:-1])
+    at = gaps[min(int(share * len(gaps)), len(gaps) - 1)]
+    return float(distances[at] + distances[at + 1]) / 2
+
+
+@PROPERTY
+@given(
+    n=st.integers(2, 60),
+    d=st.integers(1, 8),
+    decades=st.integers(0, 36),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 99),
+    tile=st.integers(1, 70),
+)
+def test_pairs_of_rows_of_very_different_lengths_are_those_of_brute_force(n, d, decades, share, seed, tile):
+    random = torch.Generator().manual_seed(seed)
+    x = gaussian(n, d, seed) * 10 ** (decades * (2 * torch.rand(n, 1, generator=random) - 1))
+    third = n // 3
+    x[:third] = x[third : 2 * third]  # copies and near copies at every length
+    x[:third:2] *= 1 + 1e-4 * gaussian(len(range(0, third, 2)), 1, seed + 1)
+    radius = radius_between(pdist(x.double().numpy()), share)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TILE", tile)
+        patch.setattr(module, "WIDTH", 16)
+        same(found_in(x, radius), brute(x, radius))
+
+
+def lengthened(x, count, factor):
+    x = x.clone()
+    x[1 :: len(x) // count] *= factor
+    return x
+
+
+LONG_ROWS = [(1, 300.0), (10, 1e4), (1, 1e18), (1, 1e37), (60, 1e3)]
+
+
+@pytest.mark.parametrize(("count", "factor"), LONG_ROWS)
+def test_a_few_long_rows_change_no_pair_of_the_others_and_add_hardly_any_work(count, factor, monkeypatch):
+    x = gaussian(3000, 64)
+    x[2000:2055] = x[100:155] + 1e-3 * gaussian(55, 64, 1)
+    work = {"compared": 0, "measured": 0}
+    near_tile, measure = module._near_tile, module._measure
+
+    def counted_near_tile(tiles, i):
+        near = near_tile(tiles, i)
+        work["compared"] += TILE * len(near)
+        return near
+
+    def counted_measure(rows, first, second, radius):
+        work["measured"] += len(first)
+        return measure(rows, first, second, radius)
+
+    monkeypatch.setattr(module, "_near_tile", counted_near_tile)
+    monkeypatch.setattr(module, "_measure", counted_measure)
+    alone, usual = found_in(x, 0.02), dict(work)
+    assert len(alone) == 55
+    work.update(compared=0, measured=0)
+    long = lengthened(x, count, factor)
+    long_rows = set((long != x).any(dim=1).nonzero().flatten().tolist())
+    expected = {pair: distance for pair, distance in alone.items() if not long_rows & set(pair)}
+    assert len(expected) >= 50
+    same(found_in(long, 0.02), expected)
+    assert work["compared"] <= 1.5 * usual["compared"]
+    assert work["measured"] <= 1.5 * usual["measured"] + count**2
+
+
 def test_components_may_be_any_orthonormal_columns_and_fewer_than_32():
     x = gaussian(200, 10)
     expected = brute(x, 2.5)

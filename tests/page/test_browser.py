@@ -10,6 +10,7 @@ import pytest
 from layer_tables import Model, Plan, layer_tables, study_facts
 
 from dimscope.page.section import Tables
+from dimscope.page.theme import figure
 from dimscope.report import rewrite_page
 from dimscope.storage import FORMAT
 
@@ -19,6 +20,17 @@ FLAGS = [
     "--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
 ]  # fmt: skip
+# Buttons of figures that act on the figure only, by their titles.
+BUTTONS = {
+    "Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes", "Autoscale", "Box Select", "Lasso Select",
+}  # fmt: skip
+BUTTONS_OF = "[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)"
+FIGURES_WITHOUT_BUTTONS = """[...document.querySelectorAll('.js-plotly-plot')]
+  .filter(figure => !figure.querySelector('.modebar-btn')).map(figure => figure.id)"""
+# Targets of links and forms, without places of the page, data in it and files in its folder.
+FOREIGN_TARGETS = """[...document.querySelectorAll('[*|href], [action], [formaction], [ping]')]
+  .flatMap(element => ['href', 'xlink:href', 'action', 'formaction', 'ping'].map(name => element.getAttribute(name)))
+  .filter(target => target && !/^(#|data:|tables[/])/.test(target))"""
 POINTS_OF = """name => document.getElementById('token-map').data
   .filter(trace => trace.name.startsWith(name)).flatMap(trace => [...trace.customdata])"""
 
@@ -164,6 +176,24 @@ def test_tables_and_csv_can_be_saved(opened: Any, tables: Tables) -> None:
     assert saved["norm"].to_list() == pytest.approx(tables["tokens"]["norm"].to_list(), rel=1e-3)
 
 
+def test_no_control_leads_out_of_the_page(opened: Any) -> None:
+    assert opened.evaluate(FIGURES_WITHOUT_BUTTONS) == []
+    assert set(opened.evaluate(BUTTONS_OF)) <= BUTTONS
+    assert opened.evaluate(FOREIGN_TARGETS) == []
+    policy = opened.get_attribute("meta[http-equiv=Content-Security-Policy]", "content")
+    assert {"default-src 'none'", "form-action 'none'", "base-uri 'none'"} <= set(policy.split("; "))
+
+
+def test_figures_outside_the_page_have_no_button_that_uploads_them(browser: Any) -> None:
+    page = browser.new_page()
+    page.set_content(figure(300).add_scatter(x=[1, 2], y=[3, 4]).to_html(config={"displaylogo": False}))
+    page.wait_for_selector(".modebar-btn", state="attached", timeout=240_000)
+    titles = page.evaluate(BUTTONS_OF)
+    page.close()
+    assert "Zoom" in titles
+    assert set(titles) <= BUTTONS
+
+
 @pytest.mark.parametrize("width", [390, 1600])
 def test_page_never_scrolls_sideways(opened: Any, width: int) -> None:
     opened.set_viewport_size({"width": width, "height": 900})
@@ -196,9 +226,11 @@ def test_layer_can_be_chosen_and_the_theme_keeps_it(browser: Any, run_folder: Ca
       .filter(t => t.visible !== false && t.meta).map(t => t.meta.layer))].join()"""
     page.select_option("select[data-layers=scree]", "1")
     page.click("#theme-toggle")
-    for figure in ("scree-shares", "scree-cumulative"):
-        page.wait_for_function(f"({seen})('{figure}') === '1'")
+    for anchor in ("scree-shares", "scree-cumulative"):
+        page.wait_for_function(f"({seen})('{anchor}') === '1'")
     assert page.evaluate(seen, "intrinsic-scale") == "3"
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert set(page.evaluate(BUTTONS_OF)) <= BUTTONS
+    assert page.evaluate(FOREIGN_TARGETS) == []
     assert troubles == []
     page.close()

@@ -12,16 +12,17 @@ from functools import cache
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dimscope.errors import InvalidArgument
 from dimscope.geometry.metrics import GRIDE, LEVINA_BICKEL, TWO_NN, TWO_NN_LEAST_SQUARES
-from dimscope.geometry.pairs import LEADING, Pairs, pairs_within
+from dimscope.geometry.pairs import LEADING, Pairs, median_row, pairs_within
 
 FEWEST = 8  # distinct rows for an estimate
 COPY = 1e-3  # rows this much closer than rows are otherwise are copies
 PROBES = 256  # rows that tell how close rows are otherwise
+LONG = 32.0  # rows more than this many times as far from the median row as others usually are do not move the centre
 ROWS_AT_ONCE = 512  # rows whose distances to all others are computed at once
 BLURRED = 1e-12  # share of the squared norm below which a squared distance is mostly rounding
 TIED = 1e-9  # a logarithm of a ratio of distances below which they are equal
@@ -90,9 +91,23 @@ def distinct_rows(rows: Float[Tensor, "n d"], radius: float | None = None) -> In
     n, d = rows.shape
     if n < 2:
         return torch.arange(n)
-    centred = rows.double() - rows.double().mean(dim=0)
-    axes = torch.eye(d, dtype=torch.float64)[:, centred.square().sum(dim=0).topk(min(LEADING, d)).indices]
+    centred = _centred(rows)
+    widest = centred[~_is_long(centred)].square().sum(dim=0).topk(min(LEADING, d)).indices
+    axes = torch.eye(d, dtype=torch.float64)[:, widest]
     return _net(pairs_within(centred, axes, _copy_radius(centred) if radius is None else radius), n)
+
+
+def _is_long(rows: Float[Tensor, "n d"]) -> Bool[Tensor, " n"]:
+    """Return which rows are more than 32 times as far from the median row as rows usually are, copies of it aside."""
+    distances = (rows - median_row(rows)).norm(dim=1)
+    return distances > LONG * distances[distances > 0].median()  # NaN, thus none, where all rows are equal
+
+
+def _centred(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Return rows in float64 minus the mean of those that are not long."""
+    # A massive row moves the mean of all so far that the distances between the others are lost in rounding.
+    rows = rows.double()
+    return rows - rows[~_is_long(rows)].mean(dim=0)
 
 
 def _copy_radius(centred: Float[Tensor, "n d"]) -> float:
@@ -119,7 +134,7 @@ def _net(pairs: Pairs, n: int) -> Int[Tensor, " m"]:
 
 def _log_distances(rows: Float[Tensor, "n d"], k: int) -> Float[np.ndarray, "m k"]:
     """Return ln of the distances to the k nearest others, rising, without points whose nearest is lost in rounding."""
-    rows = rows.double() - rows.double().mean(dim=0)
+    rows = _centred(rows)
     squares = rows.square().sum(dim=1)
     parts = []
     for start in range(0, len(rows), ROWS_AT_ONCE):

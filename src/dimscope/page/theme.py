@@ -91,6 +91,9 @@ SURFACES: dict[ThemeName, Surface] = {
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'Liberation Sans', sans-serif"
 CLEAR = "rgba(0,0,0,0)"
 
+# A template takes them out of every figure, wherever it is drawn. plotly.js 4 has the first, older versions the others.
+UPLOAD_BUTTONS = ["sendChartToCloud", "sendDataToCloud", "editInChartStudio"]
+
 # A figure outside the page (README, notebook) does not know what is behind it: mid-greys are legible on both.
 _NEUTRAL = Surface(CLEAR, "#f4f6f8", "#72777f", "#72777f", "rgba(128,128,128,0.28)", "#3f86cf")
 
@@ -154,7 +157,12 @@ def _layout(surface: Surface, theme: ThemeName) -> go.layout.Template:
             "coloraxis": {"colorbar": {"outlinewidth": 0, "thickness": 12, "ticks": "outside"}},
             "annotationdefaults": {"font": {"color": surface.text}, "arrowcolor": surface.muted},
             "shapedefaults": {"line": {"color": surface.muted}},
-            "modebar": {"bgcolor": CLEAR, "color": surface.muted, "activecolor": surface.accent},
+            "modebar": {
+                "bgcolor": CLEAR,
+                "color": surface.muted,
+                "activecolor": surface.accent,
+                "remove": UPLOAD_BUTTONS,
+            },
             "hovermode": "closest",
         }
     )

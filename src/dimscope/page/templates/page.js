@@ -97,7 +97,10 @@
   const touch = matchMedia("(pointer: coarse)").matches;
   // Where nothing hovers the buttons would always be there, over the legend.
   const displayModeBar = matchMedia("(hover: hover)").matches ? "hover" : false;
-  const config = { displaylogo: false, displayModeBar, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const config = {
+    displaylogo: false, displayModeBar, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    showSendToCloud: false, plotlyServerURL: "",  // a click must not upload a figure
+  };
 
   function layoutFor(id, layout) {
     const out = { ...layout, autosize: true, template: payload.templates[theme()] };
