@@ -238,19 +238,20 @@ def settings_of(study: Study, text: str | Sequence[str] | None, settings: dict[s
             raise InvalidArgument("`text` is the text itself and `texts` are files or URLs: give one of them")
         if "texts" not in names:
             raise InvalidArgument(f"{study.name} reads no text, so it takes no `text`")
-        settings = settings | {"texts": _texts(text)}
+        settings = settings | {"texts": _texts(text, settings.get("keep_line_ends", False))}
     preset = settings.get("preset")
     if preset is not None and preset not in study.presets:
         raise InvalidArgument(f"`preset` must be one of {', '.join(study.presets)}, got {preset!r}")
     return study.settings(**{**study.presets.get(preset or "", {}), **settings})
 
 
-def _texts(text: str | Sequence[str]) -> tuple[Text, ...]:
+def _texts(text: str | Sequence[str], keep_line_ends: bool) -> tuple[Text, ...]:
     from dimscope.texts.texts import text_from_string
 
     strings = (text,) if isinstance(text, str) else tuple(text)
     names = ["text"] if len(strings) == 1 else [f"text {number}" for number in range(1, len(strings) + 1)]
-    return tuple(text_from_string(string, name) for string, name in zip(strings, names, strict=True))
+    named = zip(strings, names, strict=True)
+    return tuple(text_from_string(string, name, keep_line_ends=keep_line_ends) for string, name in named)
 
 
 def damage(
@@ -354,6 +355,7 @@ def evaluate(
     text: str | None = None,
     texts: str = "builtin:prose",
     length: int | None = None,
+    keep_line_ends: bool = False,
 ) -> TextLoss:
     """Measure the loss of a model on a text, as it is at the moment: perturbed, inside `perturbed`.
 
@@ -364,6 +366,7 @@ def evaluate(
         texts: A file, folder, URL or builtin:prose instead.
         length: Tokens per window, of at most 8 windows; by default the context length of the model, at most 512, or
             as many as the text has.
+        keep_line_ends: Keep CRLF and CR line ends of the text, which are read as LF otherwise.
 
     Raises:
         InvalidArgument: The text has fewer than two tokens, or the model cannot read `length` tokens.
@@ -380,7 +383,7 @@ def evaluate(
 
     checkpoint = as_checkpoint(model, tokenizer)
     reader = require_tokenizer(checkpoint.source)
-    source = open_text(texts) if text is None else _texts(text)[0]
+    source = open_text(texts, keep_line_ends=keep_line_ends) if text is None else _texts(text, keep_line_ends)[0]
     size = fitted_length(checkpoint, {source.name: source}, length, LONGEST).length
     windows = middle_windows(source, reader, length=size, count=None, most=MOST_WINDOWS)
     return text_loss(load_model(checkpoint), windows)

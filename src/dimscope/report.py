@@ -45,10 +45,13 @@ def run_studies(
 
 def _add(result: StudyResult, out: Path) -> None:
     """Put the facts of a study into report.json beside those of other studies of the same model, and write the page."""
-    path, report = out / "report.json", dict(result.report)
+    path, report, name = out / "report.json", dict(result.report), result.study.name
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if before.get("fingerprint") == report["fingerprint"]:
-        report["studies"] = {**_current(before), **report["studies"]}
+        finished, own = _current(before), report["studies"][name]
+        if not result.n_computed and name in finished:
+            own = own | {"seconds": finished[name].get("seconds")}  # in which its tables were computed
+        report["studies"] = {**finished, name: own}
     write_json(path, report)
     rewrite_page(out)
 

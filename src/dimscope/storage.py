@@ -229,6 +229,32 @@ class ResultFolder:
             (self.path / "tables" / f"{name}{suffix}").unlink(missing_ok=True)
 
 
+@dataclass(slots=True)
+class CountingStore:
+    """A store that counts the tables which were not finished before."""
+
+    store: Store
+    n_computed: int = 0
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the run."""
+        return self.store.folder
+
+    def table(self, name: str, arguments: Mapping[str, Any], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
+        """The table `name`, counted where it is computed."""
+
+        def counted() -> pl.DataFrame:
+            self.n_computed += 1
+            return compute()
+
+        return self.store.table(name, arguments, counted)
+
+    def drop(self, name: str) -> None:
+        """Forget a table that this run does not have."""
+        self.store.drop(name)
+
+
 @contextmanager
 def alone(path: Path) -> Generator[None]:
     """One process at a time in a folder of results; the others wait. A process that ends lets go, however it ends."""

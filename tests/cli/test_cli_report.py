@@ -108,6 +108,36 @@ def test_another_model_in_the_same_folder_takes_nothing_from_the_first(checkpoin
         assert_frame_equal(shared[name], alone[name])
 
 
+def test_the_page_says_how_long_all_its_studies_took_also_where_a_command_only_reads_them(checkpoint, cli, tmp_path):
+    light = ("--layers.shuffles", "0", "--layers.no-random-weights", "--windows", "2", "--length", "16", "-o", tmp_path)
+
+    def report(*studies: str) -> dict[str, float]:
+        ran = cli("report", checkpoint("llama"), "--studies", *studies, *LIGHT, *light)
+        assert ran.returncode == 0, ran.stderr
+        own = models.read_json(tmp_path / "report.json")["studies"]
+        return {name: study["seconds"] for name, study in own.items()}
+
+    def slower(**seconds: float) -> None:
+        """Write into report.json that studies took these seconds."""
+        whole = models.read_json(tmp_path / "report.json")
+        for name, value in seconds.items():
+            whole["studies"][name]["seconds"] = value
+        (tmp_path / "report.json").write_text(json.dumps(whole), encoding="utf-8")
+
+    assert report("embedding").keys() == {"embedding"}
+    slower(embedding=1000.0)
+    both = report("layers")
+    assert both["embedding"] == 1000
+    slower(layers=500.0)
+    assert report("layers", "embedding") == {"embedding": 1000, "layers": 500}
+    assert "Computed in 1500 seconds" in (tmp_path / "index.html").read_text(encoding="utf-8")
+    (tmp_path / "tables" / "knn.json").unlink()
+    again = report("embedding")
+    assert again["embedding"] < 1000
+    seconds = f"Computed in {again['embedding'] + 500:.0f} seconds"
+    assert seconds in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
 # ---- narrowing -----------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from dimscope.page.section import Tables
 from dimscope.page.theme import figure
 from dimscope.report import rewrite_page
 from dimscope.storage import FORMAT
+from dimscope.studies import LAYERS
 
 CHROMIUM = Path("/usr/bin/chromium")
 # Software WebGL, and none of the calls home that a browser makes by itself.
@@ -213,7 +214,16 @@ def test_layer_can_be_chosen_and_the_theme_keeps_it(browser: Any, run_folder: Ca
     plan = Plan(models=(Model(blocks=2, dim=16),), texts=("prose",), windows=1, length=64)
     tables = layer_tables(plan)
     folder = run_folder(
-        tables, {"studies": {"layers": {"facts": study_facts(plan), "tables": list(tables), "definition": [FORMAT, 1]}}}
+        tables,
+        {
+            "studies": {
+                "layers": {
+                    "facts": study_facts(plan),
+                    "tables": list(tables),
+                    "definition": [FORMAT, LAYERS.definition],
+                }
+            }
+        },
     )
     troubles: list[str] = []
     page = browser.new_page(viewport={"width": 390, "height": 900}, color_scheme="light")

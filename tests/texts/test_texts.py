@@ -24,7 +24,7 @@ from dimscope.texts import texts as module
 from dimscope.texts import urls
 from dimscope.texts.texts import open_text, text_from_string
 
-WORDS = "Die Möwe sah 7 Schiffe 🚢 und\r\nflog — ohne Eile — weiter.\n"
+WORDS = "Die Möwe sah 7 Schiffe 🚢 und\nflog — ohne Eile — weiter.\n"
 
 
 def read(text: module.Text) -> str:
@@ -101,7 +101,7 @@ def test_pieces_join_to_the_text_whatever_their_size(parts, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PIECE", size)
         patch.setattr(module, "READ_BYTES", 3)  # a third of the characters lie across two blocks
-        pieces = list(open_text("-", stdin=io.BytesIO(whole.encode())).pieces())
+        pieces = list(open_text("-", stdin=io.BytesIO(whole.encode()), keep_line_ends=True).pieces())
     assert "".join(pieces) == whole
     assert max(map(len, pieces)) <= size
 

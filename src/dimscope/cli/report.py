@@ -32,6 +32,8 @@ class Shared:
     "Leave out rows with NaN or Inf instead of refusing the table."
     texts: Annotated[tuple[str, ...] | None, Parameter(name="--text", consume_multiple=True, negative=())] = None
     "Texts for the studies that run the model [default: each study's own]."
+    keep_line_ends: Annotated[bool | None, Parameter(negative=())] = None
+    "Keep CRLF and CR line ends of the texts, which are read as LF otherwise."
     windows: int | None = None
     "Windows per text, for the studies that run the model [default: each study's own]."
     length: int | None = None

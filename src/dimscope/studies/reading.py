@@ -31,8 +31,12 @@ def distinct(names: Sequence[str], longer: Sequence[str]) -> list[str]:
     ]
 
 
-def named_texts(sources: Sequence[str | Text]) -> dict[str, Text]:
+def named_texts(sources: Sequence[str | Text], *, keep_line_ends: bool = False) -> dict[str, Text]:
     """Return texts by the name that is shown: those of sources, and those that are texts already.
+
+    Args:
+        sources: Files, folders, URLs and others that `open_text` takes; texts stay as they were opened.
+        keep_line_ends: Do not read CRLF and CR as LF.
 
     Raises:
         InvalidArgument: There are none, or one cannot be read.
@@ -41,13 +45,15 @@ def named_texts(sources: Sequence[str | Text]) -> dict[str, Text]:
         raise InvalidArgument("`texts` is empty; pass a file, or builtin:prose")
     if other := [source for source in sources if not isinstance(source, str | Text)]:
         raise InvalidArgument(f"`texts` must be files, URLs, builtin:prose or texts, got {type(other[0]).__name__}")
-    texts = [source if isinstance(source, Text) else open_text(source) for source in sources]
+    texts = [
+        source if isinstance(source, Text) else open_text(source, keep_line_ends=keep_line_ends) for source in sources
+    ]
     longer = [source if isinstance(source, str) else source.name for source in sources]
     return dict(zip(distinct([text.name for text in texts], longer), texts, strict=True))
 
 
-def texts_or_generated(sources: Sequence[str | Text]) -> dict[str, Text | None]:
-    """Return texts by the name that is shown; None for the one that the model generates itself, `GENERATED`.
+def texts_or_generated(sources: Sequence[str | Text], *, keep_line_ends: bool = False) -> dict[str, Text | None]:
+    """Return texts as `named_texts` does; None for the one that the model generates itself, `GENERATED`.
 
     Raises:
         InvalidArgument: There are none, or one cannot be read.
@@ -55,8 +61,16 @@ def texts_or_generated(sources: Sequence[str | Text]) -> dict[str, Text | None]:
     if not sources:
         raise InvalidArgument(f"`texts` is empty; pass a file, builtin:prose or {GENERATED}")
     others = [source for source in sources if source != GENERATED]
-    texts: dict[str, Text | None] = {**named_texts(others)} if others else {}
+    texts: dict[str, Text | None] = {**named_texts(others, keep_line_ends=keep_line_ends)} if others else {}
     return texts | ({GENERATED: None} if GENERATED in sources else {})
+
+
+def line_end_warnings(texts: Mapping[str, Text | None]) -> tuple[str, ...]:
+    """Return a warning for every text with line ends that are read as LF; a long text is read in part for that."""
+    changed = {name: text.changed_line_ends() for name, text in texts.items() if text is not None}
+    return tuple(
+        f"{name}: {ends} were read as LF; --keep-line-ends keeps them" for name, ends in changed.items() if ends
+    )
 
 
 def context_of(checkpoint: Checkpoint) -> int | None:

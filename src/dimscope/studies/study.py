@@ -162,12 +162,14 @@ class StudyResult:
         tables: Polars frames by name; `.to_pandas()` of a frame gives pandas.
         report: What report.json holds: the model, the versions, and under "studies" the facts of this study.
         waiting: The shards that are missing, as "2/3"; as long as there are any, there are no tables.
+        n_computed: Tables that this run computed, those of its parts included; the others were finished before.
     """
 
     study: Study
     tables: Mapping[str, pl.DataFrame]
     report: Mapping[str, Any]
     waiting: Sequence[str] = ()
+    n_computed: int = 0
 
     @property
     def facts(self) -> Facts:
@@ -253,13 +255,13 @@ def run_study(
     Raises:
         DimscopeError: What the study, and opening, reading and running its models raise.
     """
-    from dimscope.storage import FORMAT, MemoryStore, ResultFolder
+    from dimscope.storage import FORMAT, CountingStore, MemoryStore, ResultFolder
     from dimscope.studies.provenance import definition_number, fingerprint, source_facts
 
     began = time.monotonic()
     mark = fingerprint(source)  # of a model or vectors in memory this reads all numbers
     recipe = mark | {"definition": study.definition}
-    store: Store = MemoryStore() if out is None else ResultFolder(out, recipe, definition_number)
+    store = CountingStore(MemoryStore() if out is None else ResultFolder(out, recipe, definition_number))
     output = study.load().run(source, settings, store, monitor)
     own = {
         "facts": dict(output.facts),
@@ -269,4 +271,4 @@ def run_study(
         "definition": [FORMAT, study.definition],
     }
     report = source_facts(source) | {"studies": {study.name: own}, "fingerprint": mark}
-    return StudyResult(study, output.tables, report, output.waiting)
+    return StudyResult(study, output.tables, report, output.waiting, n_computed=store.n_computed)

@@ -18,6 +18,7 @@ from typing import Any
 
 from dimscope.errors import InvalidArgument
 from dimscope.texts import urls
+from dimscope.texts.line_ends import CarriageReturns, count_carriage_returns, with_lf
 
 PIECE = 1 << 20  # characters
 READ_BYTES = 1 << 20  # bytes of a file read at once
@@ -42,21 +43,33 @@ class Text:
     pieces: Callable[[], Iterator[str]]
     fingerprint: dict[str, Any]  # JSON; the same as long as the source has not changed
     n_bytes: int | None  # of the source, where that is known before it is read
+    changed_line_ends: Callable[[], CarriageReturns | None] = lambda: None  # counts those that `pieces` gives as LF
 
 
-def open_text(source: str, *, stdin: io.BufferedIOBase | None = None) -> Text:
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A text as it is stored: its parts have any size, and line ends as they are. Else as in `Text`."""
+
+    name: str
+    parts: Callable[[], Iterator[str]]
+    fingerprint: dict[str, Any]
+    n_bytes: int | None
+
+
+def open_text(source: str, *, stdin: io.BufferedIOBase | None = None, keep_line_ends: bool = False) -> Text:
     """Open the text at a source, and read as far as its first piece that is not white space.
 
     Several documents (files of a folder, rows of a Parquet file) are read as one text. A document that another follows
     gets a line break at its end where it has none, so that words never join. Text is UTF-8, or what a URL's header
-    says; a byte order mark is dropped, line ends stay as they are. Standard input and URLs are read at once and kept in
-    memory, up to 64 MiB.
+    says; a byte order mark is dropped. CRLF and CR are read as LF: a carriage return is a token that models rarely saw,
+    and it changes their numbers. Standard input and URLs are read at once and kept in memory, up to 64 MiB.
 
     Args:
         source: "builtin:prose" or "builtin:html"; "-" for standard input; an http or https URL; a file; a folder, of
             which the *.txt, *.md, *.html and *.htm files at any depth are read in the order of their paths; or a Parquet
             file, "data.parquet:column", without its nulls (without a column: the only one of strings, or "text").
         stdin: what to read for "-" instead of standard input.
+        keep_line_ends: keep CRLF and CR as they are.
 
     Raises:
         InvalidArgument: for a source that does not exist, cannot be read, is empty or not UTF-8.
@@ -65,15 +78,16 @@ def open_text(source: str, *, stdin: io.BufferedIOBase | None = None) -> Text:
     >>> open_text("builtin:prose").name
     'builtin prose'
     """
-    return _require_text(_open(source, stdin))
+    return _text(_open(source, stdin), keep_line_ends)
 
 
-def text_from_string(text: str, name: str = "text") -> Text:
-    """Return a text from a string: the text itself, not the name of a file.
+def text_from_string(text: str, name: str = "text", *, keep_line_ends: bool = False) -> Text:
+    """Return a text from a string: the text itself, not the name of a file. CRLF and CR are read as LF.
 
     Args:
         text: the text.
         name: to call it by in tables and figures.
+        keep_line_ends: keep CRLF and CR as they are.
 
     Raises:
         InvalidArgument: for an empty string, or white space only.
@@ -82,7 +96,7 @@ def text_from_string(text: str, name: str = "text") -> Text:
     ['The cat sat.']
     """
     # Lone surrogates cannot be written as UTF-8; a tokenizer could not read them either.
-    return _require_text(_from_bytes(name, text.encode("utf-8", "replace")))
+    return _text(_from_bytes(name, text.encode("utf-8", "replace")), keep_line_ends)
 
 
 def looks_like_text(source: str) -> bool:
@@ -95,13 +109,17 @@ def looks_like_text(source: str) -> bool:
     return len(source.split()) > 1 and not is_file_name
 
 
-def _require_text(text: Text) -> Text:
-    if not any(map(str.strip, text.pieces())):
-        raise InvalidArgument(f"{text.name}: there is no text in it, or only white space; pass another text")
-    return text
+def _text(source: _Source, keep_line_ends: bool) -> Text:
+    name, parts, n_bytes = source.name, source.parts, source.n_bytes
+    if not any(map(str.strip, parts())):
+        raise InvalidArgument(f"{name}: there is no text in it, or only white space; pass another text")
+    fingerprint = source.fingerprint | {"line_ends": "kept" if keep_line_ends else "LF"}
+    if keep_line_ends:
+        return Text(name, lambda: _cut(parts()), fingerprint, n_bytes)
+    return Text(name, lambda: _cut(with_lf(parts())), fingerprint, n_bytes, lambda: count_carriage_returns(parts()))
 
 
-def _open(source: str, stdin: io.BufferedIOBase | None) -> Text:
+def _open(source: str, stdin: io.BufferedIOBase | None) -> _Source:
     if source.startswith("builtin:"):
         return _builtin(source.removeprefix("builtin:"))
     if source == "-":
@@ -114,16 +132,16 @@ def _open(source: str, stdin: io.BufferedIOBase | None) -> Text:
     return _path(source)
 
 
-def _builtin(key: str) -> Text:
+def _builtin(key: str) -> _Source:
     if key not in BUILTIN:
         raise InvalidArgument(f"the built-in texts are {', '.join(f'builtin:{k}' for k in BUILTIN)}, not builtin:{key}")
     return _from_bytes(f"builtin {key}", files("dimscope.builtin").joinpath("texts", BUILTIN[key]).read_bytes())
 
 
-def _from_bytes(name: str, data: bytes) -> Text:
-    """Return a text that is in memory already, as UTF-8."""
+def _from_bytes(name: str, data: bytes) -> _Source:
+    """Return a source that is in memory already, as UTF-8."""
     fingerprint = {"name": name, "sha256": hashlib.sha256(data).hexdigest()}
-    return Text(name, lambda: _cut(_decoded(name, io.BytesIO(data).read)), fingerprint, len(data))
+    return _Source(name, lambda: _decoded(name, io.BytesIO(data).read), fingerprint, len(data))
 
 
 def _read_whole(label: str, read: Callable[[int], bytes]) -> bytes:
@@ -136,7 +154,7 @@ def _read_whole(label: str, read: Callable[[int], bytes]) -> bytes:
 # ---- files and folders ---------------------------------------------------------------------------------------------
 
 
-def _path(source: str) -> Text:
+def _path(source: str) -> _Source:
     path, column = _split_column(source)
     with _file_errors(path):
         path.stat()
@@ -145,7 +163,7 @@ def _path(source: str) -> Text:
         if path.suffix == ".parquet":
             return _parquet(path, column)
         if path.is_file():
-            return Text(path.name, lambda: _cut(_read_file(path)), _facts(path), path.stat().st_size)
+            return _Source(path.name, lambda: _read_file(path), _facts(path), path.stat().st_size)
         with path.open("rb") as pipe:  # or a device: it can be read only once
             return _from_bytes(path.name, _read_whole(str(path), pipe.read))
 
@@ -157,7 +175,7 @@ def _split_column(source: str) -> tuple[Path, str | None]:
     return Path(f"{head}.parquet"), column
 
 
-def _folder(path: Path) -> Text:
+def _folder(path: Path) -> _Source:
     paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
         raise InvalidArgument(f"{path}: no text files in this folder ({', '.join('*' + s for s in SUFFIXES)})")
@@ -166,7 +184,7 @@ def _folder(path: Path) -> Text:
     # One hash for the list: it goes into every provenance file, and a corpus may have many thousands of files.
     sha256 = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     fingerprint = {"name": name, "files": len(paths), "size": size, "listing_sha256": sha256}
-    return Text(name, lambda: _cut(_run_on(map(_read_file, paths))), fingerprint, size)
+    return _Source(name, lambda: _run_on(map(_read_file, paths)), fingerprint, size)
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -210,7 +228,7 @@ def _run_on(documents: Iterable[Iterable[str]]) -> Iterator[str]:
             if number == 0 and not ended:
                 yield "\n"
             yield part
-            ended = part.endswith("\n")
+            ended = part.endswith(("\n", "\r"))  # a CRLF may lie across two documents
 
 
 def _cut(parts: Iterable[str]) -> Iterator[str]:
@@ -265,7 +283,7 @@ def _binary(label: str, why: str) -> InvalidArgument:
 # ---- Parquet -------------------------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path, column: str | None) -> Text:
+def _parquet(path: Path, column: str | None) -> _Source:
     import polars as pl
 
     with path.open("rb"):  # polars words the error of a file without permission differently
@@ -274,7 +292,7 @@ def _parquet(path: Path, column: str | None) -> Text:
         schema = pl.scan_parquet(path, glob=False).collect_schema()
     column = _choose_column(path, column, [name for name, dtype in schema.items() if dtype == pl.String])
     fingerprint = {**_facts(path), "column": column}
-    return Text(f"{path.name}:{column}", lambda: _cut(_run_on(_read_rows(path, column))), fingerprint, None)
+    return _Source(f"{path.name}:{column}", lambda: _run_on(_read_rows(path, column)), fingerprint, None)
 
 
 def _choose_column(path: Path, column: str | None, strings: list[str]) -> str:

@@ -24,7 +24,14 @@ from dimscope.evaluation.prompts import Prompt, Template, check_context, prepare
 from dimscope.interventions.table_summary import TableSummary, summarise_table
 from dimscope.studies.damage.plan import Point, Table, plan_points
 from dimscope.studies.damage.settings import DamageSettings
-from dimscope.studies.reading import GENERATED, context_of, fitted_length, texts_or_generated, windows_at_once
+from dimscope.studies.reading import (
+    GENERATED,
+    context_of,
+    fitted_length,
+    line_end_warnings,
+    texts_or_generated,
+    windows_at_once,
+)
 from dimscope.texts.texts import Text
 from dimscope.texts.windows import Window, middle_windows, require_rows, stream_windows, text_tokens
 from dimscope.vectors.embedding import open_table
@@ -88,7 +95,7 @@ def damage_inputs(checkpoint: Checkpoint, settings: DamageSettings) -> DamageInp
         DimscopeError: A text or the tokenizer cannot be read.
     """
     tokenizer = require_tokenizer(checkpoint.source)
-    texts = texts_or_generated(settings.texts)
+    texts = texts_or_generated(settings.texts, keep_line_ends=settings.keep_line_ends)
     fitted = fitted_length(checkpoint, texts, settings.length, LENGTH)
     length = fitted.length
     points = plan_points(settings, _widths(checkpoint))
@@ -114,7 +121,7 @@ def damage_inputs(checkpoint: Checkpoint, settings: DamageSettings) -> DamageInp
         decoding,
         placement,
         batch,
-        fitted.warnings,
+        (*line_end_warnings(texts), *fitted.warnings),
     )
 
 

@@ -37,6 +37,8 @@ class DamageSettings:
     "Random seeds per random perturbation."
     texts: Texts = ("builtin:prose",)
     "Texts to evaluate on: files, folders, FILE.parquet:COLUMN, URLs, -, builtin:prose, or generated (by the model itself)."
+    keep_line_ends: Flag = False
+    "Keep CRLF and CR line ends of the texts, which are read as LF otherwise."
     windows: int | None = None
     "Windows per text, spread evenly over it [default: 4, or as many as it has]."
     length: int | None = None

@@ -13,7 +13,7 @@ from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.studies.layers.settings import LayersSettings
 from dimscope.studies.layers.tables import Pass
 from dimscope.studies.provenance import fingerprint
-from dimscope.studies.reading import distinct, fitted_length, named_texts, windows_at_once
+from dimscope.studies.reading import distinct, fitted_length, line_end_warnings, named_texts, windows_at_once
 from dimscope.texts.encoding import special_prefix
 from dimscope.texts.texts import Text
 from dimscope.texts.windows import (
@@ -113,9 +113,9 @@ def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> 
         parse_layers(settings.layers, require_causal(checkpoint).get_text_config().num_hidden_layers + 1)
     titles = distinct([c.title for c in checkpoints], [c.name for c in checkpoints])
     placements = [place(c, dtype=settings.dtype, device=settings.device) for c in checkpoints]
-    texts = named_texts(settings.texts)
+    texts = named_texts(settings.texts, keep_line_ends=settings.keep_line_ends)
     sources, warnings = _cut_texts(checkpoints, texts, settings)
-    warnings += tuple(_few_tokens(checkpoints, titles, sources))
+    warnings = (*line_end_warnings(texts), *warnings, *_few_tokens(checkpoints, titles, sources))
     passes: list[PlannedPass] = []
     # Model by model, so that each is loaded once; random weights are a model of their own.
     for model, weights, conditions in _runs(len(checkpoints), settings):

@@ -48,6 +48,8 @@ class LayersSettings:
     "Other models to compare with this one on the same texts."
     texts: Texts = ("builtin:prose", "builtin:html")
     "Texts: files, folders, FILE.parquet:COLUMN, URLs, - for standard input, builtin:prose or builtin:html."
+    keep_line_ends: Flag = False
+    "Keep CRLF and CR line ends of the texts, which are read as LF otherwise."
     windows: int | Literal["all"] | None = None
     "Windows per text, spread evenly over it; 'all' streams whole texts [default: 8, or as many as every text has]."
     length: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,13 @@ from dimscope.narrowing.target import Target
 from dimscope.studies.narrowing.settings import NarrowSettings
 from dimscope.studies.narrowing.windows import SplitWindows, split_windows
 from dimscope.studies.provenance import fingerprint
-from dimscope.studies.reading import FittedLength, fitted_length, texts_or_generated, windows_at_once
+from dimscope.studies.reading import (
+    FittedLength,
+    fitted_length,
+    line_end_warnings,
+    texts_or_generated,
+    windows_at_once,
+)
 from dimscope.studies.study import Monitor
 from dimscope.texts.windows import Window, middle_windows
 from dimscope.vectors.embedding import open_table
@@ -100,7 +106,7 @@ def open_session(target: Target, settings: NarrowSettings, monitor: Monitor, *, 
             "`device` map: a model is calibrated and evaluated on one device; take cpu or cuda, or use the table alone: "
             "`bases` embedding without `evaluate`"
         )
-    texts = texts_or_generated(settings.texts)
+    texts = texts_or_generated(settings.texts, keep_line_ends=settings.keep_line_ends)
     dense = cache(lambda: load_model(checkpoint, placement, trust_remote_code=settings.trust_remote_code))
     source = _WindowSource(checkpoint, settings, monitor, texts, trains, dense)
     fitted = _fitted_length(source)
@@ -159,13 +165,14 @@ class _WindowSource:
 
 
 def _fitted_length(source: _WindowSource) -> FittedLength:
-    """Return the tokens of a window that fit every text, and announce what a short one shrank."""
+    """Return the tokens of a window that fit every text, and announce what the user should know of the texts."""
     # One window to calibrate on, one to evaluate on, and one to hold out where something is trained.
     n_windows = 2 + source.trains
     fitted = fitted_length(source.checkpoint, source.texts, source.settings.length, LENGTH, n_windows=n_windows)
-    for line in fitted.warnings:
+    warnings = (*line_end_warnings(source.texts), *fitted.warnings)
+    for line in warnings:
         source.monitor.announce(line)
-    return fitted
+    return replace(fitted, warnings=warnings)
 
 
 def _read_windows(source: _WindowSource, length: int) -> list[Window]:

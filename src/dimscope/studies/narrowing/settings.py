@@ -8,6 +8,7 @@ from cyclopts import Parameter
 from dimscope.errors import InvalidArgument
 from dimscope.studies.options import (
     DType,
+    Flag,
     Texts,
     as_tuple,
     require_at_least,
@@ -41,6 +42,8 @@ class NarrowSettings:
     "Evaluate and time the narrow and the dense model."
     texts: Texts = ("builtin:prose",)
     "Texts to calibrate, train and evaluate on, in separate windows; generated is a text that the model generates."
+    keep_line_ends: Flag = False
+    "Keep CRLF and CR line ends of the texts, which are read as LF otherwise."
     windows: int = 8
     "Windows to evaluate on, and as many to calibrate on; training uses the rest of the text."
     length: int | None = None

@@ -75,7 +75,7 @@ def _placement(checkpoint: Checkpoint, settings: NarrowSettings) -> Placement:
 
 
 def _middle_window(checkpoint: Checkpoint, settings: NarrowSettings) -> Window:
-    text = next(iter(named_texts(settings.texts).values()))
+    text = next(iter(named_texts(settings.texts, keep_line_ends=settings.keep_line_ends).values()))
     length = window_length(checkpoint, settings.length, LENGTH)
     [window] = middle_windows(text, require_tokenizer(checkpoint.source), length=length, count=1)
     return window
