@@ -19,8 +19,8 @@ from dimscope.studies.layers import figures as layers_figures
 from dimscope.studies.narrowing import figures as narrowing_figures
 
 folder = Path(sys.argv[1])
-spectrum = pl.read_parquet(folder / "tables/spectrum.parquet").filter(preprocess="centred")
-dimensions = pl.read_parquet(folder / "tables/dimensions.parquet").filter(preprocess="centred")
+spectrum = pl.read_parquet(folder / "tables/spectrum.parquet").filter(preprocess="centred", rows="all")
+dimensions = pl.read_parquet(folder / "tables/dimensions.parquet").filter(preprocess="centred", rows="all")
 layers = pl.read_parquet(folder / "tables/layers.parquet").filter(preprocess="raw", centred=True, text="builtin prose")
 damage = damages(pl.read_parquet(folder / "tables/damage.parquet"))[0]
 plan = pl.read_parquet(folder / "tables/plan.parquet")
