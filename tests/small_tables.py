@@ -9,6 +9,7 @@ import pytest
 
 from dimscope.page.section import Facts, Tables
 from dimscope.storage import FORMAT
+from dimscope.studies.embedding.study import EMBEDDING
 
 HOSTILE = "</script><script>alert(1)</script>"
 LABELS = ["<s>", "␣water", "Water", HOSTILE, "\"'`&amp;", "\u202eשלום", "<b>bold</b><0xFF>", "#7"]
@@ -31,7 +32,7 @@ REPORT = {
             "tables": TABLES,
             "warnings": ["a <warning>"],
             "seconds": 2.0,
-            "definition": [FORMAT, 1],
+            "definition": [FORMAT, EMBEDDING.definition],
         }
     },
     "architecture": "LlamaForCausalLM",

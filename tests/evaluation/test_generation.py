@@ -239,6 +239,7 @@ def test_transformers_has_nothing_to_warn_of(speaker, caplog, monkeypatch, own):
     model.generation_config = GenerationConfig(**own, eos_token_id=2)
     logger = logging.getLogger("transformers")
     monkeypatch.setattr(logger, "propagate", False)
+    caplog.set_level(logging.WARNING, logger="transformers")  # commands that ran in this process may have raised it
     logger.addHandler(caplog.handler)
     try:
         for method in ("greedy", "sample", "model"):
