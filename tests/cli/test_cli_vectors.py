@@ -31,7 +31,7 @@ def test_the_embedding_command_answers_in_a_sentence(cli, vectors):
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer["vectors"] == "vectors.parquet"
-    assert answer["answer"].startswith("The participation ratio of the centred vectors is 1.")
+    assert answer["answer"].startswith("The participation ratio of all 300 rows of the vectors, centred, is 1.")
     assert "model" not in answer
 
 
