@@ -36,7 +36,7 @@ def chance_edge(squared_norms: Float[Tensor, " n"], variances: Float[Tensor, " d
         0 for a table of zeros.
 
     >>> round(chance_edge(torch.full((1000,), 50.0), torch.ones(50)), 1)  # white noise: sqrt(N) + sqrt(d) = 38.7
-    38.9
+    39.0
     """
     rows, columns = squared_norms.double(), variances.double()
     n = len(rows)
