@@ -7,6 +7,8 @@ from dataclasses import astuple, dataclass
 
 import polars as pl
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from dimscope.geometry import metrics
 from dimscope.geometry.chance import chance_edge
@@ -14,7 +16,7 @@ from dimscope.geometry.dimension import isoscore
 from dimscope.geometry.isotropy import mean_cosine, partition_isotropy, row_norms
 from dimscope.geometry.neighbors import build_index, hubness
 from dimscope.geometry.nulls import gavish_donoho_rank, noise_edge, noise_scale
-from dimscope.geometry.spectrum import spectrum
+from dimscope.geometry.spectrum import Spectrum, spectrum
 from dimscope.geometry.untrained import UntrainedScores
 from dimscope.studies.embedding.populations import RowSet
 from dimscope.studies.embedding.spectrum_tables import gaussian_like
@@ -46,19 +48,19 @@ def measures_frame(population: RowSet) -> pl.DataFrame:
     table, moments = population.table, population.moments
     share = float(table.n_used * moments.mean.square().sum() / moments.gram.trace())
     energy = Measure(metrics.ENERGY_OF_MEAN, RAW, share, null=1 / table.n_used, note="share of the sum of squares")
+    centred, norms, centred_norms = spectrum(moments, centred=True), row_norms(table), row_norms(table, moments.mean)
     rows = [
         energy,
-        *noise_measures(moments),
-        *chance_measures(table, moments),
-        *isotropy_measures(table, moments),
-        *norm_measures(table),
+        *noise_measures(centred),
+        *chance_measures(centred, moments, centred_norms),
+        *isotropy_measures(population, centred, float(norms.mean()), float(centred_norms.mean())),
+        *norm_measures(table, norms),
     ]
     return _frame(population.table_name, population.rows, rows, table.n_used)
 
 
-def noise_measures(moments: Moments) -> list[Measure]:
+def noise_measures(centred: Spectrum) -> list[Measure]:
     """Fit white noise to the bulk of the centred spectrum, and count what exceeds it."""
-    centred = spectrum(moments, centred=True)
     scale = noise_scale(centred)
     edge = noise_edge(centred, scale)
     spikes = float((centred.singular_values > edge).sum())
@@ -71,24 +73,29 @@ def noise_measures(moments: Moments) -> list[Measure]:
     ]
 
 
-def chance_measures(table: VectorTable, moments: Moments) -> list[Measure]:
+def chance_measures(centred: Spectrum, moments: Moments, centred_norms: Float[Tensor, " n"]) -> list[Measure]:
     """Count the directions that are wider than the widest one of 95% of tables without structure."""
-    values = spectrum(moments, centred=True).singular_values
-    variances = moments.scatter(centred=True).diagonal() / table.n_used
-    edge = chance_edge(row_norms(table, moments.mean).square(), variances.clamp_min(0))
+    variances = moments.scatter(centred=True).diagonal() / moments.count
+    edge = chance_edge(centred_norms.square(), variances.clamp_min(0))
     edge_note = "singular value; entries are independent, rows keep their norms and columns their variances"
-    above = float((values > edge).sum())
+    above = float((centred.singular_values > edge).sum())
     return [
         Measure(metrics.CHANCE_EDGE, CENTRED, edge, note=edge_note),
         Measure(metrics.DIRECTIONS_ABOVE_CHANCE, CENTRED, above, null=0.0, note="count"),
     ]
 
 
-def isotropy_measures(table: VectorTable, moments: Moments) -> list[Measure]:
-    """Measure how evenly the rows point in all directions, before and after the mean row is removed."""
+def isotropy_measures(population: RowSet, centred: Spectrum, raw_norm: float, centred_norm: float) -> list[Measure]:
+    """Measure how evenly the rows point in all directions, before and after the mean row is removed.
+
+    Args:
+        population: The rows.
+        centred: Their centred spectrum.
+        raw_norm: The mean norm of the rows.
+        centred_norm: The mean norm of the centred rows.
+    """
+    table, moments = population.table, population.moments
     n, d = table.n_used, table.dim
-    centred = spectrum(moments, centred=True)
-    raw_norm, centred_norm = float(row_norms(table).mean()), float(row_norms(table, moments.mean).mean())
     cosine_sd = math.sqrt(2 / (n * (n - 1) * d)) if n > 1 else None
     cosine, of_isotropic = metrics.MEAN_COSINE, "stderr: of isotropic rows"
     partition, scaled = metrics.PARTITION_ISOTROPY, "rows scaled to mean norm 1"
@@ -103,11 +110,11 @@ def isotropy_measures(table: VectorTable, moments: Moments) -> list[Measure]:
     ]
 
 
-def norm_measures(table: VectorTable) -> list[Measure]:
+def norm_measures(table: VectorTable, norms: Float[Tensor, " n"]) -> list[Measure]:
     """Measure the length of the rows, and whether it follows their number."""
     from scipy.stats import spearmanr
 
-    n, norms = table.n_used, row_norms(table)
+    n = table.n_used
     used = [i for i in range(table.n_rows) if i not in table.excluded]
     scatter = float(norms.std()) if n > 1 else 0.0
     correlation = float(spearmanr(used, norms.numpy()).statistic) if scatter > 0 else None

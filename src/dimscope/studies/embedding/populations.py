@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,8 +18,6 @@ from dimscope.vectors.moments import Moments, moments, subtract
 from dimscope.vectors.table import VectorTable
 
 Rows = Literal["trained", "all", "distinct"]
-ROWS: tuple[Rows, ...] = ("trained", "all", "distinct")
-"""The populations, in the order in which the page prefers them."""
 UNTRAINABLE = ("beyond", "unreachable")  # categories of rows that no text can have trained
 COPIES, UNTRAINED = "copies", "untrained"
 
@@ -62,6 +60,18 @@ def row_sets(source: EmbeddingSource, duplicates: pl.DataFrame | None = None) ->
         if duplicates is not None and side.name == source.side:
             sets.append(_without(side, "distinct", copy_ids(duplicates)))
     return sets
+
+
+def per_population(populations: Sequence[RowSet], frame: Callable[[RowSet], pl.DataFrame]) -> pl.DataFrame:
+    """Return a frame for every population; populations of the same rows share one computation."""
+    computed: dict[tuple[str, frozenset[int]], pl.DataFrame] = {}
+    frames = []
+    for population in populations:
+        key = (population.table_name, population.table.excluded)
+        if key not in computed:
+            computed[key] = frame(population)
+        frames.append(computed[key].with_columns(rows=pl.lit(population.rows)))
+    return pl.concat(frames)
 
 
 def untrained_ids(source: EmbeddingSource) -> list[int]:

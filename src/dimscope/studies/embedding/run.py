@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import polars as pl
 import torch
@@ -19,7 +20,7 @@ from dimscope.storage import Store
 from dimscope.studies.embedding import measures, tables
 from dimscope.studies.embedding.facts import EmbeddingFacts
 from dimscope.studies.embedding.neighbors import NEIGHBORS, find_neighbors, parse_query, query_vector, search_spaces
-from dimscope.studies.embedding.populations import influence_frame, row_sets
+from dimscope.studies.embedding.populations import RowSet, influence_frame, per_population, row_sets
 from dimscope.studies.embedding.row_tables import duplicates_table, tokens_table
 from dimscope.studies.embedding.settings import EmbeddingSettings
 from dimscope.studies.embedding.source import EmbeddingSource, open_source
@@ -43,12 +44,12 @@ class Unit:
     Attributes:
         name: The name of the table.
         depends_on: The settings that its numbers depend on: where one of them changes, it is computed again.
-        compute: Makes the table from the tables before it.
+        compute: Makes the table.
     """
 
     name: str
     depends_on: Sequence[str]
-    compute: Callable[[Mapping[str, pl.DataFrame]], pl.DataFrame]
+    compute: Callable[[], pl.DataFrame]
 
 
 def run_embedding(
@@ -63,46 +64,50 @@ def run_embedding(
     table = source.table
     monitor.announce(f"{table.name}: the embedding study of {table.n_used:,} rows of {table.dim:,} dimensions")
     values, done = asdict(settings), dict[str, pl.DataFrame]()
-    progress = tqdm(units_of(source, settings), desc="embedding study", unit="table", disable=None)
+    progress = tqdm(units_of(source, settings, done), desc="embedding study", unit="table", disable=None)
     for unit in progress:
         progress.set_postfix_str(unit.name)
         arguments = {name: values[name] for name in unit.depends_on}
-        done[unit.name] = store.table(unit.name, arguments, lambda unit=unit: unit.compute(done))
+        done[unit.name] = store.table(unit.name, arguments, unit.compute)
         monitor.stage(f"table {len(done)} of {progress.total} finished: {unit.name}")
     return RunOutput(done, asdict(_facts(source, settings, done)), _warnings(source))
 
 
-def units_of(source: EmbeddingSource, settings: EmbeddingSettings) -> list[Unit]:
-    """Return the tables of the study in the order in which they are computed."""
+def units_of(source: EmbeddingSource, settings: EmbeddingSettings, done: Mapping[str, pl.DataFrame]) -> list[Unit]:
+    """Return the tables of the study in the order in which they are computed; `done` are those that are finished by then."""
     checkpoint = source.checkpoint
+
+    @cache
+    def populations() -> list[RowSet]:
+        return row_sets(source, done["duplicates"])
+
     model_only = [] if checkpoint is None else [
-        Unit("budget", (), lambda done: parameter_budget(checkpoint)),
-        Unit("probes", TABLE, lambda done: probes_table(source)),
+        Unit("budget", (), lambda: parameter_budget(checkpoint)),
+        Unit("probes", TABLE, lambda: probes_table(source)),
     ]  # fmt: skip
     return [
         *model_only,
-        Unit("duplicates", TABLE, lambda done: duplicates_table(source)),
-        Unit("spectrum", NULL, lambda done: spectrum_table(source, settings, done["duplicates"])),
-        Unit("dimensions", NULL, lambda done: dimensions_table(source, done)),
-        Unit("influence", TABLE, lambda done: influence_frame(source, done["duplicates"])),
-        Unit("tokens", TABLE, lambda done: tokens_with_groups(source, done["duplicates"])),
-        Unit("correlation", (*TABLE, "first_ids"), lambda done: first_correlations(source, settings.first_ids)),
-        Unit("correlation_blocks", TABLE, lambda done: blocks_table(source)),
-        Unit("knn", GRAPH, lambda done: knn_table(source, settings)),
-        Unit("hubs", GRAPH, lambda done: hubs_table(source, settings, done["knn"])),
-        Unit("measures", GRAPH, lambda done: measures_table(source, settings, done)),
+        Unit("duplicates", TABLE, lambda: duplicates_table(source)),
+        Unit("spectrum", NULL, lambda: spectrum_table(populations(), settings)),
+        Unit("dimensions", NULL, lambda: dimensions_table(populations(), done["spectrum"])),
+        Unit("influence", TABLE, lambda: influence_frame(source, done["duplicates"])),
+        Unit("tokens", TABLE, lambda: tokens_with_groups(source, done["duplicates"])),
+        Unit("correlation", (*TABLE, "first_ids"), lambda: first_correlations(source, settings.first_ids)),
+        Unit("correlation_blocks", TABLE, lambda: blocks_table(source)),
+        Unit("knn", GRAPH, lambda: knn_table(source, settings)),
+        Unit("hubs", GRAPH, lambda: hubs_table(source, settings, done["knn"])),
+        Unit("measures", GRAPH, lambda: measures_table(source, settings, populations(), done["hubs"])),
     ]
 
 
-def spectrum_table(source: EmbeddingSource, settings: EmbeddingSettings, duplicates: pl.DataFrame) -> pl.DataFrame:
+def spectrum_table(populations: Sequence[RowSet], settings: EmbeddingSettings) -> pl.DataFrame:
     """Return the singular values of each population of rows beside their nulls."""
-    populations = row_sets(source, duplicates)
-    return pl.concat(spectrum_frame(rows, settings.permutations, settings.seed) for rows in populations)
+    return per_population(populations, lambda rows: spectrum_frame(rows, settings.permutations, settings.seed))
 
 
-def dimensions_table(source: EmbeddingSource, done: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+def dimensions_table(populations: Sequence[RowSet], spectra: pl.DataFrame) -> pl.DataFrame:
     """Return the linear dimensions of each population of rows beside their nulls."""
-    return pl.concat(dimensions_frame(rows, done["spectrum"]) for rows in row_sets(source, done["duplicates"]))
+    return pl.concat(dimensions_frame(rows, spectra) for rows in populations)
 
 
 def tokens_with_groups(source: EmbeddingSource, duplicates: pl.DataFrame) -> pl.DataFrame:
@@ -161,13 +166,13 @@ def hubs_table(source: EmbeddingSource, settings: EmbeddingSettings, knn: pl.Dat
 
 
 def measures_table(
-    source: EmbeddingSource, settings: EmbeddingSettings, done: Mapping[str, pl.DataFrame]
+    source: EmbeddingSource, settings: EmbeddingSettings, populations: Sequence[RowSet], hubs: pl.DataFrame
 ) -> pl.DataFrame:
     """Compute the single numbers about each population of rows, and hubness."""
-    null, hubs = None, done["hubs"]
+    null = None
     if not settings.full_knn:
         null = measures.gaussian_hubness(len(hubs), source.table.dim, settings.neighbors, settings.seed)
-    frames = [measures.measures_frame(rows) for rows in row_sets(source, done["duplicates"])]
+    frames = [per_population(populations, measures.measures_frame)]
     if source.checkpoint is not None:
         frames.append(measures.untrained_measures(source.side, source.untrained, source.table.n_used))
     return pl.concat([*frames, measures.hubness_measure(source.side, hubs, null)])
