@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import plotly.graph_objects as go
 import polars as pl
@@ -10,6 +10,7 @@ import polars as pl
 from dimscope.checkpoints.checkpoint import title_of
 
 Tables = Mapping[str, pl.DataFrame]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,11 @@ class Facts:
     def of(self, study: str) -> Mapping[str, Any]:
         """Return the facts of a study; nothing where it was not run."""
         return self.studies[study].facts if study in self.studies else {}
+
+    def typed(self, study: str, kind: type[T]) -> T:
+        """Return the facts of a study as its own dataclass, without what other versions added; defaults where it was not run."""
+        stored, names = self.of(study), {f.name for f in fields(kind)}  # ty: ignore[invalid-argument-type]
+        return kind(**{name: value for name, value in stored.items() if name in names})
 
     @classmethod
     def from_json(cls, report: Mapping[str, Any]) -> "Facts":

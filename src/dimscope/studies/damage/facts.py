@@ -45,5 +45,4 @@ class DamageFacts:
 
 def damage_facts(facts: Facts) -> DamageFacts:
     """Return the facts of this study from those of the report."""
-    stored = facts.of("damage")
-    return DamageFacts(**{name: stored[name] for name in DamageFacts.__dataclass_fields__ if name in stored})
+    return facts.typed("damage", DamageFacts)

@@ -34,5 +34,4 @@ class EmbeddingFacts:
 
 def embedding_facts(facts: Facts) -> EmbeddingFacts:
     """Return the facts of this study from those of the report."""
-    stored = facts.of("embedding")
-    return EmbeddingFacts(**{name: stored[name] for name in EmbeddingFacts.__dataclass_fields__ if name in stored})
+    return facts.typed("embedding", EmbeddingFacts)

@@ -48,5 +48,4 @@ class LayersFacts:
 
 def layers_facts(facts: Facts) -> LayersFacts:
     """Return the facts of this study from those of the report."""
-    stored = facts.of("layers")
-    return LayersFacts(**{name: stored[name] for name in LayersFacts.__dataclass_fields__ if name in stored})
+    return facts.typed("layers", LayersFacts)
