@@ -327,7 +327,7 @@ def test_every_model_reads_the_bytes_that_the_windows_of_the_studied_model_cover
     models = [tiny("llama", vocab_size=320), tiny("gpt2")]
     longest = max(map(len, re.findall(r"\S+\s*", TEXT)))  # no token is longer
     for pair in (models, models[::-1]):
-        planned = plan(pair, texts=(str(text),), windows=windows, length=24)
+        planned = plan(pair, texts=(str(text),), windows=windows, length=16)
         assert [*dict.fromkeys(p.identity.model for p in planned.passes)] == [model.name for model in pair]
         own, other = spans(planned, 0), spans(planned, 1)
         assert len(own) == len(other) > 1
@@ -336,7 +336,7 @@ def test_every_model_reads_the_bytes_that_the_windows_of_the_studied_model_cover
             assert end - longest < other_end <= end
         lengths = {len(window.ids) for window in planned.passes[-1].source.windows()}
         assert len(lengths) > 1
-        assert spans(plan([pair[0]] * 2, texts=(str(text),), windows=windows, length=24), 1) == own
+        assert spans(plan([pair[0]] * 2, texts=(str(text),), windows=windows, length=16), 1) == own
 
 
 @pytest.mark.parametrize("windows", [2, "all"])
