@@ -43,6 +43,11 @@ class Window:
         return f"Window({self.index}: {len(self.ids):,} tokens, {int(self.n_bytes.sum()):,} bytes)"
 
     @property
+    def begin(self) -> int:
+        """The byte of the text at which the window begins."""
+        return int(self.ends[-1] - self.n_bytes.sum())
+
+    @property
     def predicted_bytes(self) -> int:
         """Bytes of the text in the tokens that can be predicted: not the prefix, and not the very first token."""
         return int(self.n_bytes[max(self.n_prefix, 1) :].sum())
@@ -145,7 +150,7 @@ def middle_windows(
             "pass fewer or take a smaller `length`"
         )
     starts = [(2 * i + 1) * total // (2 * count) - size // 2 for i in range(count)]
-    return [_window(i, prefix, *_stretch(blocks, start, size)) for i, start in enumerate(starts)]
+    return [make_window(i, prefix, *_stretch(blocks, start, size)) for i, start in enumerate(starts)]
 
 
 def stream_windows(text: Text, tokenizer: "PreTrainedTokenizerBase", *, length: int) -> Iterator[Window]:
@@ -164,7 +169,7 @@ def stream_windows(text: Text, tokenizer: "PreTrainedTokenizerBase", *, length: 
         tokens = join_tokens([rest, block])
         whole = len(tokens) // size * size
         for start in range(0, whole, size):
-            window = _window(index, prefix, begin, tokens.part(start, start + size))
+            window = make_window(index, prefix, begin, tokens.part(start, start + size))
             index, begin = index + 1, int(window.ends[-1])
             yield window
         rest = join_tokens([tokens.part(whole, len(tokens))])  # a copy, so that the block can be freed
@@ -215,7 +220,8 @@ def _stretch(blocks: Sequence[Tokens], start: int, size: int) -> tuple[int, Toke
     return begin, join_tokens(parts)
 
 
-def _window(index: int, prefix: list[int], begin: int, tokens: Tokens) -> Window:
+def make_window(index: int, prefix: list[int], begin: int, tokens: Tokens) -> Window:
+    """Return the window of a prefix and tokens of a text, of which the first begins at byte `begin`."""
     ids = torch.cat([torch.tensor(prefix, dtype=torch.int64), tokens.ids])
     ends = torch.cat([torch.full((len(prefix),), begin), tokens.ends])
     return Window(index, ids, ends, ends.diff(prepend=torch.tensor([begin])), len(prefix))

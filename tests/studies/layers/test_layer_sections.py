@@ -12,6 +12,7 @@ from layer_tables import Model, Plan
 
 from dimscope.page.section import Facts, Grid, Plot, Section, StudyFacts, Tables
 from dimscope.studies.layers import comparison_sections as contrasts
+from dimscope.studies.layers import model_sections
 from dimscope.studies.layers import robustness_sections as clouds
 from dimscope.studies.layers import sections as layers
 from dimscope.studies.layers.context import figure_names, spread
@@ -343,11 +344,25 @@ def test_texts_side_by_side(one: Tables, two: Tables) -> None:
 
 
 def test_models_of_different_width(one: Tables, two: Tables) -> None:
-    assert contrasts.models_section(one, _facts()) is None
+    assert model_sections.models_section(one, _facts()) is None
     share = pl.when(pl.col("model") == "toy-6").then(0.25).otherwise(0.5)
     planted = {**two, "layers": two["layers"].with_columns(share_of_dim=share)}
-    title = _section(contrasts.models_section(planted, _facts(TWO))).title
+    title = _section(model_sections.models_section(planted, _facts(TWO))).title
     assert _numbers(title) == [25.0, 32, 95, 50.0, 16]
+
+
+def test_models_are_compared_in_bits_per_byte_of_the_same_text(two: Tables) -> None:
+    first, bits = pl.col("model") == "toy-6", pl.col("metric") == "bits per byte"
+    value = pl.when(bits & first).then(1.25).when(bits).then(2.5).otherwise("value")
+    planted = {**two, "predictions": two["predictions"].with_columns(value=value)}
+    section = _section(model_sections.models_section(planted, _facts(TWO)))
+    assert [number for finding in section.findings for number in _numbers(finding)] == [1.25, 2.5]
+    grid = next(block for block in section.blocks if isinstance(block, Grid))
+    assert [row[:2] for row in grid.rows] == [("toy-6", "1.250"), ("toy-2", "2.500")]
+    without = {name: frame for name, frame in two.items() if name != "predictions"}
+    section = _section(model_sections.models_section(without, _facts(TWO)))
+    assert not section.findings
+    assert not any(isinstance(block, Grid) for block in section.blocks)
 
 
 def test_head_of_the_page_has_the_range_of_counts(one: Tables) -> None:

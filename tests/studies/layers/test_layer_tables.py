@@ -592,7 +592,7 @@ def test_odd_states_have_tables_with_null_where_there_is_no_number(name):
     no_nan(layers)
     assert (layers.filter(metric="numerical rank")["value"] >= 0).all()
     no_nan(measures.scree_frame(REAL, collection, measures.raw_spectra(collection)))
-    no_nan(measures.text_frame(REAL, collection, 30, None))
+    no_nan(measures.text_frame(REAL, collection, None))
     frame = measures.predictions_frame(REAL, collection.predictions)
     assert dict(frame.schema) == PREDICTIONS
     assert len(frame) == 0
@@ -724,13 +724,13 @@ def test_the_texts_table_counts_windows_and_different_tokens():
     collection = collected(gaussian(60, 8).view(3, 20, 8))
     collection.unique = [7, 9, 14]
     collection.seen[20:] = False
-    frame = measures.text_frame(REAL, collection, 20, "<s>")
+    frame = measures.text_frame(REAL, collection, "<s>")
     (row,) = frame.iter_rows(named=True)
     assert row == {
         **REAL.row(), "n_windows": 3, "window_length": 20, "n_tokens": 60, "unique_tokens": 10.0,
         "unique_tokens_sd": pytest.approx(np.std([7, 9, 14], ddof=1)), "unique_in_all": 20, "bos": "<s>",
     }  # fmt: skip
     collection.unique = [7]
-    one = measures.text_frame(REAL, collection, 20, None)
+    one = measures.text_frame(REAL, collection, None)
     assert one.schema == frame.schema
     assert (one["unique_tokens_sd"][0], one["bos"][0]) == (None, None)

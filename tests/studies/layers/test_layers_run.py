@@ -1,6 +1,7 @@
 """The study of hidden layers as a library function: its passes on disk, resumed, in shards, and the facts about them."""
 
 import math
+import re
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -312,17 +313,63 @@ def test_every_text_gets_as_many_windows_as_the_shortest_has(tiny, tmp_path):
         assert {p.identity.text for p in planned.passes} == {source.name for source in sources}
 
 
-def test_the_other_model_counts_for_the_windows_too(tiny, tmp_path):
-    """Its tokenizer makes another number of tokens of the text, and fewer windows."""
+def spans(planned, model):
+    """Return the bytes at which the windows of a model begin and end."""
+    source = next(p.source for p in planned.passes if p.model == model)
+    return [(window.begin, int(window.ends[-1])) for window in source.windows()]
+
+
+@pytest.mark.parametrize("windows", [None, "all"])
+def test_every_model_reads_the_bytes_that_the_windows_of_the_studied_model_cover(tiny, tmp_path, windows):
+    """The tokenizer of the other makes another number of tokens of them."""
     text = tmp_path / "text.txt"
-    text.write_text(TEXT[:1200])
+    text.write_text(TEXT)
     models = [tiny("llama", vocab_size=320), tiny("gpt2")]
-    fits = [n_tokens(models[0], TEXT[:1200]) // 63, n_tokens(models[1], TEXT[:1200]) // 64]
-    assert fits[0] != fits[1] < 8
+    longest = max(map(len, re.findall(r"\S+\s*", TEXT)))  # no token is longer
     for pair in (models, models[::-1]):
-        planned = plan(pair, texts=(str(text),), windows=None, length=64)
-        assert {p.source.n_windows for p in planned.passes} == {min(fits)}
+        planned = plan(pair, texts=(str(text),), windows=windows, length=16)
         assert [*dict.fromkeys(p.identity.model for p in planned.passes)] == [model.name for model in pair]
+        own, other = spans(planned, 0), spans(planned, 1)
+        assert len(own) == len(other) > 1
+        for (begin, end), (other_begin, other_end) in zip(own, other, strict=True):
+            assert begin <= other_begin < begin + longest
+            assert end - longest < other_end <= end
+        lengths = {len(window.ids) for window in planned.passes[-1].source.windows()}
+        assert len(lengths) > 1
+        assert spans(plan([pair[0]] * 2, texts=(str(text),), windows=windows, length=16), 1) == own
+
+
+@pytest.mark.parametrize("windows", [2, "all"])
+def test_windows_become_shorter_where_the_bytes_of_one_exceed_the_context_of_another_model(tiny, tmp_path, windows):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    models = [tiny("gpt2"), tiny("llama", max_position_embeddings=32)]
+    planned = plan(models, texts=(str(text),), windows=windows, length=64)
+    first, other = (next(p.source for p in planned.passes if p.model == model) for model in (0, 1))
+    assert 16 < first.length < 64
+    assert [
+        line for line in planned.warnings if f"{first.length} tokens long, not 64" in line and models[1].name in line
+    ]
+    assert max(len(window.ids) for window in other.windows()) <= 32
+    assert {len(window.ids) for window in first.windows()} == {first.length}
+
+
+def test_the_loss_of_another_model_is_that_of_the_same_bytes(tiny, tmp_path):
+    """In bits per byte, computed by transformers from the text of each window."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    pair, options = [tiny("gpt2"), tiny("llama")], {"shuffles": 0, "shuffles_across": 0, "random_weights": False}
+    options |= {"texts": (str(text),), "windows": 3, "length": 24, "logits": True}
+    _, tables = study(pair[0], tmp_path / "out", pair[1:], **options)
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    bits = n_bytes = 0
+    for window in next(p.source for p in plan(pair, **options).passes if p.model == 1).windows():
+        ids = window.ids[None]
+        with torch.no_grad():
+            bits += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1) / math.log(2)
+        n_bytes += int(window.ends[-1]) - window.begin  # <s> predicts the first token too
+    measured = tables["predictions"].filter(model=pair[1].name, metric="bits per byte", condition="real")
+    assert measured["value"].to_list() == pytest.approx([bits / n_bytes], rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -601,11 +648,12 @@ def test_models_of_one_title_are_told_apart(tiny, editable, tmp_path):
 
 
 def test_the_announcement_counts_passes_and_tokens(several, tiny):
-    # per text: real, one shuffle, and the other model's real; 4 windows of 32 each
-    _, _, (lines,) = several
+    # per text: real, one shuffle, and the other model's real; 4 windows of 32 each, and the same bytes for the other
+    _, tables, (lines,) = several
     first, other = lines.splitlines()
     assert f": 4 passes, {4 * 4 * 32:,} tokens on cpu (float32): " in first
-    assert f": 2 passes, {2 * 4 * 32:,} tokens on cpu (float32): " in other
+    n_other = tables["texts"].filter(pl.col("model").str.starts_with("gpt2"))["n_tokens"].sum()
+    assert f": 2 passes, {n_other:,} tokens on cpu (float32): " in other
 
 
 # ---- the summary ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Sections that compare states or predictions: with shuffled text, other layers, other texts and other models."""
+"""Sections that compare states or predictions: with shuffled text, other layers and other texts."""
 
 import itertools
 import math
@@ -11,7 +11,6 @@ from dimscope.page.wording import listed, number, sentence, share
 from dimscope.studies.layers import figures, state_figures
 from dimscope.studies.layers.context import (
     Selection,
-    figure_names,
     location,
     nearest_layer,
     raw_centred,
@@ -301,76 +300,3 @@ def _texts_order(groups: dict[str, pl.DataFrame], names: dict[int, str]) -> tupl
         same = f"The texts {first} and {text} need equally many components at every layer."
         findings.append(f"Compared with {text}, {first} needs {' and '.join(parts)}." if parts else same)
     return tuple(findings)
-
-
-def models_section(tables: Tables, facts: Facts) -> Section | None:
-    """Show which share of its dimensions each model uses, and which of their layers are similar."""
-    ready = select_counts(tables, facts)
-    if ready is None or len(ready[0].models) < 2:
-        return None
-    selection, _, metric = ready
-    rows = raw_centred(tables["layers"]).filter((pl.col("text") == selection.text) & (pl.col("condition") == "real"))
-    rows = finite(rows.filter(pl.col("metric") == metric))
-    if rows["model"].n_unique() < 2:
-        return None
-    return Section(
-        anchor="models",
-        name="Comparison of models",
-        title=_models_finding(rows, metric, selection),
-        blocks=(
-            Plot(
-                "models-profile",
-                figures.models_profile(rows, metric),
-                "share of dimensions used, by relative depth",
-                "Share of dimensions by relative depth",
-            ),
-            *_model_matrices(tables, selection),
-        ),
-        how_to_read=(
-            "Models differ in width and depth, so both axes are relative: the depth to the number of blocks, and the count to "
-            "the dimensions of the model. The final norm is left out. The heat map compares the layers of two models on the "
-            "same tokens: values near 1 along the diagonal mean that both models go through the same stages; low values "
-            "everywhere mean that their geometries differ."
-        ),
-        caveat=(
-            "A wider model needs more tokens to fill its dimensions, so the same text lowers its share: "
-            f"{_noise_shares(rows)}. Different tokenizers split the same text into different tokens."
-        ),
-        tables=("layers", "similarity"),
-    )
-
-
-def _models_finding(rows: pl.DataFrame, metric: str, selection: Selection) -> str:
-    peaks = []
-    for model in selection.models:
-        points = profile(rows.filter(pl.col("model") == model), metric)
-        if points.height:
-            peak = points.sort("share_of_dim", descending=True, maintain_order=True).row(0, named=True)
-            peaks.append((model, share(peak["share_of_dim"]), f"{peak['dim']:,}"))
-    (model, part, dim), *others = peaks
-    first = f"At its widest layer {model} needs {part} of its {dim} dimensions for {percent(metric):g}% of the variance"
-    return ", ".join([first, *(f"{name} {needs} of its {width}" for name, needs, width in others)])
-
-
-def _noise_shares(rows: pl.DataFrame) -> str:
-    nulls = finite(rows, "null").unique("model", keep="first", maintain_order=True)
-    if nulls.is_empty():
-        return "white noise was not measured"
-    columns = nulls.select("model", "null", "dim")
-    noise = (f"{share(null / dim)} for {model}" for model, null, dim in columns.iter_rows())
-    return f"white noise of the same sample reaches {listed(list(noise))}"
-
-
-def _model_matrices(tables: Tables, selection: Selection) -> list[Plot]:
-    frame = table(tables, "similarity")
-    if frame is None:
-        return []
-    pairs = finite(frame.filter(pl.col("comparison") == "between models"), "cka")
-    pairs = rows_of(pairs, selection.model, selection.text)
-    others = pairs["other_model"].unique(maintain_order=True).to_list()
-    plots = []
-    for name, other in zip(figure_names("models-cka", others), others, strict=True):
-        fig = state_figures.similarity_matrix(pairs.filter(pl.col("other_model") == other), selection.model, other)
-        alt = f"CKA between layers of {selection.model} and {other}"
-        plots.append(Plot(name, fig, alt, alt, square=True))
-    return plots

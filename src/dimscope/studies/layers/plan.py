@@ -2,50 +2,24 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dimscope.activations.layer_selection import parse_layers
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.model import Placement, place, require_causal
-from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.studies.layers.settings import LayersSettings
 from dimscope.studies.layers.tables import Pass
+from dimscope.studies.layers.text_windows import TextWindows, cut_texts
 from dimscope.studies.provenance import fingerprint
-from dimscope.studies.reading import distinct, fitted_length, line_end_warnings, named_texts, windows_at_once
-from dimscope.texts.encoding import special_prefix
+from dimscope.studies.reading import distinct, line_end_warnings, named_texts, windows_at_once
 from dimscope.texts.texts import Text
-from dimscope.texts.windows import (
-    Window,
-    grouped,
-    middle_windows,
-    shuffle_across,
-    shuffle_within,
-    stream_windows,
-)
+from dimscope.texts.windows import Window, grouped, shuffle_across, shuffle_within
 
-LONGEST = 1024  # tokens of a window where the model's context is longer and no length is set
-NOTEBOOK_LONGEST = 2048  # the same for the notebook, whose models have a context of 1,024 and 2,048
 ACROSS = 1024  # windows of a stream whose tokens are shuffled together
 
 Weights = Literal["trained", "random"]
-
-
-@dataclass(frozen=True, slots=True)
-class TextWindows:
-    """A text as the windows that one model reads."""
-
-    text: str
-    length: int
-    windows: Callable[[], Iterable[Window]]
-    bos: str | None
-    n_windows: int | None  # None for a text that is streamed
-
-    @property
-    def n_tokens(self) -> int | None:
-        """Return the tokens of all windows, or None for a text that is streamed."""
-        return None if self.n_windows is None else self.n_windows * self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +88,18 @@ def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> 
     titles = distinct([c.title for c in checkpoints], [c.name for c in checkpoints])
     placements = [place(c, dtype=settings.dtype, device=settings.device) for c in checkpoints]
     texts = named_texts(settings.texts, keep_line_ends=settings.keep_line_ends)
-    sources, warnings = _cut_texts(checkpoints, texts, settings)
-    warnings = (*line_end_warnings(texts), *warnings, *_few_tokens(checkpoints, titles, sources))
+    cut = cut_texts(checkpoints, texts, settings)
+    warnings = (*line_end_warnings(texts), *cut.warnings, *_few_tokens(checkpoints, titles, cut.sources))
     passes: list[PlannedPass] = []
+    marks = [fingerprint(checkpoint) for checkpoint in checkpoints]
     # Model by model, so that each is loaded once; random weights are a model of their own.
     for model, weights, conditions in _runs(len(checkpoints), settings):
-        mark, placement = fingerprint(checkpoints[model]), placements[model]
+        placement = placements[model]
+        mark = {"model": marks[model]} | ({"aligned_with": [marks[0], cut.length]} if model else {})
         for name, text in texts.items():
-            source = sources[model, name]
+            source = cut.sources[model, name]
             batch = settings.batch or windows_at_once(placement, source.length)
-            common = _arguments(settings, text, source, placement) | {"model": mark, "batch": batch}
+            common = _arguments(settings, text, source, placement) | mark | {"batch": batch}
             for condition, draw in conditions:
                 if condition == "shuffled across" and source.n_windows == 1:
                     continue
@@ -168,36 +144,3 @@ def _runs(n_models: int, settings: LayersSettings) -> Iterator[tuple[int, Weight
         yield 0, "random", [("random weights", 0)]
     for other in range(1, n_models):
         yield other, "trained", [("real", 0)]
-
-
-def _cut_texts(
-    checkpoints: Sequence[Checkpoint], texts: Mapping[str, Text], settings: LayersSettings
-) -> tuple[dict[tuple[int, str], TextWindows], tuple[str, ...]]:
-    """Return the windows of every text by the index of the model and the name of the text, and warnings about short texts."""
-    longest = LONGEST if settings.preset is None else NOTEBOOK_LONGEST
-    fitted = [fitted_length(checkpoint, texts, settings.length, longest) for checkpoint in checkpoints]
-    lengths = [own.length for own in fitted]
-
-    def cut(model: int, name: str, windows: int | Literal["all"] | None) -> TextWindows:
-        return _cut_text(checkpoints[model], lengths[model], name, texts[name], windows)
-
-    sources = {(model, name): cut(model, name, settings.windows) for model in range(len(lengths)) for name in texts}
-    if settings.windows is None:  # as many of each text as of the shortest: dimensions grow with the tokens
-        fewest = min(source.n_windows or 0 for source in sources.values())
-        sources = {
-            key: source if source.n_windows == fewest else cut(*key, windows=fewest) for key, source in sources.items()
-        }
-    return sources, tuple(dict.fromkeys(line for own in fitted for line in own.warnings))
-
-
-def _cut_text(
-    checkpoint: Checkpoint, length: int, name: str, text: Text, windows: int | Literal["all"] | None
-) -> TextWindows:
-    tokenizer = require_tokenizer(checkpoint.source)
-    bos = " ".join(tokenizer.convert_ids_to_tokens(special_prefix(tokenizer))) or None
-    if windows == "all":
-        # Reads the first window, so that a text that is too short is refused before a model is loaded.
-        next(iter(stream_windows(text, tokenizer, length=length)))
-        return TextWindows(name, length, lambda: stream_windows(text, tokenizer, length=length), bos, None)
-    cut = middle_windows(text, tokenizer, length=length, count=windows)
-    return TextWindows(name, length, lambda: cut, bos, len(cut))

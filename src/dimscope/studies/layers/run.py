@@ -112,7 +112,7 @@ def _pass_table(runner: PassRunner, store: Store, planned: PlannedPass, name: st
         frames: Mapping[str, Callable[[], pl.DataFrame]] = {
             "layers": lambda: tables.layers_frame(identity, collection, runner.spectra(planned), thresholds),
             "scree": lambda: tables.scree_frame(identity, collection, runner.spectra(planned)),
-            "texts": lambda: tables.text_frame(identity, collection, planned.source.length, planned.source.bos),
+            "texts": lambda: tables.text_frame(identity, collection, planned.source.bos),
             "confidence": lambda: tables.confidence_frame(identity, collection.predictions),
             "predictions": lambda: tables.predictions_frame(identity, collection.predictions),
             "similarity": lambda: _similarity(runner, store, planned),

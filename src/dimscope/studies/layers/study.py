@@ -6,7 +6,7 @@ from dimscope.studies.study import Study, StudyCode
 
 def _load() -> StudyCode:
     from dimscope.checkpoints.model import require_causal
-    from dimscope.studies.layers import comparison_sections, robustness_sections, sections
+    from dimscope.studies.layers import comparison_sections, model_sections, robustness_sections, sections
     from dimscope.studies.layers.run import run_layers
     from dimscope.studies.layers.summary import summarise
 
@@ -21,7 +21,7 @@ def _load() -> StudyCode:
         comparison_sections.similarity_section,
         comparison_sections.alignment_section,
         comparison_sections.texts_section,
-        comparison_sections.models_section,
+        model_sections.models_section,
     )
     return StudyCode(run_layers, makers, summarise, check=require_causal, highlights=sections.layers_strip)
 
@@ -33,5 +33,5 @@ LAYERS = Study(
     _load,
     example="dimscope layers builtin --text book.txt page.html --shuffles 5 -o layers",
     presets=PRESETS,
-    definition=2,
+    definition=3,
 )

@@ -281,11 +281,14 @@ def predictions_frame(identity: Pass, predictions: Predictions) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=PREDICTIONS)
 
 
-def text_frame(identity: Pass, collection: Collection, length: int, bos: str | None) -> pl.DataFrame:
-    """Return the size of the text of a pass, and its number of distinct tokens."""
+def text_frame(identity: Pass, collection: Collection, bos: str | None) -> pl.DataFrame:
+    """Return the size of the text of a pass, and its number of distinct tokens.
+
+    The windows of a compared model differ in their tokens; `window_length` is their mean.
+    """
     unique = torch.tensor(collection.unique, dtype=torch.float64)
     row = identity.row(
-        n_windows=collection.n_windows, window_length=length, n_tokens=collection.n_tokens,
+        n_windows=collection.n_windows, window_length=round(collection.n_tokens / collection.n_windows), n_tokens=collection.n_tokens,
         unique_tokens=float(unique.mean()), unique_tokens_sd=float(unique.std()) if len(unique) > 1 else None,
         unique_in_all=int(collection.seen.sum()), bos=bos,
     )  # fmt: skip
