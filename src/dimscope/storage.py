@@ -30,7 +30,7 @@ FORMAT = 2  # of the tables: their names and columns; tables of another format a
 COLUMNS = {
     "model": pl.String, "revision": pl.String, "text": pl.String, "condition": pl.String, "site": pl.String,
     "metric": pl.String, "preprocess": pl.String, "layer": pl.Int64, "n_tokens": pl.Int64, "seed": pl.Int64,
-    "value": pl.Float64, "stderr": pl.Float64, "null": pl.Float64,
+    "value": pl.Float64, "stderr": pl.Float64, "low": pl.Float64, "high": pl.Float64, "null": pl.Float64,
 }  # fmt: skip
 """The columns that mean the same in every table: where a table has one, this is its type.
 
@@ -47,7 +47,7 @@ def check_columns(name: str, table: pl.DataFrame) -> None:
         assert column not in RETIRED, f"table {name}: column {column!r} has another name since format 2"
         expected = COLUMNS.get(column, kind)
         assert kind == expected, f"table {name}: column {column!r} is {kind}, and {expected} in every other table"
-        if column in ("value", "stderr", "null"):
+        if column in ("value", "stderr", "low", "high", "null"):
             assert not bool(table[column].is_nan().any()), f"table {name}: NaN in column {column!r}; a gap is null"
 
 

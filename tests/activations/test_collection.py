@@ -82,11 +82,11 @@ def facts(of: Collection) -> dict[str, Any]:
     """Return all that a collection holds, by name, as plain lists: equal where it is equal bit for bit."""
     found: dict[str, Any] = {name: getattr(of, name) for name in ("unique", "n_tokens", "n_batches", "complete")}
     found |= {"seen": of.seen.tolist(), "size": of.reservoir.size, "seed": of.reservoir.seed}
-    found |= {"keys": of.reservoir.keys.tolist(), "ends": of.reservoir.ends.tolist()}
+    found |= {name: getattr(of.reservoir, name).tolist() for name in ("keys", "ends", "tokens", "windows")}
     for layer, rows in of.reservoir.rows.items():
         found[f"reservoir {layer}"] = torch.cat(rows).tolist()
     predictions = of.predictions
-    found |= {"counts": predictions.counts.tolist(), "sums": predictions.sums.tolist()}
+    found |= {"counts": predictions.counts.tolist(), "sums": predictions.by_window.stacked().tolist()}
     found |= {"vocab_size": predictions.vocab_size, "n_bytes": predictions.n_bytes}
     for layer, sums in of.sites.items():
         names = ("name", "dim", "unit_count", "n_massive", "largest")

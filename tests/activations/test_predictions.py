@@ -25,12 +25,12 @@ TEXTS = {"page": Text("page", lambda: iter([TEXT]), {}, None)}
 
 
 def in_float64(logits: np.ndarray, targets: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return sums (count, sum, sum of squares; of loss, entropy, max log-softmax) and each max log-softmax: the oracle."""
+    """Return sums (count and sum of loss, entropy, max log-softmax) and each max log-softmax: the oracle."""
     logp = log_softmax(logits.astype(np.float64), axis=1)
     with_target = kept & (targets >= 0)
     loss = -logp[np.arange(len(logp)), np.maximum(targets, 0)][with_target]
     entropy, best = -(np.exp(logp) * logp).sum(axis=1)[kept], logp.max(axis=1)[kept]
-    return np.array([[len(x), x.sum(), (x**2).sum()] for x in (loss, entropy, best)]), best
+    return np.array([[len(x), x.sum()] for x in (loss, entropy, best)]), best
 
 
 def check(found: Predictions, logits: np.ndarray, targets: np.ndarray, kept: np.ndarray, rtol: float = 1e-5) -> None:
@@ -55,6 +55,11 @@ def random_case(n: int, v: int, seed: int, scale: float = 3.0) -> tuple[torch.Te
     return gaussian(n, v, seed) * scale, targets, kept
 
 
+def one_window(logits: torch.Tensor) -> torch.Tensor:
+    """Return the number of the window of each position: 0."""
+    return torch.zeros(len(logits), dtype=torch.int64)
+
+
 # ---- blocks of logits ----------------------------------------------------------------------------------------------
 
 
@@ -70,7 +75,7 @@ def test_sums_are_those_of_float64_whatever_the_blocks(n, v, size, seed, scale):
     logits, targets, kept = random_case(n, v, seed, scale)
     before, found = logits.clone(), Predictions(v)
     for part in zip(logits.split(size), targets.split(size), kept.split(size), strict=True):
-        found.add(*part)
+        found.add(*part, one_window(part[0]))
     check(found, *(x.numpy() for x in (logits, targets, kept)))
     assert torch.equal(logits, before)
 
@@ -80,7 +85,7 @@ def test_sums_are_those_of_float64_whatever_the_blocks(n, v, size, seed, scale):
 def test_a_large_vocabulary_and_a_common_offset_of_the_logits(scale, offset):
     logits, targets, kept = random_case(40, 50_000, 1, scale)
     logits, found = logits + offset, Predictions(50_000)
-    found.add(logits, targets, kept)
+    found.add(logits, targets, kept, one_window(logits))
     check(found, *(x.numpy() for x in (logits, targets, kept)))
 
 
@@ -89,25 +94,29 @@ def test_merge_is_all_positions_and_leaves_the_other_alone():
     for cut in (0, 1, 30, 50):
         parts = []
         for piece in (slice(None, cut), slice(cut, None)):
-            parts.append(Predictions(40, n_bytes=len(logits[piece])))
-            parts[-1].add(logits[piece], targets[piece], kept[piece])
+            parts.append(Predictions(40))
+            parts[-1].add_bytes(0, len(logits[piece]))
+            parts[-1].add(logits[piece], targets[piece], kept[piece], one_window(logits[piece]))
         one, other = parts
         before = (other.sums.clone(), other.counts.clone(), other.n_bytes)
         one.merge(other)
         check(one, *(x.numpy() for x in (logits, targets, kept)))
         assert one.n_bytes == 50
-        one.add(logits, targets, kept)
+        one.add(logits, targets, kept, one_window(logits))
         assert torch.equal(other.sums, before[0])
         assert torch.equal(other.counts, before[1])
         assert other.n_bytes == before[2]
 
 
 def test_predictions_come_back_from_their_tensors_bit_for_bit():
-    found = Predictions(40, n_bytes=2**40 + 1)
-    found.add(*random_case(50, 40, 2))
+    found = Predictions(40)
+    found.add_bytes(3, 2**40 + 1)
+    logits, targets, kept = random_case(50, 40, 2)
+    found.add(logits, targets, kept, torch.arange(50) // 20)
     back = Predictions.from_tensors(dict(found.tensors()))
     assert (back.vocab_size, back.n_bytes) == (40, 2**40 + 1)
-    assert torch.equal(back.sums, found.sums)
+    assert torch.equal(back.by_window.stacked(), found.by_window.stacked())
+    assert sorted(back.by_window.groups) == [0, 1, 2, 3]
     assert torch.equal(back.counts, found.counts)
 
 
@@ -119,9 +128,9 @@ def test_the_bins_reach_from_uniform_to_certain():
     uniform, certain = torch.zeros(4, v), torch.zeros(3, v)
     certain[:, 7] = 1e4
     found = Predictions(v)
-    found.add(uniform, torch.full((4,), 7), torch.ones(4, dtype=torch.bool))
+    found.add(uniform, torch.full((4,), 7), torch.ones(4, dtype=torch.bool), one_window(uniform))
     assert found.counts.nonzero().tolist() == [[0]]
-    found.add(certain, torch.full((3,), 7), torch.ones(3, dtype=torch.bool))
+    found.add(certain, torch.full((3,), 7), torch.ones(3, dtype=torch.bool), one_window(certain))
     assert (int(found.counts[0]), int(found.counts[-1]), int(found.counts.sum())) == (4, 3, 7)
     assert found.edges.shape == (BINS + 1,)
     assert float(found.edges[0]) == pytest.approx(-math.log(v), rel=1e-15)
@@ -139,13 +148,14 @@ def test_a_value_in_the_middle_of_a_bin_is_counted_there():
         logits = torch.full((1, v), math.log((1 - math.exp(best)) / (v - 1)))
         logits[0, 3] = best
         found = Predictions(v)
-        found.add(logits, torch.tensor([-1]), torch.tensor([True]))
+        found.add(logits, torch.tensor([-1]), torch.tensor([True]), one_window(logits))
         assert found.counts.nonzero().tolist() == [[number]]
 
 
 def test_nothing_kept_is_nothing_counted():
     found = Predictions(9)
-    found.add(gaussian(5, 9), torch.full((5,), 2), torch.zeros(5, dtype=torch.bool))
+    logits = gaussian(5, 9)
+    found.add(logits, torch.full((5,), 2), torch.zeros(5, dtype=torch.bool), one_window(logits))
     assert int(found.counts.sum()) == 0
     assert float(found.sums.abs().sum()) == 0
 

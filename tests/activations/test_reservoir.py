@@ -38,10 +38,15 @@ def row_of(layer: int, ends: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.full(ends.shape, float(layer)), ends.float(), ends.float() * layer], dim=-1)
 
 
+def candidates(reservoir: Reservoir, ends: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Choose positions whose token is their end and whose window is its first end."""
+    return reservoir.candidates(ends, ends, ends[:, 0].tolist(), mask)
+
+
 def feed(reservoir: Reservoir, batches: Sequence[Batch]) -> Iterator[int]:
     """Give batches to a reservoir, as `collect` does; yield the rows held at every moment, of each layer alike."""
     for ends, mask in batches:
-        places = reservoir.candidates(ends, mask)
+        places = candidates(reservoir, ends, mask)
         for layer in LAYERS:
             reservoir.take(layer, row_of(layer, ends), places)
         counts = {sum(map(len, parts)) for parts in reservoir.rows.values()}
@@ -105,7 +110,11 @@ def check(sample: Sample, expected: Sequence[int]) -> None:
 def test_the_lowest_hashes_of_all_places_but_the_first_of_each_window(lengths, size, batch, seed):
     windows = windows_of_ends(lengths)
     reservoir = filled(size, seed, batched(windows, batch))
-    check(reservoir.sample() if reservoir.rows else Sample(reservoir.ends, {}), lowest(positions(windows), size, seed))
+    sample = reservoir.sample()
+    check(sample, lowest(positions(windows), size, seed))
+    assert sample.tokens.tolist() == sample.ends.tolist()
+    first = {end: int(w[0]) for w in windows for end in w.tolist()}
+    assert sample.windows.tolist() == [first[end] for end in sample.ends.tolist()]
 
 
 def test_the_rows_do_not_depend_on_the_batches_nor_on_the_order_of_the_windows():
@@ -128,7 +137,7 @@ def test_it_is_bounded_at_every_moment():
 def test_a_long_batch_is_never_copied_whole():
     (ends,) = windows_of_ends([100_000])
     reservoir = Reservoir(16, 0)
-    places = reservoir.candidates(ends[None], None)
+    places = candidates(reservoir, ends[None])
     assert len(places) == 16
     hidden = torch.zeros(1, 100_000, 3)
     reservoir.take(0, hidden, places)
@@ -149,7 +158,7 @@ def test_pruning_waits_until_a_quarter_is_too_many():
 def test_half_precision_rows_are_kept_in_float32():
     reservoir, ends = Reservoir(4, 0), torch.arange(10)[None]
     hidden = torch.randn(1, 10, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
-    places = reservoir.candidates(ends, None)
+    places = candidates(reservoir, ends)
     reservoir.take(2, hidden, places)
     assert torch.equal(reservoir.sample().layers[2], hidden[0, reservoir.sample().ends].float())
 
@@ -310,8 +319,8 @@ def test_two_tokenizers_choose_the_same_places_where_their_tokens_end_together(k
 
 
 def test_of_tokens_that_end_at_one_byte_the_first_stands_for_the_place():
-    left = Sample(np.array([2, 5, 5, 9]), {1: torch.tensor([[0.0], [1.0], [2.0], [3.0]])})
-    right = Sample(np.array([5, 7, 9, 9]), {1: torch.tensor([[4.0], [5.0], [6.0], [7.0]])})
+    left = Sample(np.array([2, 5, 5, 9]), *[np.arange(4)] * 2, {1: torch.tensor([[0.0], [1.0], [2.0], [3.0]])})
+    right = Sample(np.array([5, 7, 9, 9]), *[np.arange(4)] * 2, {1: torch.tensor([[4.0], [5.0], [6.0], [7.0]])})
     one, other = common(left, right)
     assert one.ends.tolist() == other.ends.tolist() == [5, 9]
     assert one.layers[1].tolist() == [[1.0], [3.0]]

@@ -25,7 +25,7 @@ def estimates(rows, **options):
 
 
 def values(rows, **options):
-    return {key: e.value for key, e in estimates(rows, **options).items()}
+    return {key: e.value for key, e in estimates(rows, errors=False, **options).items()}
 
 
 def cube(n, d, seed=0):
@@ -49,7 +49,6 @@ def test_a_flat_sheet_has_its_dimension(make, d):
     """Four standard errors are 2.5 times the true spread. Larger scales feel the edge: 12% less in a 5-d cube."""
     found = estimates(make(1500, d, 3) @ orthogonal(20)[:d])
     likely = found[LIKELY, None]
-    assert likely.stderr == pytest.approx(likely.value / math.sqrt(likely.n_used), rel=1e-12)
     assert abs(likely.value - d) < 4 * likely.stderr
     assert abs(found[SQUARES, None].value - d) < 4 * likely.stderr
     for key in (("GRIDE", 2), ("GRIDE", 8), (LEVINA, 20)):
@@ -115,27 +114,24 @@ def gride_log_likelihood(d, mu, n1):
 
 
 def by_definition(x, k, scales):
-    """Return value and standard error of every estimate, from the whole matrix of distances."""
+    """Return every estimate from the whole matrix of distances."""
     r = np.sort(cdist(x, x), axis=1)  # column j: the j-th neighbour, 0 the point itself
     n = len(r)
     log_mu = np.sort(np.log(r[:, 2] / r[:, 1]))
     low = log_mu[: int(0.9 * n)]
     heights = -np.log(1 - np.arange(1, len(low) + 1) / n)
     inverses = [sum(math.log(row[k] / row[j]) for j in range(1, k)) / (k - 1) for row in r]
-    together = n / sum(inverses)
     found = {
-        (LIKELY, None): ((n - 1) / log_mu.sum(), (n - 1) / log_mu.sum() / math.sqrt(n)),
-        (SQUARES, None): (np.linalg.lstsq(low[:, None], heights, rcond=None)[0][0], None),
-        (LEVINA, k): (together, together / math.sqrt(n * (k - 1))),
+        (LIKELY, None): (n - 1) / log_mu.sum(),
+        (SQUARES, None): np.linalg.lstsq(low[:, None], heights, rcond=None)[0][0],
+        (LEVINA, k): n / sum(inverses),
     }
     for n1 in scales:
         mu = r[:, 2 * n1] / r[:, n1]
         best = minimize_scalar(
             lambda d, mu=mu, n1=n1: -gride_log_likelihood(d, mu, n1), bounds=(0.1, 50), options={"xatol": 1e-9}
         ).x
-        step = 1e-3 * best
-        below, here, above = (gride_log_likelihood(best + s, mu, n1) for s in (-step, 0, step))
-        found["GRIDE", n1] = (best, 1 / math.sqrt((2 * here - below - above) / step**2))
+        found["GRIDE", n1] = best
     return found
 
 
@@ -147,9 +143,8 @@ def test_every_estimate_is_the_definition_by_brute_force(n, d, k, monkeypatch):
     scales = [scale for metric, scale in found if metric == "GRIDE"]
     expected = by_definition(x.numpy(), k, scales)
     assert found.keys() == expected.keys()
-    for key, (value, stderr) in expected.items():
+    for key, value in expected.items():
         assert found[key].value == pytest.approx(value, rel=1e-6), key  # the search of the oracle stops there
-        assert found[key].stderr == (stderr if stderr is None else pytest.approx(stderr, rel=1e-4)), key
 
 
 @PROPERTY
@@ -189,34 +184,65 @@ def drawn(n, d, n1, seed):
 
 @pytest.mark.parametrize(("d", "n1"), [(0.01, 1), (1.0, 2), (7.0, 16), (3000.0, 512), (3000.0, 1)])
 def test_the_law_of_the_ratios_gives_its_dimension_back(d, n1):
-    estimate = intrinsic._gride(drawn(4000, d, n1, 1), n1)
-    assert (estimate.metric, estimate.scale) == ("GRIDE", n1)
-    assert abs(estimate.value - d) < 3 * estimate.stderr
-    assert estimate.stderr < 0.017 * d  # 1 / sqrt(4000), and less at larger scales
+    assert intrinsic._gride(drawn(4000, d, n1, 1), n1) == pytest.approx(d, rel=3 / math.sqrt(4000))
 
 
 @pytest.mark.parametrize("d", [0.01, 7.0])
 def test_two_nn_recovers_the_exponent_of_a_pareto_law(d):
     mu = np.random.default_rng(2).pareto(100 * d, size=4000) + 1  # the power, so that d = 0.01 does not overflow
     logs = np.stack([np.zeros(4000), 100 * np.log(mu)], axis=1)
-    for estimate in intrinsic._two_nn(logs):
-        assert estimate.value == pytest.approx(d, rel=4 / math.sqrt(4000))
+    assert intrinsic._two_nn(logs) == pytest.approx((d, d), rel=4 / math.sqrt(4000))
 
 
-@pytest.mark.parametrize("n1", [1, 32])
-def test_for_independent_ratios_the_standard_error_is_the_spread(n1):
-    found = [intrinsic._gride(drawn(150, 5.0, n1, s), n1) for s in range(100)]
-    spread = np.std([estimate.value for estimate in found])
-    assert spread == pytest.approx(
-        np.mean([estimate.stderr for estimate in found]), rel=0.21
-    )  # 7% from 100 draws, times 3
+# ---- errors --------------------------------------------------------------------------------------------------------
 
 
-def test_in_clouds_the_spread_is_as_many_standard_errors_as_stated():
-    runs = [estimates(cube(300, 2, s)) for s in range(40)]
-    for key, least, most in ((LIKELY, None), 1.0, 1.7), ((LEVINA, 20), 1.0, 1.7), (("GRIDE", 32), 1.7, 3.8):
-        spread = np.std([run[key].value for run in runs])
-        assert least < spread / np.mean([run[key].stderr for run in runs]) < most, key
+def test_the_standard_errors_are_the_spread_over_clouds_at_every_scale():
+    """The formula for independent points is too small by 3.6 times at the largest scale here."""
+    runs = [estimates(cube(200, 2, s)) for s in range(30)]
+    for key in runs[0]:
+        spread = np.std([run[key].value for run in runs], ddof=1)
+        stated = np.sqrt(np.mean([run[key].stderr ** 2 for run in runs]))
+        assert 0.65 < stated / spread < 1.5, key  # 13% from 30 runs, times 3
+
+
+def test_groups_of_different_dimension_raise_the_error():
+    """Four windows are lines and four are clouds: another text could have five of either."""
+    lines = torch.cat([cloud(160, 1, 1), torch.zeros(160, 5)], dim=1)
+    rows = torch.cat([lines, 3 + cloud(160, 6, 2)])
+    by_group = {(e.metric, e.scale): e for e in intrinsic_dimensions(rows, groups=np.repeat(np.arange(8), 40))}
+    alone = estimates(rows)
+    assert by_group[LIKELY, None].value == alone[LIKELY, None].value
+    assert by_group[LIKELY, None].stderr > 1.5 * alone[LIKELY, None].stderr
+
+
+def test_errors_are_left_out_on_request_and_for_few_rows():
+    assert {e.stderr for e in intrinsic_dimensions(cloud(200, 3), errors=False)} == {None}
+    assert {e.stderr for e in intrinsic_dimensions(cloud(50, 3))} == {None}
+
+
+# ---- Gaussian rows of the same covariance --------------------------------------------------------------------------
+
+
+def test_a_curved_sheet_is_below_gaussian_rows_of_its_covariance_and_a_gaussian_cloud_is_not():
+    angles = 2 * math.pi * torch.rand(800, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    waves = torch.cat(
+        [f(k * angles) for k in (1, 2, 3) for f in (torch.sin, torch.cos)], dim=1
+    )  # a torus in 12 dimensions
+    sheet, flat = estimates(waves), estimates(cloud(800, 12))
+    assert sheet[LIKELY, None].value < 3
+    assert intrinsic.gaussian_dimension(waves)[LIKELY, None] > 7
+    null = intrinsic.gaussian_dimension(cloud(800, 12))[LIKELY, None]
+    assert null == pytest.approx(flat[LIKELY, None].value, abs=4 * flat[LIKELY, None].stderr)
+
+
+def test_gaussian_rows_have_the_covariance_of_the_rows(monkeypatch):
+    rows, seen = cloud(500, 4) @ torch.diag(torch.tensor([3.0, 1.0, 0.5, 0.1], dtype=torch.float64)) + 7, []
+    monkeypatch.setattr(intrinsic, "intrinsic_dimensions", lambda of, **_: seen.append(of) or [])
+    for seed in range(40):
+        intrinsic.gaussian_dimension(rows, seed)
+    mean = torch.stack([of.T @ of for of in seen]).mean(dim=0) / 500
+    torch.testing.assert_close(mean, torch.cov(rows.T), rtol=0.05, atol=0.02)
 
 
 # ---- copies --------------------------------------------------------------------------------------------------------
@@ -298,7 +324,7 @@ def test_beside_massive_rows_every_estimate_is_the_definition_by_brute_force(cou
     scales = [scale for metric, scale in found if metric == "GRIDE"]
     # A massive row is equally far from all others, to the last digit from 1e9 on: a tie, where GRIDE by equations is infinite.
     expected = by_definition(x.numpy(), 10, scales if factor < 1e6 else [])
-    for key, (value, _) in expected.items():
+    for key, value in expected.items():
         assert found[key].value == pytest.approx(value, rel=1e-6), key
     assert all((e.n_used, e.n_dropped) == (400, 0) for e in found.values())
     ordinary = values(cloud(400, 5), k=10)

@@ -114,12 +114,15 @@ def collect(
     targets, flat_real = next_tokens(windows, ids).flatten(), real.flatten()
 
     def add_predictions(rows: Int[Tensor, " r"], block: Float[Tensor, "r v"]) -> None:
-        into.predictions.add(block, targets[rows].to(block.device), flat_real[rows].to(block.device))
+        numbers = torch.tensor([w.index for w in windows])[rows // ids.shape[1]]
+        into.predictions.add(block, targets[rows].to(block.device), flat_real[rows].to(block.device), numbers)
 
-    consume = _site_consumer(into, windows, mask, into.reservoir.candidates(ends, mask))
+    sampled = into.reservoir.candidates(ends, ids, [w.index for w in windows], mask)
+    consume = _site_consumer(into, windows, mask, sampled)
     run_batch(model, ids, mask=mask, sites=sites, consume=consume, logits=add_predictions if logits else None)
     into.reservoir.prune()
-    into.predictions.n_bytes += sum(w.predicted_bytes for w in windows) if logits else 0
+    for window in windows if logits else ():
+        into.predictions.add_bytes(window.index, window.predicted_bytes)
     into.unique += [w.unique_tokens for w in windows]
     into.seen[ids[real]] = True
     into.n_tokens += int(lengths.sum())

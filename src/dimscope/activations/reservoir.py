@@ -1,6 +1,6 @@
 """A bounded random sample of positions, the same in every layer, condition and model, for measures that need single rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,12 @@ from jaxtyping import Bool, Float, Int, UInt
 from torch import Tensor
 
 from dimscope.activations.state import load_state, save_state
+
+PLACES = ("ends", "tokens", "windows")  # what is known of a sampled position, by the names of the attributes
+
+
+def _no_integers() -> Int[np.ndarray, " n"]:
+    return np.empty(0, dtype=np.int64)
 
 
 @dataclass(slots=True)
@@ -25,20 +31,32 @@ class Reservoir:
         seed: Of the hash.
         keys: The hashes of the positions.
         ends: The bytes at which their tokens end.
+        tokens: The ids of their tokens.
+        windows: The numbers of their windows.
         rows: The rows (float32) of each layer, in the order of `keys`.
     """
 
     size: int
     seed: int
     keys: UInt[np.ndarray, " n"] = field(default_factory=lambda: np.empty(0, dtype=np.uint64), repr=False)
-    ends: Int[np.ndarray, " n"] = field(default_factory=lambda: np.empty(0, dtype=np.int64), repr=False)
+    ends: Int[np.ndarray, " n"] = field(default_factory=_no_integers, repr=False)
+    tokens: Int[np.ndarray, " n"] = field(default_factory=_no_integers, repr=False)
+    windows: Int[np.ndarray, " n"] = field(default_factory=_no_integers, repr=False)
     rows: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)
 
-    def candidates(self, ends: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"] | None) -> Int[Tensor, " c"]:
+    def candidates(
+        self,
+        ends: Int[Tensor, "b t"],
+        ids: Int[Tensor, "b t"],
+        windows: Sequence[int],
+        mask: Bool[Tensor, "b t"] | None,
+    ) -> Int[Tensor, " c"]:
         """Choose positions of a batch, and return them in the flattened b x t; then `take` must follow for every layer.
 
         Args:
             ends: The bytes at which the tokens of the batch end.
+            ids: The tokens of the batch.
+            windows: The number in the text of each window of the batch.
             mask: False at padding; None where there is none.
         """
         allowed = np.ones(ends.shape, dtype=bool) if mask is None else mask.numpy().copy()
@@ -50,6 +68,8 @@ class Reservoir:
         positions = np.flatnonzero(allowed)
         self.keys = np.concatenate([self.keys, keys.ravel()[positions]])
         self.ends = np.concatenate([self.ends, ends.numpy().ravel()[positions]])
+        self.tokens = np.concatenate([self.tokens, ids.numpy().ravel()[positions]])
+        self.windows = np.concatenate([self.windows, np.asarray(windows)[positions // ends.shape[1]]])
         return torch.from_numpy(positions)
 
     def take(self, layer: int, hidden: Float[Tensor, "b t d"], positions: Int[Tensor, " c"]) -> None:
@@ -62,12 +82,14 @@ class Reservoir:
         if len(self.keys) <= (self.size if whole else self.size * 5 // 4):
             return
         best = np.sort(np.argsort(self.keys, kind="stable")[: self.size])
-        self.keys, self.ends = self.keys[best], self.ends[best]
+        for name in ("keys", *PLACES):
+            setattr(self, name, getattr(self, name)[best])
         self.rows = {layer: [torch.cat(parts)[torch.from_numpy(best)]] for layer, parts in self.rows.items()}
 
     def merge(self, other: "Reservoir") -> None:
         """Become the sample of both texts together."""
-        self.keys, self.ends = np.concatenate([self.keys, other.keys]), np.concatenate([self.ends, other.ends])
+        for name in ("keys", *PLACES):
+            setattr(self, name, np.concatenate([getattr(self, name), getattr(other, name)]))
         for layer, parts in other.rows.items():
             self.rows.setdefault(layer, []).extend(parts)
         self.prune(whole=True)
@@ -76,12 +98,14 @@ class Reservoir:
         """Return the rows in the order of the text."""
         order = np.argsort(self.ends, kind="stable")
         chosen = torch.from_numpy(order)
-        return Sample(self.ends[order], {layer: torch.cat(parts)[chosen] for layer, parts in self.rows.items()})
+        rows = {layer: torch.cat(parts)[chosen] for layer, parts in self.rows.items()}
+        return Sample(*(getattr(self, name)[order] for name in PLACES), rows)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all of it as named tensors, for a file."""
         yield "reservoir.keys", torch.from_numpy(self.keys.view(np.int64).copy())
-        yield "reservoir.ends", torch.from_numpy(self.ends.copy())
+        for name in PLACES:
+            yield f"reservoir.{name}", torch.from_numpy(getattr(self, name).copy())
         yield "reservoir.numbers", torch.tensor([self.size, self.seed])
         for layer, parts in self.rows.items():
             yield f"reservoir.rows.{layer}", torch.cat(parts).contiguous()
@@ -90,9 +114,10 @@ class Reservoir:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Reservoir":
         """Return the reservoir whose `tensors` these are; others are ignored."""
         size, seed = tensors["reservoir.numbers"].tolist()
-        keys, ends = tensors["reservoir.keys"].numpy().view(np.uint64), tensors["reservoir.ends"].numpy()
+        keys = tensors["reservoir.keys"].numpy().view(np.uint64)
+        places = (tensors[f"reservoir.{name}"].numpy() for name in PLACES)
         rows = {int(name.rpartition(".")[2]): [t] for name, t in tensors.items() if name.startswith("reservoir.rows.")}
-        return cls(size, seed, keys, ends, rows)
+        return cls(size, seed, keys, *places, rows)
 
 
 def save_reservoir(reservoir: Reservoir, path: Path) -> None:
@@ -112,15 +137,20 @@ class Sample:
 
     Attributes:
         ends: The bytes at which the tokens of the positions end.
+        tokens: The ids of these tokens.
+        windows: The numbers of their windows.
         layers: The rows of each layer.
     """
 
     ends: Int[np.ndarray, " n"] = field(repr=False)
+    tokens: Int[np.ndarray, " n"] = field(repr=False)
+    windows: Int[np.ndarray, " n"] = field(repr=False)
     layers: Mapping[int, Float[Tensor, "n d"]] = field(repr=False)
 
     def at(self, chosen: Int[np.ndarray, " m"]) -> "Sample":
         """Return some of the positions, by their number in the sample."""
-        return Sample(self.ends[chosen], {layer: rows[torch.from_numpy(chosen)] for layer, rows in self.layers.items()})
+        layers = {layer: rows[torch.from_numpy(chosen)] for layer, rows in self.layers.items()}
+        return Sample(*(getattr(self, name)[chosen] for name in PLACES), layers)
 
 
 def common(left: Sample, right: Sample) -> tuple[Sample, Sample]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dimscope.storage import write_tensors
 
-DEFINITION = "1"  # of sums, samples and their names; raised whenever their meaning changes
+DEFINITION = "2"  # of sums, samples and their names; raised whenever their meaning changes
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 NUMERICAL_RANK = "numerical rank"
 PARTICIPATION_RATIO = "participation ratio"
 PARTICIPATION_RATIO_CORRECTED = "participation ratio, corrected"
+PARTICIPATION_RATIO_ACROSS = "participation ratio, across windows"
 EFFECTIVE_RANK_SIGMA = "effective rank (entropy of sigma)"
 EFFECTIVE_RANK_LAMBDA = "effective rank (entropy of lambda)"
 EFFECTIVE_RANK_UNIT_ROWS = "effective rank (unit rows)"
@@ -42,6 +43,8 @@ CHANCE_EDGE = "chance edge"
 DIRECTIONS_ABOVE_CHANCE = "directions above chance"
 
 HUBNESS = "hubness skewness"
+SAME_TOKEN_NEIGHBORS = "same-token nearest neighbors"
+BETWEEN_TYPES = "variance between token types"
 CKA = "CKA"
 SUBSPACE_OVERLAP = "subspace overlap"
 SEED_ROWS = "seed rows"
@@ -85,6 +88,11 @@ _LINEAR = (
         "moments of the Wishart distribution",
     ),
     _metric(
+        PARTICIPATION_RATIO_ACROSS, DIMENSIONS,
+        "participation ratio from products of rows of different windows, which need not be Gaussian or independent",
+        "U-statistics of tr(Sigma)^2 and tr(Sigma^2)",
+    ),
+    _metric(
         EFFECTIVE_RANK_SIGMA, DIMENSIONS, "exp of the entropy of sigma_i / sum sigma", "Roy & Vetterli 2007",
         slug="effective_rank_sigma",
     ),
@@ -95,15 +103,15 @@ _LINEAR = (
     _metric(STABLE_RANK, DIMENSIONS, "sum lambda / lambda_1, the Hill number of lambda of order infinity", "Rudelson & Vershynin 2007"),
 )  # fmt: skip
 _INTRINSIC = (
-    _metric(TWO_NN, DIMENSIONS, "(N - 1) / sum ln(r_2 / r_1)", "Facco et al. 2017", slug="two_nn"),
+    _metric(TWO_NN, DIMENSIONS, "(N - 1) / sum ln(r_2 / r_1)", "Facco et al. 2017", slug="two_nn", definition=2),
     _metric(
         TWO_NN_LEAST_SQUARES, DIMENSIONS, "slope of -ln(1 - i / N) on ln(r_2 / r_1), lowest 90%", "Facco et al. 2017",
-        slug="two_nn_least_squares",
+        slug="two_nn_least_squares", definition=2,
     ),
-    _metric(GRIDE, DIMENSIONS, "most likely d for r_{2 n1} / r_{n1}, n1 = 1, 2, 4, ...", "Denti et al. 2022"),
+    _metric(GRIDE, DIMENSIONS, "most likely d for r_{2 n1} / r_{n1}, n1 = 1, 2, 4, ...", "Denti et al. 2022", definition=2),
     _metric(
         LEVINA_BICKEL, DIMENSIONS, "1 over the mean of ln(T_k / T_j), j < k", "Levina & Bickel 2004; MacKay & Ghahramani 2005",
-        slug="levina_bickel",
+        slug="levina_bickel", definition=2,
     ),
     _metric(EFFECTIVE_RANK_UNIT_ROWS, DIMENSIONS, "effective rank (lambda) of centred rows of length 1", "Wei et al. 2024"),
 )  # fmt: skip
@@ -135,6 +143,11 @@ _NOISE = (
 )  # fmt: skip
 _OTHERS = (
     _metric(HUBNESS, "skewness", "skewness of the in-degrees of the kNN graph", "Radovanovic et al. 2010"),
+    _metric(SAME_TOKEN_NEIGHBORS, SHARE, "share of states whose nearest neighbor is a state of the same token"),
+    _metric(
+        BETWEEN_TYPES, SHARE, "share of the variance between token types: 1 - (SS_within / (N - T)) / (SS_all / (N - 1))",
+        "Kelley 1935",
+    ),
     _metric(CKA, "similarity", "debiased linear CKA: HSIC_1(K, L) / sqrt(HSIC_1(K, K) HSIC_1(L, L))", "Song et al. 2007"),
     _metric(SUBSPACE_OVERLAP, SHARE, "mean squared cosine of the principal angles of the 16 leading components", "Bjorck & Golub 1973"),
     _metric(SEED_ROWS, COUNT, "rows beyond the tokenizer, or unreachable for it"),

@@ -81,6 +81,28 @@ def spectrum_of(
     return Spectrum(eigenvalues.sqrt(), n, d, centred)
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class Decomposition:
+    """The centred spectrum of rows, and the principal components (orthonormal columns) that belong to it."""
+
+    spectrum: Spectrum
+    axes: Float[Tensor, "d m"]
+
+
+def decompose(source: Float[Tensor, "n d"] | Moments) -> Decomposition:
+    """Compute the singular values of centred rows, or of moments, and the directions that they belong to (float64)."""
+    if isinstance(source, Moments):
+        values, axes = torch.linalg.eigh(source.scatter(centred=True))
+        n, d = source.count, len(values)
+    else:
+        rows = source.double()
+        n, d = rows.shape
+        _, sigma, axes = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
+        values, axes = sigma.square().flip(0), axes.T.flip(1)
+    m = min(n - 1, d)
+    return Decomposition(Spectrum(values.clamp_min(0).flip(0)[:m].sqrt(), n, d, True), axes.flip(1)[:, :m])
+
+
 def _inverse(spread: Float[Tensor, " d"], size: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     """Return 1 / spread, 0 where the spread is only the rounding of numbers of this size."""
     return torch.where(spread > 1e-7 * size, 1 / spread, 0.0)

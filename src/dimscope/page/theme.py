@@ -42,6 +42,7 @@ CATEGORY_MARKS: dict[str, Mark] = {
 MEASURED = Mark("#3f86cf", "circle", "solid")
 GAUSSIAN_NULL = Mark("#82878f", "diamond-open", "dash")
 PERMUTED_NULL = Mark("#a8703a", "square-open", "dot")
+SURROGATE = Mark("#82878f", "triangle-down-open", "dot")
 HIGHLIGHT = Mark("#e0402f", "circle-open")
 
 # What a model was given: real text stays the blue of measurements. The order is that of legends.
@@ -52,6 +53,7 @@ CONDITION_MARKS: dict[str, Mark] = {
     "random weights": Mark("#8d79d6", "triangle-up", "dot"),
 }
 WHITE_NOISE = "white noise"
+GAUSSIAN_STATES = "Gaussian, same covariance"
 
 # Texts, models or preprocessings side by side: the first is the one studied, the others stand beside it.
 SERIES_MARKS: tuple[Mark, ...] = (

@@ -9,10 +9,12 @@ import numpy as np
 import polars as pl
 
 from dimscope.page.section import Tables
+from dimscope.studies.layers.rows import LAYERS
 
 PREPROCESSINGS = ("raw", "without first token", "without massive tokens", "z-scored")
 THRESHOLDS = (0.8, 0.95, 0.99)
 VOCABULARY = 4096
+SIGNS = np.array([1, -1, 1, -1, 1, -1, 1])  # of differences between half-samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,8 @@ def layer_tables(plan: Plan | None = None) -> Tables:
     """Return every table of the study; `curve` only where the plan asks for it."""
     plan = plan or Plan()
     tables = {
-        "layers": pl.DataFrame(list(_layers(plan)), infer_schema_length=None),
+        "layers": pl.DataFrame(list(_layers(plan)), schema=LAYERS),
+        "type_spectra": pl.DataFrame(list(_type_spectra(plan))),
         "texts": pl.DataFrame(list(_texts(plan))),
         "confidence": pl.DataFrame(list(_confidence(plan))),
         "predictions": pl.DataFrame(list(_predictions(plan)), infer_schema_length=None),
@@ -120,28 +123,56 @@ def _layers(plan: Plan) -> Iterable[dict[str, Any]]:
             for position, preprocess in enumerate(PREPROCESSINGS):
                 changed = _normed(share ** (1 - 0.1 * position))
                 for metric, value in _spectral(changed).items():
-                    yield _row(plan, model, place, preprocess, metric, value, null[metric])
+                    halves = SIGNS * (0.5 if condition == "real" else -0.5)  # a difference has the standard error 0.5
+                    spread = {"stderr": 0.25, "halves": halves} if preprocess == "raw" and draw == 0 else {}
+                    yield _row(plan, model, place, preprocess, metric, value, null[metric], **spread)
+            yield from _types(plan, model, place, share)
             yield from _intrinsic(plan, model, place, share)
 
 
 def _intrinsic(plan: Plan, model: Model, place: dict[str, Any], share: np.ndarray) -> Iterable[dict[str, Any]]:
     dimension = 4 + 0.1 / (share**2).sum()
-    yield _row(plan, model, place, "raw", "TwoNN, maximum likelihood", dimension, 0.2 * model.dim, stderr=0.3)
-    for step in range(6):
-        value = dimension / (1 + 0.2 * step)
-        yield _row(plan, model, place, "raw", "GRIDE", value, 0.2 * model.dim, stderr=0.2 / (step + 1), scale=2**step)
+    for preprocess, times in (("raw", 0.4), ("one state per type", 1.0)):
+        value = times * dimension
+        errors = {"stderr": 0.3, "halves": SIGNS * 0.6, "gaussian": 3 * dimension}
+        yield _row(plan, model, place, preprocess, "TwoNN, maximum likelihood", value, 0.2 * model.dim, **errors)
+        for step in range(6):
+            scale = {"scale": 2**step, "stderr": 0.2 / (step + 1), "gaussian": 3 * dimension / (1 + 0.1 * step)}
+            yield _row(plan, model, place, preprocess, "GRIDE", value / (1 + 0.2 * step), 0.2 * model.dim, **scale)
+
+
+def _types(plan: Plan, model: Model, place: dict[str, Any], share: np.ndarray) -> Iterable[dict[str, Any]]:
+    part = max(1 - 0.05 * place["layer"], 0.1)
+    errors = {"stderr": 0.01, "low": part - 0.02, "high": min(part + 0.02, 1.0), "halves": SIGNS * 0.02}
+    yield _row(plan, model, place, "raw", "variance between token types", part, 0.0, **errors)
+    yield _row(plan, model, place, "raw", "same-token nearest neighbors", part * 0.8, 0.01)
+    for position, preprocess in enumerate(("type means", "type mean removed")):
+        changed = _normed(share ** (1 - 0.1 * position))
+        yield _row(plan, model, place, preprocess, "variance count 95%", float(count(changed, 0.95)), 0.8 * model.dim)
+
+
+def _type_spectra(plan: Plan) -> Iterable[dict[str, Any]]:
+    for model, text, condition, draw in plan.runs():
+        for layer, site in model.sites() if condition == "real" else []:
+            share = shares(plan, model, text, condition, layer, draw)
+            for part, size in (("type means", 1 - 0.05 * layer), ("type mean removed", 0.05 * layer)):
+                for index, value in enumerate(size * share[:80], 1):
+                    yield {
+                        "model": model.name, "text": text, "condition": condition, "seed": None, "index": index, "share": value,
+                        "site": site, "layer": layer, "part": part, "n_tokens": plan.n_tokens,
+                    }  # fmt: skip
 
 
 def _row(
     plan: Plan, model: Model, place: dict[str, Any], preprocess: str, metric: str, value: float, null: float | None,
-    stderr: float | None = None, scale: int | None = None,
+    **columns: Any,
 ) -> dict[str, Any]:  # fmt: skip
     dropped = plan.windows if preprocess == "without first token" else 0
     return {
-        **place, "preprocess": preprocess, "centred": True, "metric": metric, "scale": scale, "value": value,
-        "stderr": stderr, "null": null, "share_of_dim": value / model.dim, "share_of_rank": value / model.dim,
+        **place, "preprocess": preprocess, "centred": True, "metric": metric, "value": value,
+        "null": null, "share_of_dim": value / model.dim, "share_of_rank": value / model.dim,
         "share_of_null": value / null if null else None, "n_tokens": plan.n_tokens - dropped, "n_dropped": dropped,
-        "dim": model.dim,
+        "dim": model.dim, **columns,
     }  # fmt: skip
 
 
@@ -180,7 +211,7 @@ def _predictions(plan: Plan) -> Iterable[dict[str, Any]]:
         for metric, value in values.items():
             yield {
                 "model": model.name, "text": text, "condition": condition, "seed": None if condition == "real" else draw, "metric": metric,
-                "value": value, "stderr": 0.02, "n_tokens": plan.n_tokens,
+                "value": value, "stderr": 0.02, "low": value - 0.05, "high": value + 0.05, "n_tokens": plan.n_tokens,
             }  # fmt: skip
 
 

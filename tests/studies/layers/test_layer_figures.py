@@ -125,7 +125,9 @@ def test_preprocessings_texts_and_models(tables: Tables) -> None:
 
 
 def test_intrinsic_dimension_with_errors_and_scale(tables: Tables) -> None:
-    rows = rows_of(tables["layers"], "toy-6", "prose")
+    rows = rows_of(tables["layers"], "toy-6", "prose").filter(pl.col("preprocess") == "one state per type")
+    gaussian = _trace(figures.intrinsic_profile(rows), "Gaussian, same covariance")
+    assert gaussian.y.tolist() == pytest.approx(_values(rows, "TwoNN, maximum likelihood", "real", "gaussian"))
     real = _trace(figures.intrinsic_profile(rows), "real")
     assert real.y.tolist() == pytest.approx(_values(rows, "TwoNN, maximum likelihood", "real"))
     assert real.error_y.array.tolist() == pytest.approx([0.3] * 5)
@@ -138,7 +140,7 @@ def test_intrinsic_dimension_with_errors_and_scale(tables: Tables) -> None:
 @pytest.mark.parametrize("layer", [0, 3])
 def test_only_the_show_layer_is_seen(tables: Tables, layer: int) -> None:
     scree, curve = rows_of(tables["scree"], "toy-6", "prose"), rows_of(tables["curve"], "toy-6", "prose")
-    gride = rows_of(tables["layers"], "toy-6", "prose")
+    gride = rows_of(tables["layers"], "toy-6", "prose").filter(pl.col("preprocess") == "one state per type")
     drawn = (state_figures.scree(scree, layer), state_figures.cumulative_scree(scree, layer, 0.95),
              state_figures.scale_curve(gride, layer), state_figures.sample_curve(curve, COUNT, layer))  # fmt: skip
     for fig in drawn:

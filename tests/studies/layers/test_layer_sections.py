@@ -10,12 +10,14 @@ import polars as pl
 import pytest
 from layer_tables import Model, Plan
 
+from dimscope.geometry.metrics import SAME_TOKEN_NEIGHBORS, TWO_NN
 from dimscope.page.section import Facts, Grid, Plot, Section, StudyFacts, Tables
 from dimscope.studies.layers import comparison_sections as contrasts
-from dimscope.studies.layers import model_sections
+from dimscope.studies.layers import intrinsic_sections, model_sections, type_sections
 from dimscope.studies.layers import robustness_sections as clouds
 from dimscope.studies.layers import sections as layers
 from dimscope.studies.layers.context import figure_names, spread
+from dimscope.studies.layers.state_measures import ONE_PER_TYPE
 from dimscope.studies.layers.study import LAYERS as STUDY
 
 COUNT = "variance count 95%"
@@ -83,13 +85,13 @@ def test_every_section_says_how_to_read_it_and_what_it_does_not_say(two: Tables)
 @pytest.mark.parametrize(
     ("gone", "empty"),  # a table that is empty counts as missing: see page.section.table
     [("layers", False), ("layers", True), ("texts", False), ("confidence", True), ("predictions", False), ("scree", True),
-     ("similarity", False), ("similarity", True), ("curve", False)],
+     ("type_spectra", False), ("similarity", False), ("similarity", True), ("curve", False)],
 )  # fmt: skip
 def test_any_table_may_be_missing_or_empty(two: Tables, gone: str, empty: bool) -> None:
     left = {name: frame for name, frame in two.items() if name != gone}
     left |= {gone: two[gone].clear()} if empty else {}
     shown = STUDY.load().make_sections(left, _facts(TWO))
-    assert len(shown) == {"layers": 0, "predictions": 11, "similarity": 9}.get(gone, 10)
+    assert len(shown) == {"layers": 0, "predictions": 12, "type_spectra": 12, "similarity": 10}.get(gone, 11)
 
 
 def test_title_has_the_widest_layer_its_count_and_that_of_the_noise(one: Tables) -> None:
@@ -136,12 +138,12 @@ STEADY = [[10.0, 20, 20, 20, 20], [10.0, 22, 20, 20, 20], [10.0, 18, 20, 20, 20]
 @pytest.mark.parametrize(
     ("real", "words", "numbers"),
     [
-        # Blocks, the block with the widest gap, its counts and their deviation, the margin, the draws.
-        ([10, 15, 12, 11, 13], "fewer components in blocks 1 to 3 and after", [1, 3, 3, 11, 20, 0, 2, 3]),
-        ([11, 25, 22, 23, 21], "more components at every layer", [1, 25, 20, 2, 2, 3]),
-        # Block 1 has a standard deviation of 2 over the draws: 17 lies within two of them, 15 does not.
-        ([10, 17, 20, 20, 20], "about as many at every layer", [2, 3]),
-        ([10, 15, 20, 20, 20], "fewer components in block 1 and", [1, 2, 3, 1, 15, 20, 2, 2, 3]),
+        # Blocks, the block with the widest gap, its counts and their deviation, the confidence, the groups.
+        ([10, 15, 12, 11, 13], "fewer components in blocks 1 to 3 and after", [1, 3, 3, 11, 20, 0, 95, 8]),
+        ([12, 25, 22, 23, 22], "more components at every layer", [1, 25, 20, 2, 95, 8]),
+        # The interval of a difference reaches 1.75 to both sides: t of 7 degrees at 1 - 0.05 / 5 / 2, times 0.5.
+        ([10, 18.3, 20, 20, 20], "does not clearly need more or fewer", [95, 8]),
+        ([10, 18.2, 20, 20, 20], "fewer components in block 1 and", [1, 2, 3, 1, 18.2, 20, 2, 95, 8]),
     ],
 )
 def test_real_beside_shuffled(one: Tables, real: list[float], words: str, numbers: list[float]) -> None:
@@ -150,8 +152,12 @@ def test_real_beside_shuffled(one: Tables, real: list[float], words: str, number
     assert _numbers(finding) == numbers
 
 
-def test_one_draw_has_no_spread(one: Tables) -> None:
-    assert "one draw" in _against_shuffled(one, [1, 2, 3, 4, 5], STEADY[:1])
+def test_a_sample_without_halves_tells_no_difference(one: Tables) -> None:
+    tables = _planted(one, {"real": [[1, 2, 3, 4, 5]], "shuffled": STEADY[:1]})
+    small = {**tables, "layers": tables["layers"].with_columns(halves=pl.lit(None, dtype=pl.List(pl.Float64)))}
+    finding = _section(layers.profile_section(small, _facts())).findings[0]
+    assert "does not clearly need" in finding
+    assert "too small for an error" in finding
 
 
 def test_random_weights_are_compared_or_absent(one: Tables) -> None:
@@ -173,15 +179,6 @@ def test_fewer_tokens_than_dimensions_bound_every_count() -> None:
     short = replace(ONE, windows=1, length=20)
     findings = _section(layers.profile_section(made.layer_tables(short), _facts(short))).findings
     assert _numbers(findings[-1]) == [20, 32, 19]
-
-
-def test_fewer_distinct_states_than_dimensions_bound_no_count(one: Tables) -> None:
-    distinct = pl.when(pl.col("metric") == clouds.TWO_NN).then(20).otherwise("n_tokens")
-    tables = {**one, "layers": one["layers"].with_columns(n_tokens=distinct)}
-    assert (
-        _section(layers.profile_section(tables, _facts())).findings
-        == _section(layers.profile_section(one, _facts())).findings
-    )
 
 
 def test_another_threshold_where_95_is_not_measured(one: Tables) -> None:
@@ -206,7 +203,8 @@ def test_single_layer_everywhere(two: Tables) -> None:
     assert "block 2" in shown["layers"].title
     assert "most" not in shown["layers"].title
     assert shown["scree"].choice is None
-    assert "Block 2" in shown["intrinsic"].title
+    assert "block 2" in shown["intrinsic"].title
+    assert "90.0%" in shown["types"].title
 
 
 def test_show_layer_that_was_not_measured(two: Tables) -> None:
@@ -250,14 +248,55 @@ def test_extremes_are_listed_as_stored_uncentred(one: Tables) -> None:
     assert [row[1] for row in grid.rows] == ["0", "1", "2", "3", "4"]
 
 
+def _intrinsic(one: Tables, values: list[float], halves: float = 0.6) -> Section:
+    """Return the section where one state per type has these TwoNN by layer; halves differ between even and odd layers."""
+    chosen = (pl.col("metric") == TWO_NN) & (pl.col("preprocess") == ONE_PER_TYPE) & (pl.col("condition") == "real")
+    planted = pl.col("layer").replace_strict(dict(enumerate(map(float, values))), return_dtype=pl.Float64)
+    signs = pl.when(pl.col("layer") % 2 == 0).then(halves).otherwise(-halves)
+    rows = one["layers"].with_columns(
+        value=pl.when(chosen).then(planted).otherwise("value"),
+        halves=pl.when(chosen).then(pl.concat_list([signs * sign for sign in made.SIGNS])).otherwise("halves"),
+    )
+    return _section(intrinsic_sections.intrinsic_section({**one, "layers": rows}, _facts()))
+
+
 def test_intrinsic_dimension_peaks_where_it_was_planted(one: Tables) -> None:
-    peak = (pl.col("metric") == clouds.TWO_NN) & (pl.col("layer") == 3) & (pl.col("condition") == "real")
-    planted = one["layers"].with_columns(value=pl.when(peak).then(12.5).otherwise("value"))
-    section = _section(clouds.intrinsic_section({**one, "layers": planted}, _facts()))
-    assert _numbers(section.title)[:4] == [3, 12.5, 0.3, 32]
-    assert "block 3" in section.findings[0]
-    without = planted.filter(pl.col("metric") != "GRIDE")
-    assert _section(clouds.intrinsic_section({**one, "layers": without}, _facts())).choice is None
+    section = _intrinsic(one, [9, 8, 9, 18, 9])
+    assert section.title.startswith("One state per token: block 3 has the highest intrinsic dimension")
+    assert _numbers(section.title) == [3, 18, 0.3, 32, 8, 0.3, 1]
+    without = one["layers"].filter(pl.col("metric") != "GRIDE")
+    assert _section(intrinsic_sections.intrinsic_section({**one, "layers": without}, _facts())).choice is None
+
+
+def test_layers_whose_intrinsic_dimensions_do_not_differ_beyond_their_error_have_no_highest(one: Tables) -> None:
+    """Halves that differ by 2.4 give the difference a standard error of 1.2, and 10 pairs of layers a margin of 4.8."""
+    assert "no clear difference" in _intrinsic(one, [10, 11, 10, 14, 10], 1.2).title
+    assert "has the highest" in _intrinsic(one, [10, 11, 10, 14.9, 10], 1.2).title
+
+
+def test_neighbours_that_are_the_same_token_are_said_to_make_the_number_of_all_states(one: Tables) -> None:
+    finding = _intrinsic(one, [9, 8, 9, 18, 9]).findings[-1]
+    assert "the same token elsewhere" in finding
+    few = one["layers"].with_columns(
+        value=pl.when(pl.col("metric") == SAME_TOKEN_NEIGHBORS).then(0.3).otherwise("value")
+    )
+    findings = _section(intrinsic_sections.intrinsic_section({**one, "layers": few}, _facts())).findings
+    assert not any("the same token elsewhere" in finding for finding in findings)
+
+
+def test_gaussian_states_that_read_the_same_explain_the_estimates(one: Tables) -> None:
+    assert "clearly more at every layer" in _intrinsic(one, [9, 8, 9, 8, 9]).findings[0]
+    level = {**one, "layers": one["layers"].with_columns(gaussian="value")}
+    finding = _section(intrinsic_sections.intrinsic_section(level, _facts())).findings[0]
+    assert "the covariance explains the estimates" in finding
+
+
+def test_vocabulary_and_context_are_told_by_their_shares(one: Tables) -> None:
+    section = _section(type_sections.types_section(one, _facts()))
+    assert _numbers(section.title) == [100, 80]
+    grid = section.blocks[-1]
+    assert isinstance(grid, Grid)
+    assert grid.rows[0][:3] == ("embeddings", "100.0%", "98.0% to 100.0%")
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dimscope
 from dimscope.activations.reservoir import Sample
+from dimscope.studies.layers.rows import Pass
 from dimscope.studies.layers.settings import LayersSettings
 from dimscope.studies.layers.similarity import SIMILARITY, Side, between_conditions, between_layers, between_models
 from dimscope.studies.layers.study import LAYERS as LAYERS_STUDY
-from dimscope.studies.layers.tables import Pass
 from dimscope.studies.study import run_study
 
 pytestmark = pytest.mark.slow  # whole commands or studies
@@ -68,7 +68,11 @@ def check(row, x, y):
 def side(of, layers, ends=None):
     n = len(next(iter(layers.values())))
     ends = np.arange(10, 10 + n) if ends is None else np.array(ends)
-    return Side(of, {layer: f"block {layer}" for layer in layers}, Sample(ends, layers))
+    return Side(
+        of,
+        {layer: f"block {layer}" for layer in layers},
+        Sample(ends, np.arange(n), np.zeros(n, dtype=np.int64), layers),
+    )
 
 
 def scaled(n, d, seed):

@@ -24,9 +24,10 @@ from dimscope.activations.predictions import Predictions
 from dimscope.activations.reservoir import Reservoir
 from dimscope.activations.site_sums import MASSIVE, MASSIVE_RATIO, SiteSums
 from dimscope.studies.layers import tables as measures
+from dimscope.studies.layers.rows import LAYERS, PREDICTIONS, Pass
 from dimscope.studies.layers.settings import LayersSettings
+from dimscope.studies.layers.state_measures import ONE_PER_TYPE, TYPE_MEANS, WITHIN_TYPES
 from dimscope.studies.layers.study import LAYERS as LAYERS_STUDY
-from dimscope.studies.layers.tables import LAYERS, PREDICTIONS, Pass
 from dimscope.studies.study import run_study
 
 pytestmark = pytest.mark.slow  # whole commands or studies
@@ -206,6 +207,7 @@ def test_every_spectral_number_is_that_of_numpy_on_the_states_of_transformers(ru
     assert sorted(of.states) == of.table["layer"].unique().sort().to_list()
     for layer, states in of.states.items():
         table = of.table.filter(pl.col("layer") == layer, pl.col("metric").is_in(SPECTRAL))
+        table = table.filter(~pl.col("preprocess").is_in([ONE_PER_TYPE, TYPE_MEANS, WITHIN_TYPES]))
         assert len(table) == 5 * len(SPECTRAL)
         for preprocess, centred, rows, standardised, dropped in clouds(states):
             tolerance, dim = of.tolerance(len(rows)), rows.shape[1]
@@ -286,28 +288,30 @@ def test_twonn_is_that_of_scikit_learn_on_the_different_rows(runs, case):
         kept = np.sort(np.unique(ids, return_index=True)[1]) if layer == 0 else np.arange(len(rows))
         distances, _ = NearestNeighbors(n_neighbors=3, algorithm="brute").fit(rows[kept]).kneighbors(rows[kept])
         mu = np.log(distances[:, 2] / distances[:, 1])
-        (row,) = of.table.filter(layer=layer, metric="TwoNN, maximum likelihood").iter_rows(named=True)
+        (row,) = of.table.filter(layer=layer, metric="TwoNN, maximum likelihood", preprocess="raw").iter_rows(
+            named=True
+        )
         value = (len(mu) - 1) / mu.sum()
         assert (row["n_tokens"], row["n_dropped"]) == (len(kept), len(rows) - len(kept))
         assert row["value"] == pytest.approx(value, rel=1e-6)  # squares and roots of distances
-        assert row["stderr"] == pytest.approx(value / math.sqrt(len(mu)), rel=1e-6)
 
 
 # ---- planted rows --------------------------------------------------------------------------------------------------
 
 
-def collected(hidden, reservoir=4096):
-    """Return the collection of one site whose states (windows x tokens x d) are these."""
+def collected(hidden, reservoir=4096, tokens=None):
+    """Return the collection of one site whose states (windows x tokens x d) are these; by default no token occurs twice."""
     b, t, d = hidden.shape
     sums, sample = SiteSums("block 1", d), Reservoir(reservoir, 0)
     sums.add(hidden, None)
-    sample.take(1, hidden, sample.candidates(torch.arange(b * t).view(b, t), None))
+    ends = torch.arange(b * t).view(b, t)
+    sample.take(1, hidden, sample.candidates(ends, ends if tokens is None else tokens, range(b), None))
     sample.prune(whole=True)
     return Collection({1: sums}, sample, Predictions(50), torch.ones(50, dtype=torch.bool), [t] * b, b * t, 1, True)
 
 
 def frame_of(collection, of=REAL, thresholds=THRESHOLDS):
-    return measures.layers_frame(of, collection, measures.raw_spectra(collection), thresholds)
+    return measures.layers_frame(of, collection, measures.raw_spectra(collection, THRESHOLDS), thresholds)
 
 
 def values(frame, preprocess="raw", centred=True):
@@ -591,7 +595,7 @@ def test_odd_states_have_tables_with_null_where_there_is_no_number(name):
     assert dict(layers.schema) == LAYERS
     no_nan(layers)
     assert (layers.filter(metric="numerical rank")["value"] >= 0).all()
-    no_nan(measures.scree_frame(REAL, collection, measures.raw_spectra(collection)))
+    no_nan(measures.scree_frame(REAL, collection, measures.raw_spectra(collection, THRESHOLDS)))
     no_nan(measures.text_frame(REAL, collection, None))
     frame = measures.predictions_frame(REAL, collection.predictions)
     assert dict(frame.schema) == PREDICTIONS
@@ -613,12 +617,13 @@ def test_a_sample_too_small_has_no_rows_in_the_table(size):
 def test_further_draws_have_raw_numbers_only_and_the_spectral_ones_centred():
     collection = collected(gaussian(100, 8).view(2, 50, 8))
     first, further = frame_of(collection, Pass("m", "t", "shuffled")), frame_of(collection, FURTHER)
-    assert set(further["preprocess"]) == {"raw"}
+    assert set(further["preprocess"]) == {"raw", ONE_PER_TYPE}
     assert further.filter(pl.col("metric").is_in(SPECTRAL))["centred"].all()
     assert set(further["seed"]) == {1}
     keys = ["preprocess", "centred", "metric", "scale"]
     same = first.join(further, on=keys, how="semi", nulls_equal=True)
-    assert_frame_equal(same.drop("seed"), further.drop("seed"), check_row_order=False)
+    errors = ["seed", "stderr", "low", "high", "halves"]
+    assert_frame_equal(same.drop(errors), further.drop(errors), check_row_order=False)
     assert set(first["metric"]) == set(further["metric"])
 
 
@@ -631,7 +636,7 @@ def test_thresholds_name_their_rows():
 def test_the_scree_is_the_share_of_every_component_beside_white_noise():
     x = gaussian(60, 8) * torch.linspace(1, 3, 8)
     collection = collected(x.view(2, 30, 8))
-    frame = measures.scree_frame(REAL, collection, measures.raw_spectra(collection))
+    frame = measures.scree_frame(REAL, collection, measures.raw_spectra(collection, THRESHOLDS))
     energy = np.linalg.svd(x.double().numpy() - x.double().numpy().mean(axis=0), compute_uv=False) ** 2
     np.testing.assert_allclose(frame["share"], energy / energy.sum(), rtol=1e-9)
     np.testing.assert_allclose(frame["cumulative"], np.cumsum(energy) / energy.sum(), rtol=1e-9)
@@ -680,12 +685,14 @@ def test_the_rank_of_growing_parts_of_one_cloud_does_not_fall():
 # ---- predictions ---------------------------------------------------------------------------------------------------
 
 
-def predicted(n, v, seed=0, n_bytes=0):
+def predicted(n, v, seed=0, n_bytes=0, window=100):
     logits = gaussian(n, v, seed) * 4
     targets = torch.randint(0, v, (n,), generator=torch.Generator().manual_seed(seed))
     targets[-1] = -1
-    found = Predictions(v, n_bytes=n_bytes)
-    found.add(logits, targets, torch.ones(n, dtype=torch.bool))
+    found = Predictions(v)
+    if n_bytes:
+        found.add_bytes(0, n_bytes)
+    found.add(logits, targets, torch.ones(n, dtype=torch.bool), torch.arange(n) // window)
     logp = logits.double().log_softmax(dim=1).numpy()
     return found, logp, targets.numpy()
 
@@ -713,10 +720,13 @@ def test_predictions_are_means_over_positions_and_bits_per_byte_by_hand():
     expected = {"loss": losses, "entropy": -(np.exp(logp) * logp).sum(axis=1), "max log-softmax": logp.max(axis=1)}
     for name, of in expected.items():
         assert told[name]["value"] == pytest.approx(of.mean(), rel=1e-6)  # logits are float32
-        assert told[name]["stderr"] == pytest.approx(of.std() / math.sqrt(len(of)), rel=1e-5)
+        without = [(of.sum() - part.sum()) / (len(of) - len(part)) for part in np.split(of, [100, 200])]
+        assert told[name]["stderr"] == pytest.approx(
+            math.sqrt(2 / 3 * ((without - np.mean(without)) ** 2).sum()), rel=1e-5
+        )
+        assert told[name]["low"] < told[name]["value"] < told[name]["high"]
         assert told[name]["n_tokens"] == len(of)
     assert told["bits per byte"]["value"] == pytest.approx(losses.sum() / math.log(2) / 1234, rel=1e-6)
-    assert told["bits per byte"]["stderr"] is None
     assert told["bits per byte"]["n_tokens"] == 299
 
 

@@ -23,12 +23,12 @@ from dimscope.errors import InvalidArgument
 from dimscope.storage import versions
 from dimscope.studies.layers import passes as layer_passes
 from dimscope.studies.layers.plan import plan_layers
+from dimscope.studies.layers.rows import LAYERS, PREDICTIONS
 from dimscope.studies.layers.run import TABLES
 from dimscope.studies.layers.settings import PRESETS, LayersSettings
 from dimscope.studies.layers.similarity import SIMILARITY
 from dimscope.studies.layers.study import LAYERS as LAYERS_STUDY
 from dimscope.studies.layers.summary import summary_frame
-from dimscope.studies.layers.tables import LAYERS, PREDICTIONS
 from dimscope.studies.study import Monitor, run_study
 
 pytestmark = pytest.mark.slow  # whole commands or studies

@@ -13,6 +13,8 @@ from dimscope.page.section import finite
 from dimscope.page.theme import (
     CONDITION_MARKS,
     GAUSSIAN_NULL,
+    GAUSSIAN_STATES,
+    SURROGATE,
     WHITE_NOISE,
     Mark,
     figure,
@@ -190,12 +192,22 @@ def intrinsic_profile(rows: pl.DataFrame, metric: str = TWO_NN) -> go.Figure:
     """Draw an intrinsic dimension by layer and condition; the bars are standard errors, the band is over the draws."""
     sites = rows.select("layer", "site").iter_rows()
     chosen = finite(rows.filter(pl.col("metric") == metric))
-    ends = [float(v) for v in (*chosen["value"], *finite(chosen, "null")["null"]) if v > 0]
+    nulls = (*finite(chosen, "null")["null"], *finite(chosen, "gaussian")["gaussian"])
+    ends = [float(v) for v in (*chosen["value"], *nulls) if v > 0]
     # White noise is so far above the layers that a linear axis would show them as one line.
     ticks = log_ticks(min(ends), max(ends)) if ends else None
     axis = {"title": {"text": "intrinsic dimension (TwoNN)"}, "type": "log", "tickvals": ticks, "rangemode": "tozero"}
     fig = figure(400, xaxis=layer_axis(sites), yaxis=axis, legend={"traceorder": "reversed"})
-    fig.add_traces(noise_line(profile(rows, metric)))
+    real = profile(rows, metric)
+    fig.add_traces(noise_line(real))
+    if (gaussian := finite(real, "gaussian")).height:
+        fig.add_trace(profile_line(gaussian, GAUSSIAN_STATES, SURROGATE, "gaussian"))
+    _add_conditions(fig, rows, metric)
+    return fig
+
+
+def _add_conditions(fig: go.Figure, rows: pl.DataFrame, metric: str) -> None:
+    """Add the profile of each condition, with its standard errors, or a band over the draws."""
     for condition in reversed(conditions(rows)):
         points, mark = profile(rows, metric, condition), CONDITION_MARKS[condition]
         if points.is_empty():
@@ -204,6 +216,14 @@ def intrinsic_profile(rows: pl.DataFrame, metric: str = TWO_NN) -> go.Figure:
         if points["spread"].is_null().all() and points["stderr"].is_not_null().any():
             trace.error_y = {"array": points["stderr"].to_numpy(), "thickness": 1.5, "width": 3}
         fig.add_traces([*profile_band(points, mark), trace])
+
+
+def shares_profile(rows: pl.DataFrame, metric: str, title: str) -> go.Figure:
+    """Draw a share by layer and condition; the bars are standard errors, the band is over the draws."""
+    sites = rows.select("layer", "site").iter_rows()
+    axis = {"title": {"text": title.replace(" between", "<br>between")}, "tickformat": ".0%", "range": [0, 1.04]}
+    fig = figure(400, xaxis=layer_axis(sites), yaxis=axis, legend={"traceorder": "reversed"})
+    _add_conditions(fig, rows, metric)
     return fig
 
 

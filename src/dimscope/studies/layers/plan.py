@@ -9,8 +9,8 @@ from typing import Any, Literal
 from dimscope.activations.layer_selection import parse_layers
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.model import Placement, place, require_causal
+from dimscope.studies.layers.rows import Pass
 from dimscope.studies.layers.settings import LayersSettings
-from dimscope.studies.layers.tables import Pass
 from dimscope.studies.layers.text_windows import TextWindows, cut_texts
 from dimscope.studies.provenance import fingerprint
 from dimscope.studies.reading import distinct, line_end_warnings, named_texts, windows_at_once

@@ -39,9 +39,9 @@ def conditions(rows: pl.DataFrame) -> list[str]:
 
 
 def profile(rows: pl.DataFrame, metric: str, condition: str = "real") -> pl.DataFrame:
-    """Return one row per layer, sorted: mean and sample sd over the draws (null for one draw), null, share_of_null, n_draws."""
+    """Return one row per layer, sorted: means over the draws, and their sample sd as `spread` (null for one draw)."""
     chosen = finite(rows.filter((pl.col("metric") == metric) & (pl.col("condition") == condition)))
-    columns = ("value", "stderr", "null", "share_of_null", "share_of_rank", "share_of_dim")
+    columns = ("value", "stderr", "low", "high", "null", "gaussian", "share_of_null", "share_of_rank", "share_of_dim")
     numbers = {name: pl.col(name).cast(pl.Float64).fill_nan(None) for name in columns}
     means = [numbers[name].mean().alias(name) for name in columns]
     spreads = [
@@ -50,7 +50,8 @@ def profile(rows: pl.DataFrame, metric: str, condition: str = "real") -> pl.Data
         numbers["share_of_rank"].std(ddof=1).alias("share_of_rank_spread"),
     ]
     sizes = [pl.len().alias("n_draws"), pl.col("n_tokens").max(), pl.col("dim").max()]
-    return chosen.group_by("layer", "site").agg(*means, *spreads, *sizes).sort("layer")
+    halves = pl.col("halves").drop_nulls().first()  # the first draw alone has them
+    return chosen.group_by("layer", "site", maintain_order=True).agg(*means, *spreads, *sizes, halves).sort("layer")
 
 
 def sites(rows: pl.DataFrame) -> dict[int, str]:

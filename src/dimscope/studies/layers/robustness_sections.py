@@ -1,25 +1,23 @@
-"""Sections about what a dimension depends on: the preprocessing, the scale of intrinsic dimension, the sample size."""
+"""Sections about what a dimension depends on: the preprocessing and the sample size."""
 
 import math
 
 import polars as pl
 
-from dimscope.geometry.metrics import GRIDE, PARTICIPATION_RATIO, TWO_NN
+from dimscope.geometry.metrics import ANISOTROPY, PARTICIPATION_RATIO
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, finite, table
-from dimscope.page.wording import count, listed, number, sentence, share
+from dimscope.page.wording import count, number, sentence, share
 from dimscope.studies.layers import figures, state_figures
 from dimscope.studies.layers.context import (
-    Selection,
     layer_choice,
     location,
     nearest_layer,
     rows_of,
     select,
     select_counts,
-    spread,
-    subject,
 )
-from dimscope.studies.layers.profiles import conditions, metric_label, preferred_count, profile, sites
+from dimscope.studies.layers.profiles import metric_label, preferred_count, profile, sites
+from dimscope.studies.layers.rows import RAW
 
 
 def preprocess_section(tables: Tables, facts: Facts) -> Section | None:
@@ -32,7 +30,7 @@ def preprocess_section(tables: Tables, facts: Facts) -> Section | None:
         pl.col("centred") & (pl.col("condition") == "real")
     )
     metric = PARTICIPATION_RATIO if (real["metric"] == PARTICIPATION_RATIO).any() else metric
-    rows = finite(real.filter(pl.col("metric") == metric))
+    rows = finite(real.filter((pl.col("metric") == metric) & pl.col("preprocess").is_in([RAW, *_VARIANTS])))
     if rows["preprocess"].n_unique() < 2:
         return None
     grid = _extremes_grid(rows_of(tables["layers"], selection.model, selection.text))
@@ -93,107 +91,20 @@ def _dropped(rows: pl.DataFrame) -> list[str]:
     ]
 
 
-_EXTREMES = ("massive activations", "largest activation", "rogue dimension share", "anisotropy", "mean cosine")
+_EXTREMES = ("massive activations", "largest activation", "rogue dimension share", ANISOTROPY, "mean cosine")
 
 
 def _extremes_grid(rows: pl.DataFrame) -> Grid | None:
     """List the extreme activations and the anisotropy of each layer, of the raw states of real text."""
     real = finite(rows.filter((pl.col("condition") == "real") & (pl.col("preprocess") == "raw")))
-    # These describe the states as they are; the centred ones only where that was not measured.
-    real = real.sort("centred", maintain_order=True).unique(["layer", "metric"], keep="first", maintain_order=True)
+    # The share of the widest component is that of the variance, as in the scree; the others describe the states as they are.
+    real = real.filter(pl.col("centred") | (pl.col("metric") != ANISOTROPY))
     values = {(layer, metric): value for layer, metric, value in real.select("layer", "metric", "value").iter_rows()}
     names = [name for name in _EXTREMES if any(metric == name for _, metric in values)]
     if not names:
         return None
     cells = tuple((site, *(number(values.get((i, name))) for name in names)) for i, site in sites(real).items())
     return Grid("Extreme activations and anisotropy", ("layer", *names), cells, frozenset(range(1, len(names) + 1)))
-
-
-def intrinsic_section(tables: Tables, facts: Facts) -> Section | None:
-    """Show the intrinsic dimension of each layer and how it changes with scale."""
-    selection = select(tables, facts)
-    if selection is None:
-        return None
-    rows = rows_of(tables["layers"], selection.model, selection.text).filter(pl.col("preprocess") == "raw")
-    # Distances do not depend on the mean: where both are stored, one is enough.
-    rows = rows.filter(pl.col("metric").is_in([TWO_NN, GRIDE])).unique(
-        ["condition", "seed", "layer", "metric", "scale"], keep="first", maintain_order=True
-    )
-    real = profile(rows, TWO_NN)
-    if real.is_empty():
-        return None
-    curves = finite(rows.filter((pl.col("metric") == GRIDE) & pl.col("scale").is_not_null()))
-    return Section(
-        anchor="intrinsic",
-        name="Intrinsic dimension",
-        title=_intrinsic_finding(real, selection),
-        findings=tuple(_intrinsic_against(real, rows)),
-        blocks=_intrinsic_plots(rows, curves, selection),
-        choice=layer_choice(curves, selection.layer, "Layer of the second figure") if curves.height else None,
-        how_to_read=(
-            "A crumpled sheet of paper is two-dimensional, although it extends in three directions. The intrinsic "
-            "dimension counts the directions in which a point can move without leaving the sheet, estimated from the "
-            "distances to its nearest neighbours (TwoNN); the variance counts above measure the space over which the sheet "
-            "extends. Bars are standard errors. The second figure repeats the estimate with more distant neighbours "
-            "(GRIDE): a dimension that is the same over several scales is more than noise. The menu selects its layer."
-        ),
-        caveat=(
-            f"From {int(rows['n_tokens'].to_numpy().max()):,} points, which are few for a high dimension: such estimates "
-            "are too low, that of white noise too. Compare them with grey and between layers rather than as absolute "
-            f"numbers. {_equal_states(rows)}Neighbouring tokens of one window are not independent points. "
-            "The nearest neighbour of a state is often the same token elsewhere in the text, so small scales show how one "
-            "token varies with its context, and larger scales how tokens differ."
-        ),
-        tables=("layers",),
-    )
-
-
-def _intrinsic_plots(rows: pl.DataFrame, curves: pl.DataFrame, selection: Selection) -> tuple[Plot, ...]:
-    by_layer, caption = figures.intrinsic_profile(rows), "From nearest neighbours (TwoNN)"
-    nearest = Plot("intrinsic-profile", by_layer, "intrinsic dimension by layer", caption, log_toggle=True)
-    if curves.is_empty():
-        return (nearest,)
-    by_scale = state_figures.scale_curve(curves, nearest_layer(curves, selection.layer))
-    caption = "From more distant neighbours (GRIDE)"
-    return nearest, Plot("intrinsic-scale", by_scale, "intrinsic dimension by scale", caption)
-
-
-def _intrinsic_finding(real: pl.DataFrame, selection: Selection) -> str:
-    row = real.sort("value", descending=True, maintain_order=True).row(0, named=True)
-    who, _ = subject(row["layer"], row["site"])
-    value = f"{spread(row['value'], row['stderr'])}, in {row['dim']:,} coordinates"
-    have = "have" if who == "The embeddings" else "has"
-    if real.height == 1:
-        return f"{who} {have} an intrinsic dimension of {value}"
-    low = real.sort("value", maintain_order=True).row(0, named=True)
-    lowest = f"; the lowest is {number(low['value'])}, {location(low['layer'], low['site'])}"
-    return f"{who} {have} the highest intrinsic dimension, {value}{lowest}"
-
-
-def _equal_states(rows: pl.DataFrame) -> str:
-    most = int(rows.filter(pl.col("metric") == TWO_NN)["n_dropped"].to_numpy().max(initial=0))
-    return f"Up to {count(most, 'point')} that coincide with others were left out. " if most else ""
-
-
-def _intrinsic_against(real: pl.DataFrame, rows: pl.DataFrame) -> list[str]:
-    row = real.sort("value", descending=True, maintain_order=True).row(0, named=True)
-    parts = []
-    for condition in [name for name in conditions(rows) if name != "real"]:
-        there = profile(rows, TWO_NN, condition).filter(pl.col("layer") == row["layer"])
-        if there.height:
-            sd = there["spread"][0] if there["spread"][0] is not None else there["stderr"][0]
-            parts.append(f"{spread(there['value'][0], sd)} {_ELSEWHERE[condition]}")
-    if row["null"] is not None and math.isfinite(row["null"]):
-        parts.append(f"{number(row['null'])} for white noise")
-    here = sentence(location(row["layer"], row["site"]))
-    return [f"{here}, the same estimate is {listed(parts)}."] if parts else []
-
-
-_ELSEWHERE = {
-    "shuffled": "on shuffled text",
-    "shuffled across": "on text shuffled across windows",
-    "random weights": "with random weights",
-}
 
 
 def curve_section(tables: Tables, facts: Facts) -> Section | None:

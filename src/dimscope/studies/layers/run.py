@@ -18,7 +18,7 @@ from dimscope.checkpoints.loaded import as_checkpoint
 from dimscope.errors import InvalidArgument
 from dimscope.storage import STATE, Store, alone
 from dimscope.studies.estimate import estimate_passes
-from dimscope.studies.layers import tables
+from dimscope.studies.layers import state_measures, tables
 from dimscope.studies.layers.facts import LayersFacts
 from dimscope.studies.layers.passes import PassRunner
 from dimscope.studies.layers.plan import LayersPlan, PlannedPass, plan_layers
@@ -26,7 +26,7 @@ from dimscope.studies.layers.settings import LayersSettings
 from dimscope.studies.layers.similarity import Side, between_conditions, between_layers, between_models
 from dimscope.studies.study import Monitor, RunOutput
 
-TABLES = ("layers", "scree", "texts", "confidence", "predictions", "similarity", "curve")
+TABLES = ("layers", "scree", "type_spectra", "texts", "confidence", "predictions", "similarity", "curve")
 
 
 def run_layers(checkpoint: Checkpoint, settings: LayersSettings, store: Store, monitor: Monitor) -> RunOutput:
@@ -98,6 +98,7 @@ def _pass_tables(planned: PlannedPass, settings: LayersSettings) -> list[str]:
     first = planned.identity.draw == 0
     has_table = {
         "layers": True, "texts": True, "scree": first, "confidence": settings.logits, "predictions": settings.logits,
+        "type_spectra": planned.identity.condition == "real",
         "similarity": first and planned.identity.condition != "shuffled across", "curve": settings.curve and first,
     }  # fmt: skip
     return [name for name in TABLES if has_table[name]]
@@ -112,6 +113,7 @@ def _pass_table(runner: PassRunner, store: Store, planned: PlannedPass, name: st
         frames: Mapping[str, Callable[[], pl.DataFrame]] = {
             "layers": lambda: tables.layers_frame(identity, collection, runner.spectra(planned), thresholds),
             "scree": lambda: tables.scree_frame(identity, collection, runner.spectra(planned)),
+            "type_spectra": lambda: state_measures.type_spectra_frame(identity, collection),
             "texts": lambda: tables.text_frame(identity, collection, planned.source.bos),
             "confidence": lambda: tables.confidence_frame(identity, collection.predictions),
             "predictions": lambda: tables.predictions_frame(identity, collection.predictions),

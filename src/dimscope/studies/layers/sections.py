@@ -9,6 +9,7 @@ from dimscope.geometry.metrics import NUMERICAL_RANK
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, finite, table
 from dimscope.page.wording import count, listed, number, sentence, share
 from dimscope.studies.layers import figures, state_figures
+from dimscope.studies.layers.comparisons import beyond, margin
 from dimscope.studies.layers.context import (
     Selection,
     figure_names,
@@ -194,18 +195,13 @@ def _against(real: pl.DataFrame, other: pl.DataFrame, condition: str, names: dic
         return ""
     who, whom = _COMPARED[condition]
     fewer, more = beyond(real, other)
+    if not fewer and not more:
+        return f"{sentence(who)} does not clearly need more or fewer components than {whom} ({margin(real, other)})."
     level = [layer for layer in real["layer"] if layer not in {*fewer, *more}]
     sides = (("fewer components", fewer), ("more components", more), ("about as many", level))
     parts = [f"{word} {locations(where, names)}" for word, where in sides if where]
-    gap = _largest(real, other, names) if fewer or more else ""
-    return f"Compared with {whom}, {who} needs {listed(parts)}{gap} ({_margin(other)})."
-
-
-def _margin(other: pl.DataFrame) -> str:
-    draws = int(other["n_draws"].to_numpy().max())
-    if draws < 2:
-        return "one draw, so its spread is unknown"
-    return f"differences exceed 2 standard deviations over the {draws} draws"
+    gap = _largest(real, other, names)
+    return f"Compared with {whom}, {who} needs {listed(parts)}{gap} ({margin(real, other)})."
 
 
 _COMPARED = {
@@ -213,14 +209,6 @@ _COMPARED = {
     "shuffled across": ("real text", "text shuffled across windows"),
     "random weights": ("the trained model", "the same model with random weights"),
 }
-
-
-def beyond(real: pl.DataFrame, other: pl.DataFrame) -> tuple[list[int], list[int]]:
-    """Return the layers where `real` lies below and above `other` by 2 sd of its draws and by half a component."""
-    both = real.join(other, on="layer", suffix="_other").sort("layer")
-    gap, margin = pl.col("value") - pl.col("value_other"), 2 * pl.col("spread_other").fill_null(0.0)
-    clear = (gap.abs() > margin) & (gap.abs() >= 0.5)
-    return both.filter(clear & (gap < 0))["layer"].to_list(), both.filter(clear & (gap > 0))["layer"].to_list()
 
 
 def _largest(real: pl.DataFrame, other: pl.DataFrame, names: dict[int, str]) -> str:

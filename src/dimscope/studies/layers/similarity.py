@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dimscope.activations.reservoir import Sample, common
 from dimscope.geometry.representation_similarity import centred_gram, debiased_cka, leading_subspace, subspace_overlap
-from dimscope.studies.layers.tables import Pass
+from dimscope.studies.layers.rows import Pass
 
 TOKENS = 1024  # compared at most: every layer has a Gram matrix of that size
 FEWEST = 4  # tokens that the debiased CKA needs

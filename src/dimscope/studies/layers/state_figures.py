@@ -14,7 +14,17 @@ import polars as pl
 from dimscope.geometry.metrics import GRIDE
 from dimscope.page import charts
 from dimscope.page.section import finite
-from dimscope.page.theme import CONDITION_MARKS, GAUSSIAN_NULL, WHITE_NOISE, Mark, figure, log_ticks, tint
+from dimscope.page.theme import (
+    CONDITION_MARKS,
+    GAUSSIAN_NULL,
+    GAUSSIAN_STATES,
+    SURROGATE,
+    WHITE_NOISE,
+    Mark,
+    figure,
+    log_ticks,
+    tint,
+)
 from dimscope.studies.layers.profiles import NORM, axis_label, conditions
 
 FIRST = 60
@@ -208,7 +218,9 @@ def _names(pairs: pl.DataFrame, layer: str, site: str) -> dict[int, str]:
 def scale_curve(rows: pl.DataFrame, layer: int) -> go.Figure:
     """Draw the GRIDE dimension over the order of the neighbours; the figure has every layer and shows `layer`."""
     gride = finite(rows.filter((pl.col("metric") == GRIDE) & pl.col("scale").is_not_null()))
-    positive = [value for value in gride["value"] if value > 0] or [1.0]
+    positive = [value for column in ("value", "gaussian") for value in finite(gride, column)[column] if value > 0] or [
+        1.0
+    ]
     low, high = min(positive), max(positive)
     scales = sorted(gride["scale"].unique())
     fig = figure(
@@ -226,6 +238,10 @@ def scale_curve(rows: pl.DataFrame, layer: int) -> go.Figure:
     )
     fig.update_xaxes(ticktext=[f"{scale:,}" for scale in scales])
     for (number,), of_layer in gride.group_by("layer", maintain_order=True):
+        gaussian = finite(of_layer.filter(pl.col("condition") == "real"), "gaussian").sort("scale")
+        if gaussian.height:
+            curve = gaussian["scale"], gaussian["gaussian"]
+            fig.add_trace(_curve(curve, GAUSSIAN_STATES, SURROGATE, int(str(number)), layer, markers=True))
         for condition in reversed(conditions(of_layer)):
             points = _over(of_layer.filter(pl.col("condition") == condition), "scale")
             curve, mark = (points["scale"], points["value"]), CONDITION_MARKS[condition]

@@ -6,7 +6,14 @@ from dimscope.studies.study import Study, StudyCode
 
 def _load() -> StudyCode:
     from dimscope.checkpoints.model import require_causal
-    from dimscope.studies.layers import comparison_sections, model_sections, robustness_sections, sections
+    from dimscope.studies.layers import (
+        comparison_sections,
+        intrinsic_sections,
+        model_sections,
+        robustness_sections,
+        sections,
+        type_sections,
+    )
     from dimscope.studies.layers.run import run_layers
     from dimscope.studies.layers.summary import summarise
 
@@ -15,7 +22,8 @@ def _load() -> StudyCode:
         sections.profile_section,
         sections.scree_section,
         robustness_sections.preprocess_section,
-        robustness_sections.intrinsic_section,
+        type_sections.types_section,
+        intrinsic_sections.intrinsic_section,
         robustness_sections.curve_section,
         comparison_sections.confidence_section,
         comparison_sections.similarity_section,
@@ -33,5 +41,5 @@ LAYERS = Study(
     _load,
     example="dimscope layers builtin --text book.txt page.html --shuffles 5 -o layers",
     presets=PRESETS,
-    definition=3,
+    definition=4,
 )

@@ -6,7 +6,9 @@ from dimscope.activations.sites import FINAL_NORM
 from dimscope.geometry.dimension import preferred_count
 from dimscope.geometry.metrics import NUMERICAL_RANK, PARTICIPATION_RATIO_CORRECTED, TWO_NN, VARIANCE_COUNT
 from dimscope.page.section import Facts, Tables
+from dimscope.studies.layers.rows import RAW
 from dimscope.studies.layers.sections import layers_strip
+from dimscope.studies.layers.state_measures import ONE_PER_TYPE
 from dimscope.studies.study import Summary
 
 FILES = ("layers", "texts", "predictions", "similarity")  # that JSON has whole
@@ -26,15 +28,19 @@ def summary_frame(layers: pl.DataFrame) -> pl.DataFrame:
 
     The columns are the number of tokens; the count of components for 95% of the variance (or for the largest share that
     was measured) on real text, on shuffled text (mean and standard deviation over the draws), with random weights and of
-    white noise; the numerical rank, the corrected participation ratio and TwoNN. `layer` is "emb", "1", "2", ..., "norm".
+    white noise; the numerical rank, the corrected participation ratio, and TwoNN of one state per token. `layer` is "emb", "1", "2", ..., "norm".
     """
-    rows = layers.filter((pl.col("preprocess") == "raw") & pl.col("centred") & pl.col("scale").is_null())
+    whole = layers.filter(pl.col("centred") & pl.col("scale").is_null())
+    rows = whole.filter(pl.col("preprocess") == RAW)
     metric = preferred_count(rows["metric"].unique())
     assert metric is not None  # the settings have one threshold at least
     real = rows.filter(pl.col("condition") == "real")
+    # Neighbours of a state are mostly states of the same token, so one state of each is measured where there are enough.
+    one = whole.filter((pl.col("condition") == "real") & (pl.col("preprocess") == ONE_PER_TYPE))
+    apart = one if (one["metric"] == TWO_NN).any() else real
 
-    def column(name: str, label: str, value: str = "value") -> pl.DataFrame:
-        return real.filter(pl.col("metric") == name).select(*KEYS, pl.col(value).alias(label))
+    def column(name: str, label: str, value: str = "value", of: pl.DataFrame = real) -> pl.DataFrame:
+        return of.filter(pl.col("metric") == name).select(*KEYS, pl.col(value).alias(label))
 
     counts = rows.filter(pl.col("metric") == metric)
     frame = column(metric, "N", "n_tokens")
@@ -45,7 +51,7 @@ def summary_frame(layers: pl.DataFrame) -> pl.DataFrame:
         column(metric, "noise", "null"),
         column(NUMERICAL_RANK, "rank"),
         column(PARTICIPATION_RATIO_CORRECTED, "ratio"),
-        column(TWO_NN, "TwoNN"),
+        column(TWO_NN, "TwoNN", of=apart),
     ):
         frame = frame.join(other, on=KEYS, how="left", maintain_order="left")
     frame = frame.drop(name for name in frame.columns if frame[name].is_null().all())

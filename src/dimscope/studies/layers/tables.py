@@ -14,89 +14,81 @@ from torch import Tensor
 from dimscope.activations.collection import Collection
 from dimscope.activations.predictions import QUANTITIES, Predictions
 from dimscope.activations.site_sums import SiteSums
-from dimscope.geometry.dimension import FLOAT32_EPS, effective_rank, linear_dimensions
-from dimscope.geometry.intrinsic import intrinsic_dimensions, white_noise_dimension
+from dimscope.geometry.dimension import FLOAT32_EPS, linear_dimensions
+from dimscope.geometry.grouped import variance_counts
+from dimscope.geometry.half_samples import FEWEST_ROWS, Replicated, groups_of
 from dimscope.geometry.metrics import (
     ANISOTROPY,
-    EFFECTIVE_RANK_UNIT_ROWS,
     LARGEST_ACTIVATION,
     MASSIVE_ACTIVATIONS,
     MEAN_COSINE,
-    MEDIAN_NORM,
     NUMERICAL_RANK,
     ROGUE_DIMENSION_INDEX,
     ROGUE_DIMENSION_SHARE,
     STABLE_RANK,
+    variance_count_name,
 )
 from dimscope.geometry.nulls import white_noise_spectrum
-from dimscope.geometry.spectrum import Spectrum, spectrum_of
+from dimscope.geometry.spectrum import Spectrum, decompose, spectrum_of
+from dimscope.studies.layers.rows import (
+    FEWEST,
+    LAYERS,
+    PREDICTIONS,
+    RAW,
+    TYPES,
+    Pass,
+    Preprocessed,
+    Rows,
+    dimension_row,
+    row,
+    with_error,
+)
+from dimscope.studies.layers.state_measures import States, state_rows, type_variants
+from dimscope.texts.window_sums import interval
 from dimscope.vectors.moments import Moments, combined
 
-LAYERS = {
-    "model": pl.String, "text": pl.String, "condition": pl.String, "seed": pl.Int64, "site": pl.String, "layer": pl.Int64,
-    "preprocess": pl.String, "centred": pl.Boolean, "metric": pl.String, "scale": pl.Int64, "value": pl.Float64,
-    "stderr": pl.Float64, "null": pl.Float64, "share_of_dim": pl.Float64, "share_of_rank": pl.Float64, "share_of_null": pl.Float64,
-    "n_tokens": pl.Int64, "n_dropped": pl.Int64, "dim": pl.Int64,
-}  # fmt: skip
-PREDICTIONS = {
-    "model": pl.String, "text": pl.String, "condition": pl.String, "seed": pl.Int64, "metric": pl.String,
-    "value": pl.Float64, "stderr": pl.Float64, "n_tokens": pl.Int64,
-}  # fmt: skip
-TYPES = {"seed": pl.Int64, "layer": pl.Int64, "n_tokens": pl.Int64}  # of columns whose type polars would guess
 SMALLEST = 64  # rows of the smallest sample of the curve over N
-FEWEST = 3  # rows that a dimension needs
-
-Rows = Tensor | Moments  # few rows themselves, many as their moments
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """The pass that a row belongs to.
+class RawSpectrum:
+    """The centred spectrum of all states of a layer, and the error of each variance count, from the sampled states.
 
     Attributes:
-        model: Title of the model.
-        text: Name of the text.
-        condition: "real", "shuffled", "shuffled across" or "random weights".
-        draw: Number of the random draw, from 0 on.
-        seed: The same as a column of the tables: the seed of the study plus the draw; None where nothing is random.
+        spectrum: The spectrum.
+        counts: The counts by their names; none where no error was computed.
     """
 
-    model: str
-    text: str
-    condition: str
-    draw: int = 0
-    seed: int | None = None
-
-    def row(self, **values: Any) -> dict[str, Any]:
-        """Return a row of a table about this pass."""
-        return {"model": self.model, "text": self.text, "condition": self.condition, "seed": self.seed, **values}
-
-    def with_columns(self, frame: pl.DataFrame, **constants: Any) -> pl.DataFrame:
-        """Return a frame about this pass, with its columns and other constant ones."""
-        literals = {name: pl.lit(value, dtype=TYPES.get(name)) for name, value in self.row(**constants).items()}
-        return frame.with_columns(**literals)
-
-
-@dataclass(frozen=True, slots=True)
-class Preprocessed:
-    """The spectrum of the rows of a site after one preprocessing, and how many rows were dropped."""
-
-    preprocess: str
     spectrum: Spectrum
-    n_dropped: int = 0
+    counts: Mapping[str, Replicated]
 
 
-def raw_spectra(collection: Collection) -> dict[int, Spectrum]:
-    """Return the centred spectrum of every layer."""
-    return {layer: spectrum_of(combined(sums.parts.values())) for layer, sums in collection.sites.items()}
+def raw_spectra(
+    collection: Collection, thresholds: tuple[float, ...], *, errors: bool = True
+) -> dict[int, RawSpectrum]:
+    """Return the centred spectrum of every layer, with the errors of the counts of some shares of the variance."""
+    sample = collection.reservoir.sample()
+    groups = groups_of(sample.windows)
+    spectra = {}
+    for layer, sums in collection.sites.items():
+        everything = combined(sums.parts.values())
+        if not errors or len(sample.layers[layer]) < FEWEST_ROWS:
+            spectra[layer] = RawSpectrum(spectrum_of(everything), {})
+            continue
+        of = decompose(everything)
+        variances = of.spectrum.singular_values.square()
+        counts = variance_counts(sample.layers[layer], groups, of.axes, variances, thresholds)
+        names = map(variance_count_name, thresholds)
+        spectra[layer] = RawSpectrum(of.spectrum, dict(zip(names, counts, strict=True)))
+    return spectra
 
 
 def layers_frame(
-    identity: Pass, collection: Collection, spectra: Mapping[int, Spectrum], thresholds: tuple[float, ...]
+    identity: Pass, collection: Collection, spectra: Mapping[int, RawSpectrum], thresholds: tuple[float, ...]
 ) -> pl.DataFrame:
     """Return every measure of every site; a measure that does not exist is null.
 
-    Further draws of a shuffle serve the spread only, so they have no preprocessing.
+    Further draws of a shuffle serve the spread only, so they have no preprocessing and no errors.
 
     Args:
         identity: The pass.
@@ -105,23 +97,33 @@ def layers_frame(
         thresholds: Shares of the variance for which components are counted.
     """
     rows: list[dict[str, Any]] = []
-    sample = collection.reservoir.sample().layers
+    first, one_window = identity.draw == 0, collection.n_windows == 1
+    states = States(collection.reservoir.sample(), real=identity.condition == "real", first=first)
     for layer, sums in collection.sites.items():
         everything, raw = combined(sums.parts.values()), spectra[layer]
-        variants = _variants(sums, everything, raw) if identity.draw == 0 else [Preprocessed("raw", raw)]
+        variants = [Preprocessed(RAW, raw.spectrum)]
+        if first:
+            variants += [*_variants(sums, everything, raw.spectrum), *type_variants(states, layer)]
         of_layer: list[dict[str, Any]] = []
         for variant in variants:
-            of_layer += _spectral_rows(variant, thresholds, one_window=collection.n_windows == 1)
+            of_layer += _spectral_rows(variant, thresholds, one_window=one_window)
         of_layer += _whole_rows(sums, everything)
-        of_layer += _sampled_rows(sample[layer])
-        rows += (identity.row(site=sums.name, layer=layer, **row) for row in of_layer)
+        of_layer += state_rows(states, layer)
+        of_layer = [_with_count_error(measured, raw) for measured in of_layer]
+        rows += (identity.row(site=sums.name, layer=layer, **measured) for measured in of_layer)
     return pl.DataFrame(rows, schema=LAYERS).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
+def _with_count_error(measured: dict[str, Any], raw: RawSpectrum) -> dict[str, Any]:
+    """Return a row; that of a variance count of the raw centred states gets its error. Counts grow with N: no interval."""
+    if measured["preprocess"] != RAW or not measured["centred"] or measured["metric"] not in raw.counts:
+        return measured
+    return with_error(measured, raw.counts[measured["metric"]], interval=False)
+
+
 def _variants(sums: SiteSums, everything: Rows, raw: Spectrum) -> Iterator[Preprocessed]:
-    """Yield the rows raw (centred and uncentred), without the first token, without massive tokens, and z-scored."""
-    yield Preprocessed("raw", raw)
-    yield Preprocessed("raw", spectrum_of(everything, centred=False))
+    """Yield the rows uncentred, without the first token, without massive tokens, and z-scored."""
+    yield Preprocessed(RAW, spectrum_of(everything, centred=False))
     for name, position in (("without first token", 0), ("without massive tokens", 1)):
         parts = [part for kind, part in sums.parts.items() if not kind[position]]
         n = sum(part.count for part in parts)
@@ -157,29 +159,9 @@ def _spectral_rows(
     rank = next(d.value for d in family if d.metric == NUMERICAL_RANK)
     columns = {"preprocess": variant.preprocess, "centred": spectrum.centred, "n_dropped": variant.n_dropped}
     for d in family:
-        yield _dimension_row(d.metric, d.value, n, dim, null[d.metric], rank=rank, **columns)
+        yield dimension_row(d.metric, d.value, n, dim, null[d.metric], rank=rank, **columns)
     widest = float(spectrum.explained_variance_ratio[:1].sum())
-    yield _row(ANISOTROPY, widest, n, dim, null=1 / null[STABLE_RANK], **columns)
-
-
-def _row(metric: str, value: float, n: int, dim: int, **columns: Any) -> dict[str, Any]:
-    """Return a row of the table; `columns` override those of raw and centred rows."""
-    usual = {"preprocess": "raw", "centred": True, "null": None, "n_dropped": 0}
-    return usual | {"metric": metric, "value": float(value), "n_tokens": n, "dim": dim} | columns
-
-
-def _dimension_row(
-    metric: str, value: float, n: int, dim: int, null: float | None, *, rank: float | None = None, **columns: Any
-) -> dict[str, Any]:
-    """Return a row about a number of dimensions, also as a share of the width, of the rank and of white noise."""
-    shares = {
-        "share_of_dim": value / dim, "share_of_rank": _ratio(value, rank), "share_of_null": _ratio(value, null)
-    }  # fmt: skip
-    return _row(metric, value, n, dim, null=null, **shares, **columns)
-
-
-def _ratio(value: float, whole: float | None) -> float | None:
-    return value / whole if whole and math.isfinite(whole) else None
+    yield row(ANISOTROPY, widest, n, dim, null=1 / null[STABLE_RANK], **columns)
 
 
 def _whole_rows(sums: SiteSums, everything: Rows) -> Iterator[dict[str, Any]]:
@@ -188,13 +170,13 @@ def _whole_rows(sums: SiteSums, everything: Rows) -> Iterator[dict[str, Any]]:
     m, total = sums.unit_count, sums.unit_total
     # Ethayarajh 2019: the mean over pairs is (||sum u||^2 - m) / (m (m - 1)).
     cosine = float((total.cpu().square().sum() - m) / (m * (m - 1))) if m > 1 and total is not None else math.nan
-    yield _row(MEAN_COSINE, cosine, n, dim, null=0.0, centred=False, n_dropped=n - m)
-    yield _row(MASSIVE_ACTIVATIONS, sums.n_massive, n, dim, centred=False)
-    yield _row(LARGEST_ACTIVATION, sums.largest, n, dim, centred=False)
+    yield row(MEAN_COSINE, cosine, n, dim, null=0.0, centred=False, n_dropped=n - m)
+    yield row(MASSIVE_ACTIVATIONS, sums.n_massive, n, dim, centred=False)
+    yield row(LARGEST_ACTIVATION, sums.largest, n, dim, centred=False)
     variances = _variances(everything)
     share = float(variances.max() / variances.sum()) if bool(variances.sum() > 0) else math.nan
-    yield _row(ROGUE_DIMENSION_SHARE, share, n, dim, null=1 / dim)
-    yield _row(ROGUE_DIMENSION_INDEX, int(variances.argmax()), n, dim)
+    yield row(ROGUE_DIMENSION_SHARE, share, n, dim, null=1 / dim)
+    yield row(ROGUE_DIMENSION_INDEX, int(variances.argmax()), n, dim)
 
 
 def _variances(rows: Rows) -> Float[Tensor, " d"]:
@@ -203,27 +185,11 @@ def _variances(rows: Rows) -> Float[Tensor, " d"]:
     return rows.double().var(dim=0, correction=0)
 
 
-def _sampled_rows(sample: Float[Tensor, "n d"]) -> Iterator[dict[str, Any]]:
-    """Yield the measures of individual states, on the reservoir: norms, entropy of unit rows, intrinsic dimensions."""
-    if len(sample) < FEWEST:
-        return
-    n, dim = sample.shape
-    yield _row(MEDIAN_NORM, float(sample.double().norm(dim=1).median()), n, dim, centred=False)
-    # Centred first, then of length 1, and not centred again: the eRank of Wei et al. 2024 (arXiv 2401.17139).
-    unit = torch.nn.functional.normalize(sample.double() - sample.double().mean(dim=0), dim=1)
-    null = effective_rank(white_noise_spectrum(n, dim, 1.0, centred=True), of_lambda=True)
-    value = effective_rank(spectrum_of(unit, centred=False), of_lambda=True)
-    yield _dimension_row(EFFECTIVE_RANK_UNIT_ROWS, value, n, dim, null)
-    for e in intrinsic_dimensions(sample):
-        noise = white_noise_dimension(e.n_used, dim).get((e.metric, e.scale))
-        columns = {"n_dropped": e.n_dropped, "stderr": e.stderr, "scale": e.scale}
-        yield _dimension_row(e.metric, e.value, e.n_used, dim, noise, **columns)
-
-
-def scree_frame(identity: Pass, collection: Collection, spectra: Mapping[int, Spectrum]) -> pl.DataFrame:
+def scree_frame(identity: Pass, collection: Collection, spectra: Mapping[int, RawSpectrum]) -> pl.DataFrame:
     """Return the share of the variance of every component of every site (centred, raw), beside white noise."""
     frames = []
-    for layer, spectrum in spectra.items():
+    for layer, raw in spectra.items():
+        spectrum = raw.spectrum
         n = spectrum.n_rows
         noise = white_noise_spectrum(n, spectrum.dim, 1.0, centred=True).explained_variance_ratio
         shares = spectrum.explained_variance_ratio
@@ -266,19 +232,20 @@ def confidence_frame(identity: Pass, predictions: Predictions) -> pl.DataFrame:
 def predictions_frame(identity: Pass, predictions: Predictions) -> pl.DataFrame:
     """Return loss, entropy, max log-softmax (nats, means over positions) and bits per byte.
 
-    Standard errors assume independent positions. Neighbours in a text are dependent, so they are lower bounds.
+    Standard errors and 95% intervals are over windows, whose positions depend on each other.
     """
+    sums = predictions.by_window.stacked()
+    totals = sums.sum(dim=0).tolist()
+    numbers = {name: (2 * i + 1, 2 * i, 1.0) for i, name in enumerate(QUANTITIES)}  # of which sum over which
+    numbers["bits per byte"] = (1, len(totals) - 1, math.log(2))
     rows = []
-    for quantity, (n, total, squares) in zip(QUANTITIES, predictions.sums.tolist(), strict=True):
-        if n:
-            mean = total / n
-            error = math.sqrt(max(squares / n - mean**2, 0.0) / n)
-            rows.append(identity.row(metric=quantity, value=mean, stderr=error, n_tokens=int(n)))
-    n, total, _ = predictions.sums[0].tolist()
-    if n and predictions.n_bytes:
-        value = total / math.log(2) / predictions.n_bytes
-        rows.append(identity.row(metric="bits per byte", value=value, stderr=None, n_tokens=int(n)))
-    return pl.DataFrame(rows, schema=PREDICTIONS)
+    for metric, (numerator, denominator, unit) in numbers.items():
+        if totals[denominator]:
+            ratio = interval(sums, lambda s, n=numerator, d=denominator, u=unit: s[..., n] / s[..., d] / u)
+            spread = {"stderr": ratio.stderr, "low": ratio.low, "high": ratio.high}
+            n_tokens = int(totals[0 if metric == "bits per byte" else denominator])
+            rows.append(identity.row(metric=metric, value=ratio.value, **spread, n_tokens=n_tokens))
+    return pl.DataFrame(rows, schema=PREDICTIONS).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
 def text_frame(identity: Pass, collection: Collection, bos: str | None) -> pl.DataFrame:

@@ -1,0 +1,168 @@
+"""Measures of individual hidden states, on the sample of a pass: by token type, from distances, and across windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dimscope.activations.collection import Collection
+from dimscope.activations.reservoir import Sample
+from dimscope.geometry.dimension import effective_rank
+from dimscope.geometry.grouped import participation_ratio_across
+from dimscope.geometry.half_samples import groups_of
+from dimscope.geometry.intrinsic import (
+    distinct_rows,
+    gaussian_dimension,
+    intrinsic_dimensions,
+    white_noise_dimension,
+)
+from dimscope.geometry.metrics import (
+    BETWEEN_TYPES,
+    EFFECTIVE_RANK_UNIT_ROWS,
+    MEDIAN_NORM,
+    PARTICIPATION_RATIO_ACROSS,
+    SAME_TOKEN_NEIGHBORS,
+)
+from dimscope.geometry.nulls import white_noise_spectrum
+from dimscope.geometry.spectrum import spectrum_of
+from dimscope.geometry.token_types import one_of_each, same_type_neighbors, type_spectra, variance_between_types
+from dimscope.studies.layers.rows import FEWEST, RAW, Pass, Preprocessed, dimension_row, row, with_error
+
+ONE_PER_TYPE, TYPE_MEANS, WITHIN_TYPES = "one state per type", "type means", "type mean removed"
+
+
+@dataclass(frozen=True)
+class States:
+    """The sampled states of a pass, and which of them stand for their token types.
+
+    Attributes:
+        sample: The states of all layers.
+        real: Whether they are those of the trained model on real text: these have all measures.
+        first: Whether they are of the first draw: further draws serve the spread of the first measure only.
+    """
+
+    sample: Sample
+    real: bool = True
+    first: bool = True
+
+    @cached_property
+    def groups(self) -> Int[np.ndarray, " n"]:
+        """The group of windows of each state, for errors."""
+        return groups_of(self.sample.windows)
+
+    @cached_property
+    def one_per_type(self) -> Int[np.ndarray, " m"]:
+        """Positions of one state of each token type, the same at all layers.
+
+        A position whose state is a copy of another one at some layer is left out at all of them, unless half of a layer
+        are copies: then the layers have no rows in common.
+        """
+        positions = one_of_each(self.sample.tokens)
+        kept = np.ones(len(positions), dtype=bool)
+        for rows in self.sample.layers.values():
+            distinct = np.zeros(len(positions), dtype=bool)
+            distinct[distinct_rows(rows[torch.from_numpy(positions)]).numpy()] = True
+            if distinct.sum() > len(positions) / 2:
+                kept &= distinct
+        return positions[kept]
+
+    @cached_property
+    def repeated(self) -> Int[np.ndarray, " m"]:
+        """Positions of the states of tokens that occur at least twice in the sample."""
+        _, groups, counts = np.unique(self.sample.tokens, return_inverse=True, return_counts=True)
+        return np.flatnonzero(counts[groups] > 1)
+
+
+def state_rows(states: States, layer: int) -> Iterator[dict[str, Any]]:
+    """Yield the measures of the sampled states of one layer."""
+    rows = states.sample.layers[layer]
+    if len(rows) < FEWEST:
+        return
+    yield from _norms(rows)
+    across = participation_ratio_across(rows, states.groups)
+    n = int(np.count_nonzero(states.groups >= 0))
+    dim = rows.shape[1]
+    yield with_error(dimension_row(PARTICIPATION_RATIO_ACROSS, across.value, n, dim, float(dim)), across)
+    neighbors = same_type_neighbors(rows, states.sample.tokens)
+    yield row(SAME_TOKEN_NEIGHBORS, neighbors.share, len(rows), dim, null=neighbors.by_chance, centred=False)
+    between = variance_between_types(rows, states.sample.tokens, states.groups)
+    yield with_error(row(BETWEEN_TYPES, between.value, len(rows), dim, null=0.0), between)
+    yield from _intrinsic_rows(rows, states, ONE_PER_TYPE, states.one_per_type)
+    if states.first:
+        yield from _intrinsic_rows(rows, states, RAW, np.arange(len(rows)))
+    if states.real:
+        within = _without_type_means(rows, states.sample.tokens)
+        yield from _intrinsic_rows(within, states, WITHIN_TYPES, states.repeated)
+
+
+def _norms(rows: Float[Tensor, "n d"]) -> Iterator[dict[str, Any]]:
+    n, dim = rows.shape
+    yield row(MEDIAN_NORM, float(rows.double().norm(dim=1).median()), n, dim, centred=False)
+    # Centred first, then of length 1, and not centred again: the eRank of Wei et al. 2024 (arXiv 2401.17139).
+    unit = torch.nn.functional.normalize(rows.double() - rows.double().mean(dim=0), dim=1)
+    null = effective_rank(white_noise_spectrum(n, dim, 1.0, centred=True), of_lambda=True)
+    yield dimension_row(
+        EFFECTIVE_RANK_UNIT_ROWS, effective_rank(spectrum_of(unit, centred=False), of_lambda=True), n, dim, null
+    )
+
+
+def _without_type_means(rows: Float[Tensor, "n d"], tokens: Int[np.ndarray, " n"]) -> Float[Tensor, "n d"]:
+    _, groups, counts = np.unique(tokens, return_inverse=True, return_counts=True)
+    groups, exact = torch.from_numpy(groups), rows.double()
+    means = torch.zeros(len(counts), rows.shape[1], dtype=torch.float64).index_add_(0, groups, exact)
+    return exact - (means / torch.from_numpy(counts)[:, None])[groups]
+
+
+def _intrinsic_rows(
+    rows: Float[Tensor, "n d"], states: States, preprocess: str, positions: Int[np.ndarray, " m"]
+) -> Iterator[dict[str, Any]]:
+    """Yield the intrinsic dimensions of the states at some positions, beside white noise and Gaussian states."""
+    chosen, dim = rows[torch.from_numpy(positions)], rows.shape[1]
+    errors = states.real or (states.first and preprocess == ONE_PER_TYPE)
+    estimates = intrinsic_dimensions(chosen, groups=states.groups[positions], errors=errors)
+    surrogate = gaussian_dimension(chosen[distinct_rows(chosen)]) if estimates and states.real else {}
+    for e in estimates:
+        null = white_noise_dimension(e.n_used, dim).get((e.metric, e.scale))
+        measured = dimension_row(
+            e.metric, e.value, e.n_used, dim, null, preprocess=preprocess, n_dropped=len(rows) - e.n_used, scale=e.scale,
+            gaussian=surrogate.get((e.metric, e.scale)),
+        )  # fmt: skip
+        yield with_error(measured, e.replicated)
+
+
+def type_variants(states: States, layer: int) -> Iterator[Preprocessed]:
+    """Yield the spectra of one state per type, of the means of the types, and of the states minus these."""
+    rows, tokens = states.sample.layers[layer], states.sample.tokens
+    n, n_one = len(rows), len(states.one_per_type)
+    if n_one >= FEWEST:
+        yield Preprocessed(ONE_PER_TYPE, spectrum_of(rows[torch.from_numpy(states.one_per_type)]), n - n_one)
+    spectra = type_spectra(rows, tokens)
+    if spectra.n_types >= FEWEST:
+        yield Preprocessed(TYPE_MEANS, spectra.between, 0)
+    if spectra.within.n_rows >= FEWEST:
+        yield Preprocessed(WITHIN_TYPES, spectra.within, 0)
+
+
+def type_spectra_frame(identity: Pass, collection: Collection) -> pl.DataFrame:
+    """Return the variance of every component of the type means and of the states minus these, of every site.
+
+    `share` is of the variance of all sampled states, so both parts of a layer add up to 1.
+    """
+    sample, frames = collection.reservoir.sample(), []
+    for layer, rows in sample.layers.items():
+        spectra = type_spectra(rows, sample.tokens)
+        whole = float(spectra.all_rows.singular_values.square().sum())
+        for part, spectrum in ((TYPE_MEANS, spectra.between), (WITHIN_TYPES, spectra.within)):
+            shares = spectrum.singular_values.square() / whole if whole > 0 else torch.zeros(0, dtype=torch.float64)
+            frame = pl.DataFrame({"index": np.arange(1, len(shares) + 1), "share": shares.numpy()})
+            columns = {"site": collection.sites[layer].name, "layer": layer, "part": part, "n_tokens": len(rows)}
+            frames.append(identity.with_columns(frame, **columns))
+    return pl.concat(frames)
