@@ -119,6 +119,7 @@ def _hidden(frame: pl.DataFrame, *, untrained: bool) -> list[str]:
     """Return the columns of the token table that a terminal does not show."""
     components = [column for column in frame.columns if column.startswith("pc")]
     reasons = ["untrained", "reason"] if untrained else ["untrained_reason"]
+    reasons.append("untrained_sign")  # part of the reason
     return ["piece", "bytes", "vector", *components, *reasons]
 
 

@@ -58,27 +58,27 @@ def tokens_frame(
         {"id": torch.cat(ids).numpy(), "norm": row_norms(table).float().numpy()}
         | {f"pc{c + 1}": projected[:, c] for c in range(projected.shape[1])}
         | {"untrained_score": pl.Series(scores, dtype=pl.Float32), "untrained": untrained.flagged}
-        | {"evidence": pl.Series(untrained.evidence, dtype=pl.String)}
+        | {"untrained_sign": pl.Series([sign or None for sign in untrained.signs], dtype=pl.String)}
     )
     joined = vocabulary_frame(vocabulary).join(measured, on="id", how="left")
     reason = _untrained_reason(untrained.median_norm)
-    return joined.with_columns(pl.col("untrained").fill_null(False), untrained_reason=reason).drop("evidence")
+    return joined.with_columns(pl.col("untrained").fill_null(False), untrained_reason=reason)
 
 
 def _untrained_reason(median_norm: float) -> pl.Expr:
-    """Return the kind of evidence against a flagged row with its number, after the reason of its category."""
-    evidence = pl.col("evidence")
+    """Return why a flagged row looks untrained, with the number that shows it, after the reason of its category."""
+    sign = pl.col("untrained_sign")
     norm = (pl.col("norm").cast(pl.Float64) / median_norm).round_sig_figs(2)
     score = pl.col("untrained_score").cast(pl.Float64).round(4)
     detailed = (
-        pl.when(evidence == ZERO)
-        .then(evidence)
-        .when(evidence == SHORT)
-        .then(pl.format("{}: norm {} of the median", evidence, norm))
-        .otherwise(pl.format("{} (score {})", evidence, score))
+        pl.when(sign == ZERO)
+        .then(sign)
+        .when(sign == SHORT)
+        .then(pl.format("{}: {} of it", sign, norm))
+        .otherwise(pl.format("{} (score {})", sign, score))
     )
     both = pl.when(pl.col("reason").is_not_null()).then(pl.format("{}; {}", "reason", detailed)).otherwise(detailed)
-    return pl.when(pl.col("untrained").fill_null(False)).then(both)
+    return pl.when(sign.is_not_null()).then(both)
 
 
 def correlation_frame(ids: list[int], labels: list[str], matrix: Float[Tensor, "n n"]) -> pl.DataFrame:
