@@ -11,6 +11,7 @@ from dimscope.page.section import Facts, Tables
 from dimscope.storage import FORMAT
 from dimscope.studies.embedding.study import EMBEDDING
 
+NEAR_SEED = "near a group of seed rows"
 HOSTILE = "</script><script>alert(1)</script>"
 LABELS = ["<s>", "␣water", "Water", HOSTILE, "\"'`&amp;", "\u202eשלום", "<b>bold</b><0xFF>", "#7"]
 CATEGORIES = ["special", "ordinary", "ordinary", "ordinary", "undecodable", "ordinary", "unreachable", "beyond"]
@@ -69,7 +70,8 @@ def tokens() -> pl.DataFrame:
             "pc3": [0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8],
             "untrained_score": [1.0, 0.9, 1.1, 0.2, 1.0, 1.2, 0.0, 0.1],
             "untrained": [False, False, False, True, False, False, True, True],
-            "untrained_reason": [None, None, None, "close to the seed", None, None, "seed", "seed"],
+            "untrained_sign": [None, None, None, NEAR_SEED, None, None, "zero vector", NEAR_SEED],
+            "untrained_reason": [None, None, None, NEAR_SEED, None, None, "zero vector", NEAR_SEED],
         }
     ).with_columns(pl.col("norm", "pc1", "pc2", "pc3", "untrained_score").cast(pl.Float32))
 

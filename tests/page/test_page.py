@@ -119,7 +119,9 @@ def _vocabulary(size: int = 151_936) -> pl.DataFrame:
             "untrained_score": rng.random(size, dtype=np.float32),
             "untrained": kinds == "beyond",
         }
-    ).with_columns(reason=pl.lit(None, dtype=pl.String), untrained_reason=pl.lit(None, dtype=pl.String))
+    ).with_columns(
+        pl.lit(None, dtype=pl.String).alias(name) for name in ("reason", "untrained_sign", "untrained_reason")
+    )
 
 
 def _random_neighbours(size: int = 151_936, k: int = 10) -> pl.DataFrame:

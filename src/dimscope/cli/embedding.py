@@ -14,7 +14,7 @@ from dimscope.cli.options import COMMON, Common
 from dimscope.cli.terminal import Output
 from dimscope.errors import InvalidArgument
 from dimscope.geometry.metrics import PARTICIPATION_RATIO
-from dimscope.page.wording import against, count, number, sentence
+from dimscope.page.wording import against, count, listed, number, sentence
 
 if TYPE_CHECKING:
     from dimscope.studies.embedding.row_tables import CorrelationTables
@@ -104,7 +104,9 @@ def tokens(
     answer = f"{population}: {', '.join(f'{n:,} {category}' for category, n in counts.items())}."
     if untrained:
         frame = frame.filter("untrained").sort("untrained_score")
-        answer = f"{len(frame):,} of {population} look under-trained."
+        signs = frame["untrained_sign"].value_counts(sort=True).iter_rows()
+        parts = listed([f"{sign} ({n:,})" for sign, n in signs])
+        answer = f"{len(frame):,} of {population} look under-trained{': ' if parts else ''}{parts}."
     if duplicates:
         groups = duplicates_table(source)
         frame = frame.join(groups, on=["id", "label", "category"], maintain_order="left").sort("group", "id")
@@ -119,6 +121,7 @@ def _hidden(frame: pl.DataFrame, *, untrained: bool) -> list[str]:
     """Return the columns of the token table that a terminal does not show."""
     components = [column for column in frame.columns if column.startswith("pc")]
     reasons = ["untrained", "reason"] if untrained else ["untrained_reason"]
+    reasons.append("untrained_sign")  # part of the reason
     return ["piece", "bytes", "vector", *components, *reasons]
 
 

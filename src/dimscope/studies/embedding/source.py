@@ -82,7 +82,7 @@ class EmbeddingSource:
 
     @cached_property
     def untrained(self) -> UntrainedScores:
-        """Score how likely each row was never trained."""
+        """Score how untrained each row looks."""
         return score_untrained(self.vocabulary, self.table)
 
     @cached_property

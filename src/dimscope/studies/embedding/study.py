@@ -33,6 +33,6 @@ EMBEDDING = Study(
     EmbeddingSettings,
     _load,
     example="dimscope embedding builtin -o report",
-    definition=2,
+    definition=3,
     takes_vectors=True,
 )

@@ -15,7 +15,7 @@ from dimscope.geometry.isotropy import row_norms
 from dimscope.geometry.neighbors import NeighborIndex, drop_self
 from dimscope.geometry.pairs import Groups, Pairs, diameter
 from dimscope.geometry.spectrum import principal_components
-from dimscope.geometry.untrained import UntrainedScores, untrained_scores
+from dimscope.geometry.untrained import SHORT, ZERO, UntrainedScores, untrained_scores
 from dimscope.vectors.moments import Moments
 from dimscope.vectors.table import VectorTable
 
@@ -58,19 +58,27 @@ def tokens_frame(
         {"id": torch.cat(ids).numpy(), "norm": row_norms(table).float().numpy()}
         | {f"pc{c + 1}": projected[:, c] for c in range(projected.shape[1])}
         | {"untrained_score": pl.Series(scores, dtype=pl.Float32), "untrained": untrained.flagged}
+        | {"untrained_sign": pl.Series([sign or None for sign in untrained.signs], dtype=pl.String)}
     )
     joined = vocabulary_frame(vocabulary).join(measured, on="id", how="left")
-    return joined.with_columns(pl.col("untrained").fill_null(False)).with_columns(
-        untrained_reason=_untrained_reason(untrained)
+    reason = _untrained_reason(untrained.median_norm)
+    return joined.with_columns(pl.col("untrained").fill_null(False), untrained_reason=reason)
+
+
+def _untrained_reason(median_norm: float) -> pl.Expr:
+    """Return why a flagged row looks untrained, with the number that shows it, after the reason of its category."""
+    sign = pl.col("untrained_sign")
+    norm = (pl.col("norm").cast(pl.Float64) / median_norm).round_sig_figs(2)
+    score = pl.col("untrained_score").cast(pl.Float64).round(4)
+    detailed = (
+        pl.when(sign == ZERO)
+        .then(sign)
+        .when(sign == SHORT)
+        .then(pl.format("{}: {} of it", sign, norm))
+        .otherwise(pl.format("{} (score {})", sign, score))
     )
-
-
-def _untrained_reason(untrained: UntrainedScores) -> pl.Expr:
-    if untrained.scores is None:
-        return pl.lit(None, dtype=pl.String)
-    near = pl.format("lies with the untrainable rows (score {})", pl.col("untrained_score").cast(pl.Float64).round(4))
-    both = pl.when(pl.col("reason").is_not_null()).then(pl.format("{}; {}", "reason", near)).otherwise(near)
-    return pl.when(pl.col("untrained")).then(both)
+    both = pl.when(pl.col("reason").is_not_null()).then(pl.format("{}; {}", "reason", detailed)).otherwise(detailed)
+    return pl.when(sign.is_not_null()).then(both)
 
 
 def correlation_frame(ids: list[int], labels: list[str], matrix: Float[Tensor, "n n"]) -> pl.DataFrame:

@@ -6,7 +6,7 @@ import polars as pl
 
 from dimscope.geometry.metrics import HUBNESS, SEED_ROWS, UNTRAINED_THRESHOLD
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, Token
-from dimscope.page.wording import count, number, sentence, share
+from dimscope.page.wording import count, listed, number, sentence, share
 from dimscope.studies.embedding import token_figures
 from dimscope.studies.embedding.context import explained_variance, measure
 from dimscope.studies.embedding.facts import embedding_facts
@@ -278,11 +278,13 @@ def untrained_section(tables: Tables, facts: Facts) -> Section | None:
         anchor="untrained",
         name="Under-trained tokens",
         title=_untrained_finding(flagged, threshold),
+        findings=_untrained_signs(tables, flagged),
         blocks=(plot, grid) if grid else (plot,),
         how_to_read=(
-            "Some rows cannot have been trained: ids beyond the tokenizer, bytes that no text contains, tokens that "
-            "the tokenizer never produces. They serve as the seed. The score is the distance to their "
-            "centre, in units of the median ordinary token: 0 looks untrained, 1 looks usual. "
+            "A row looks under-trained if its norm is zero or far below the median, if it is near a group of seed rows, or if "
+            "it is nearly equal to two or more other rows. Seed rows cannot have been trained: ids beyond the tokenizer, "
+            "bytes that no text contains, tokens that the tokenizer never produces. The score is the distance to the nearest of "
+            "these groups, or to the origin: 0 looks untrained, 1 is the median of the ordinary tokens. "
             + (
                 "There is no dashed line because no threshold could be set."
                 if threshold is None
@@ -292,6 +294,21 @@ def untrained_section(tables: Tables, facts: Facts) -> Section | None:
         caveat=_untrained_caveat(tables),
         tables=("tokens", "measures"),
     )
+
+
+def _untrained_signs(tables: Tables, flagged: pl.DataFrame) -> tuple[str, ...]:
+    """Return a sentence with the number of flagged rows by sign, the most frequent first, and what they are compared with."""
+    if flagged.is_empty():
+        return ()
+    signs = flagged.group_by("untrained_sign").len().sort("len", "untrained_sign", descending=[True, False])
+    parts = listed([f"{sign} ({n:,})" for sign, n in signs.iter_rows()])
+    compared = f"the ordinary tokens and with {count(_n_seed(tables), 'seed row')}"
+    return (f"Compared with {compared}, they are: {parts}.",)
+
+
+def _n_seed(tables: Tables) -> int:
+    seeds = measure(tables, SEED_ROWS)
+    return round(seeds["value"]) if seeds else 0
 
 
 def _untrained_finding(flagged: pl.DataFrame, threshold: float | None) -> str:
@@ -326,12 +343,11 @@ def _untrained_grid(flagged: pl.DataFrame, shown: int = 20) -> Grid | None:
 
 
 def _untrained_caveat(tables: Tables) -> str:
-    seeds = measure(tables, SEED_ROWS)
-    n = round(seeds["value"]) if seeds else 0
-    basis = f"The seed is {count(n, 'row')}. " if n else ""
+    n = _n_seed(tables)
+    basis = f"There {'is' if n == 1 else 'are'} {count(n, 'seed row')}. "
     return (
         f"{basis}A low score says that a row resembles untrained rows, not that the model fails on it; prompts would "
-        "have to show that. The fewer the seed rows, the less their centre can be trusted."
+        "have to show that. The fewer the seed rows, the fewer kinds of untrained rows they show."
     )
 
 
