@@ -28,7 +28,8 @@ def summary_frame(layers: pl.DataFrame) -> pl.DataFrame:
 
     The columns are the number of tokens; the count of components for 95% of the variance (or for the largest share that
     was measured) on real text, on shuffled text (mean and standard deviation over the draws), with random weights and of
-    white noise; the numerical rank, the corrected participation ratio, and TwoNN of one state per token. `layer` is "emb", "1", "2", ..., "norm".
+    white noise; the numerical rank, the corrected participation ratio, and TwoNN of one state per token.
+    `layer` is "emb", "1", "2", ..., "norm".
     """
     whole = layers.filter(pl.col("centred") & pl.col("scale").is_null())
     rows = whole.filter(pl.col("preprocess") == RAW)
