@@ -1,0 +1,307 @@
+"""How often noise makes the page tell a finding, and how often its 95% intervals hold; writes docs/reliability-of-numbers.md.
+
+python -m benchmarks.reliability [--repetitions 100]: about ten minutes on two cores.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+from tqdm import trange
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from dimscope.activations.collection import Collection, collect, empty_collection
+from dimscope.activations.sites import find_sites
+from dimscope.api import as_checkpoint
+from dimscope.checkpoints.model import load_model, place
+from dimscope.checkpoints.vocabulary import require_tokenizer
+from dimscope.evaluation.evaluate import baseline, evaluate
+from dimscope.geometry.chance import chance_edge
+from dimscope.geometry.grouped import participation_ratio_across
+from dimscope.geometry.half_samples import Replicated, groups_of
+from dimscope.geometry.intrinsic import gaussian_dimension, intrinsic_dimensions
+from dimscope.geometry.metrics import TWO_NN
+from dimscope.geometry.spectrum import spectrum_of
+from dimscope.geometry.token_types import one_of_each, variance_between_types
+from dimscope.geometry.untrained import untrained_scores
+from dimscope.interventions.insertion import perturbed
+from dimscope.studies.layers.comparisons import beyond, clearly_below, extremes
+from dimscope.studies.layers.tables import raw_spectra
+from dimscope.studies.reading import named_texts
+from dimscope.texts.window_sums import Interval, interval
+from dimscope.texts.windows import Window, middle_windows, shuffle_within
+from dimscope.vectors.table import table_from_tensor
+
+PAGE = Path(__file__).parent.parent / "docs/reliability-of-numbers.md"
+N_WINDOWS, LENGTH, TIMES = (
+    8,
+    64,
+    20,
+)  # windows of a sample, tokens of each, and how many times larger the other sample is
+LAYERS = (1, 3, 6)
+
+
+# ---- tables and states without structure ----------------------------------------------------------------------------
+
+
+def white(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
+    """Return white noise."""
+    return rng.normal(size=(n, d))
+
+
+def near_zero(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
+    """Return white noise of which 30% of the rows are nearly zero."""
+    return rng.normal(size=(n, d)) * np.where(rng.random((n, 1)) < 0.3, 1e-3, 1.0)
+
+
+def lognormal(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
+    """Return random directions with lognormal norms."""
+    return rng.normal(size=(n, d)) * np.exp(rng.normal(size=(n, 1)))
+
+
+def heavy(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
+    """Return rows of a t distribution with three degrees of freedom."""
+    return rng.normal(size=(n, d)) / np.sqrt(rng.chisquare(3, size=(n, 1)) / 3)
+
+
+TABLES = {"white noise": white, "30% of rows near zero": near_zero, "lognormal norms": lognormal, "rows of t3": heavy}
+
+
+def has_direction_above_chance(rows: np.ndarray) -> bool:
+    """Whether a direction of a table is told to be wider than chance."""
+    centred = torch.from_numpy(rows - rows.mean(axis=0))
+    edge = chance_edge(centred.square().sum(dim=1), centred.square().mean(dim=0))
+    return bool(spectrum_of(centred).singular_values[0] > edge)
+
+
+def has_untrained_rows(rows: np.ndarray) -> bool:
+    """Whether rows of a table are told to look untrained."""
+    found = untrained_scores(table_from_tensor(torch.from_numpy(rows).float()), [])
+    return found.threshold is not None and bool((np.asarray(found.scores) <= found.threshold).any())
+
+
+def profile_frame(numbers: list[Replicated], **columns: list[float]) -> pl.DataFrame:
+    """Return a profile over layers as the page has it."""
+    rows = {
+        "layer": list(range(len(numbers))),
+        "value": [n.value for n in numbers],
+        "halves": [list(n.differences) for n in numbers],
+    }
+    return pl.DataFrame(rows | {"stderr": [n.interval().stderr for n in numbers]} | columns)
+
+
+def random_model(family: str, seed: int) -> torch.nn.Module:
+    """Return a small model with random weights."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 200}
+    config = (
+        LlamaConfig(**sizes, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+        if family == "Llama"
+        else GPT2Config(**sizes, n_embd=32, n_layer=3, n_head=4, n_positions=LENGTH)
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def shuffling_matters(family: str, rng: np.random.Generator, seed: int) -> bool:
+    """Whether real and shuffled text are told to differ where the real text is one of independent tokens."""
+    model = random_model(family, seed)
+    ids = torch.from_numpy(rng.zipf(1.5, size=(N_WINDOWS, LENGTH)) % 200)
+    real = [
+        Window(i, w, LENGTH * i + torch.arange(1, LENGTH + 1), torch.ones(LENGTH, dtype=torch.int64), 0)
+        for i, w in enumerate(ids)
+    ]
+    profiles = []
+    for windows in (real, [shuffle_within(w, seed, 0) for w in real]):
+        of = collection(model, windows)
+        profiles.append(profile_frame([raw.counts["variance count 95%"] for raw in raw_spectra(of, (0.95,)).values()]))
+    return any(beyond(*profiles))
+
+
+def collection(model: torch.nn.Module, windows: list[Window], reservoir: int = 2048) -> Collection:
+    """Return what a model shows on windows."""
+    sites = find_sites(model)
+    into = empty_collection(model, sites, reservoir, 0)
+    collect(model, windows, sites, into)
+    into.reservoir.prune(whole=True)
+    return into
+
+
+def some_layer_is_highest(rng: np.random.Generator) -> bool:
+    """Whether a layer is told to have the highest intrinsic dimension where all have independent Gaussian states."""
+    layers = [torch.from_numpy(white(rng, 400, 10)) for _ in range(5)]
+    windows = groups_of(np.repeat(np.arange(8), 50))
+    return extremes(profile_frame([two_nn(rows, windows) for rows in layers]).with_columns(site=pl.lit("")))[2]
+
+
+def some_layer_is_curved(rng: np.random.Generator) -> bool:
+    """Whether states are told not to fill the space that they span where they are Gaussian."""
+    layers = [torch.from_numpy(white(rng, 400, 24) * np.linspace(3, 0.1, 24) ** (i / 2)) for i in range(5)]
+    windows = groups_of(np.repeat(np.arange(8), 50))
+    gaussian = [gaussian_dimension(rows, seed=i + 1)[TWO_NN, None] for i, rows in enumerate(layers)]
+    return bool(clearly_below(profile_frame([two_nn(rows, windows) for rows in layers], gaussian=gaussian), "gaussian"))
+
+
+def two_nn(rows: Tensor, groups: np.ndarray) -> Replicated:
+    """Return TwoNN with its half-samples."""
+    return next(e.replicated for e in intrinsic_dimensions(rows, groups=groups) if e.metric == TWO_NN)
+
+
+def tokens_matter(rng: np.random.Generator) -> bool:
+    """Whether the share of the variance between tokens is told to differ between layers where tokens have no meaning."""
+    tokens, groups = rng.integers(0, 100, 400), groups_of(np.repeat(np.arange(8), 50))
+    layers = [variance_between_types(torch.from_numpy(white(rng, 400, 16)), tokens, groups) for _ in range(5)]
+    return extremes(profile_frame(layers).with_columns(site=pl.lit("")))[2]
+
+
+def false_findings(n: int) -> Iterator[tuple[str, str, float]]:
+    """Yield each finding, the inputs without structure, and the share of these on which it is told."""
+    for name, draw in TABLES.items():
+        tests: dict[str, Callable[[np.ndarray], bool]] = {
+            "directions wider than chance": has_direction_above_chance, "rows look untrained": has_untrained_rows,
+        }  # fmt: skip
+        for finding, test in tests.items():
+            rng = np.random.default_rng(1)
+            yield (
+                finding,
+                f"tables of 1,500 x 64: {name}",
+                np.mean([test(draw(rng, 1500, 64)) for _ in trange(n, desc=name)]),
+            )
+    for family in ("Llama", "GPT-2"):
+        rng = np.random.default_rng(2)
+        told = [shuffling_matters(family, rng, seed) for seed in trange(n, desc=family)]
+        yield (
+            "real text needs more or fewer components than shuffled text",
+            f"random {family}, independent tokens",
+            np.mean(told),
+        )
+    states = {
+        "a layer has the highest intrinsic dimension": (some_layer_is_highest, "five layers of white noise"),
+        "states do not fill the space that they span": (some_layer_is_curved, "five layers of Gaussian states"),
+        "vocabulary accounts for more at one layer than at another": (tokens_matter, "five layers, tokens at random"),
+    }
+    for finding, (test, inputs) in states.items():
+        rng = np.random.default_rng(3)
+        yield finding, inputs, np.mean([test(rng) for _ in trange(n, desc=finding)])
+
+
+# ---- intervals ------------------------------------------------------------------------------------------------------
+
+
+class Pool:
+    """The windows of a text, and what the built-in model shows on each of them."""
+
+    def __init__(self) -> None:
+        checkpoint = as_checkpoint("builtin")
+        model = load_model(checkpoint, place(checkpoint))
+        text = named_texts(["builtin:prose"])["builtin prose"]
+        self.windows = middle_windows(text, require_tokenizer(checkpoint.source), length=LENGTH, count=None)
+        seen = [collection(model, [window]) for window in self.windows]
+        self.sums = torch.stack([of.predictions.by_window.stacked()[0] for of in seen])
+        samples = [of.reservoir.sample() for of in seen]
+        self.tokens = [sample.tokens for sample in samples]
+        self.states = {layer: [sample.layers[layer] for sample in samples] for layer in LAYERS}
+        self.damage = torch.stack(list(self._damage(model, checkpoint)))
+
+    def _damage(self, model: torch.nn.Module, checkpoint: object) -> Iterator[Tensor]:
+        from dimscope.api import perturbation
+
+        bases = [baseline(model, [window]) for window in self.windows]
+        with perturbed(model, perturbation("truncate", checkpoint, 64)):
+            for base in bases:
+                of = evaluate(model, base)
+                yield torch.tensor(
+                    [of.kl * of.n_positions, of.n_positions, of.loss_rise * of.n_predicted, of.n_predicted]
+                )
+
+    def intervals(self, chosen: np.ndarray) -> dict[str, Interval]:
+        """Return every interval of the page that comes from the windows of one text."""
+        sums, damage = self.sums[chosen], self.damage[chosen]
+        found = {
+            "loss": interval(sums, lambda s: s[..., 1] / s[..., 0]),
+            "bits per byte": interval(sums, lambda s: s[..., 1] / s[..., 6] / math.log(2)),
+            "entropy": interval(sums, lambda s: s[..., 3] / s[..., 2]),
+            "probability of the first choice": interval(sums, lambda s: s[..., 5] / s[..., 4]),
+            "KL of truncation to 64 of 256 dimensions": interval(damage, lambda s: s[..., 0] / s[..., 1]),
+            "rise of the loss by it": interval(damage, lambda s: s[..., 2] / s[..., 3]),
+        }
+        tokens = np.concatenate([self.tokens[i] for i in chosen])
+        windows = np.repeat(np.arange(len(chosen)), [len(self.tokens[i]) for i in chosen])
+        groups = groups_of(windows)
+        for layer in LAYERS:
+            rows = torch.cat([self.states[layer][i] for i in chosen])
+            found[f"participation ratio, across windows, block {layer}"] = participation_ratio_across(
+                rows, groups
+            ).interval()
+            found[f"variance between token types, block {layer}"] = variance_between_types(
+                rows, tokens, groups
+            ).interval()
+        return found
+
+    def two_nn(self, chosen: np.ndarray, layer: int) -> Interval:
+        """Return TwoNN of one state per token."""
+        tokens = np.concatenate([self.tokens[i] for i in chosen])
+        groups = groups_of(np.repeat(np.arange(len(chosen)), [len(self.tokens[i]) for i in chosen]))
+        rows, one = torch.cat([self.states[layer][i] for i in chosen]), one_of_each(tokens)
+        return two_nn(rows[torch.from_numpy(one)], groups[one]).interval()
+
+
+def coverages(n: int) -> Iterator[tuple[str, float, str]]:
+    """Yield each interval, the share of samples in which it holds, and what it is held against."""
+    pool, rng = Pool(), np.random.default_rng(4)
+    names, covered = list(pool.intervals(np.arange(N_WINDOWS))), []
+    one_per_type: dict[int, list[Interval]] = {layer: [] for layer in LAYERS}
+    for _ in trange(n, desc="samples of windows"):
+        order = rng.permutation(len(pool.windows))
+        small, large = np.sort(order[:N_WINDOWS]), np.sort(order[N_WINDOWS : N_WINDOWS * (TIMES + 1)])
+        own, truth = pool.intervals(small), pool.intervals(large)
+        covered.append([own[name].low <= truth[name].value <= own[name].high for name in names])
+        for layer in LAYERS:
+            one_per_type[layer].append(pool.two_nn(small, layer))
+    for name, share in zip(names, np.mean(covered, axis=0), strict=True):
+        yield name, float(share), f"the value on {N_WINDOWS * TIMES} other windows"
+    for layer, intervals in one_per_type.items():
+        middle = np.mean([i.value for i in intervals])
+        share = np.mean([i.low <= middle <= i.high for i in intervals])
+        yield (
+            f"TwoNN, one state per token, block {layer}",
+            float(share),
+            f"the mean over samples of {N_WINDOWS} windows",
+        )
+
+
+def page(n: int) -> str:
+    """Return the page of documentation."""
+    findings = [f"| {name} | {inputs} | {share:.0%} |" for name, inputs, share in false_findings(n)]
+    intervals = [f"| {name} | {against} | {share:.0%} |" for name, share, against in coverages(n)]
+    return "\n".join([
+        "# How reliable the numbers are",
+        "",
+        "`python -m benchmarks.reliability` writes this page.",
+        "",
+        "## Findings on inputs without structure",
+        "",
+        f"Each finding of the page was tested on {n} inputs in which there is nothing to find.",
+        "A finding should be told on at most 5% of them.",
+        "",
+        "| finding | inputs | told on |", "|---|---|---|", *findings,
+        "",
+        "## Intervals",
+        "",
+        f"The built-in model read {n} samples of {N_WINDOWS} windows of {LENGTH} tokens of its prose.",
+        f"The second column says what each 95% interval was held against; where that is a sample, it is {TIMES} times larger.",
+        "TwoNN depends on the number of points, so its interval is for samples of one size.",
+        "",
+        "| interval | held against | holds in |", "|---|---|---|", *intervals,
+        "",
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=100)
+    PAGE.write_text(page(parser.parse_args().repetitions), encoding="utf-8")
