@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -18,10 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,7 +27,6 @@ import damage
 import models
 import numpy as np
 import polars as pl
-import psutil
 import pytest
 import torch
 import transformers
@@ -552,30 +547,6 @@ def test_the_first_of_two_shards_names_the_missing_one_and_makes_no_page(checkpo
 LONG = ("--length", "16", "--windows", "all", "--reservoir", "64", *BARE[2:], "--shuffles", "1")
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A command in a process of its own, and its result once it ends."""
-
-    process: psutil.Process
-    result: Future[Any]
-
-
-@pytest.fixture
-def start(hub_cli, checkpoint) -> Iterator[Callable[..., Running]]:
-    """Return `start(*options)`: `dimscope layers` begun in a process of its own."""
-    server = psutil.Process(hub_cli[1].server.pid)
-    with ThreadPoolExecutor(1) as pool:
-
-        def begin(*options: object) -> Running:
-            result = pool.submit(hub_cli[1], "layers", checkpoint("qwen2"), *options)
-            while not (children := server.children()):
-                assert not result.done(), result.result()
-                time.sleep(0.003)
-            return Running(children[0], result)
-
-        yield begin
-
-
 @pytest.fixture(scope="module")
 def long_text(tmp_path_factory) -> Path:
     """A text that takes a tiny model a second, so that there is a middle."""
@@ -585,10 +556,10 @@ def long_text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(checkpoint, hub_cli, long_text, tmp_path_factory) -> Path:
+def uninterrupted(checkpoint, cli, long_text, tmp_path_factory) -> Path:
     """The folder of a study that nothing interrupted."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    succeed(hub_cli[1]("layers", checkpoint("qwen2"), "--text", long_text, *LONG, "-o", out))
+    succeed(cli("layers", checkpoint("qwen2"), "--text", long_text, *LONG, "-o", out))
     return out
 
 
@@ -597,30 +568,20 @@ def sums(out: Path, condition: str = "") -> list[Path]:
     return sorted(out.rglob(f"{condition}*-of-*.safetensors"))
 
 
-def wait_for_sums(running: Running, out: Path, condition: str) -> Path:
-    """Return as soon as a pass has put its sums on disk for the first time."""
-    deadline = time.monotonic() + 120
-    while not (files := sums(out, condition)):
-        assert not running.result.done(), running.result.result().stderr
-        assert time.monotonic() < deadline
-        time.sleep(0.003)
-    return files[0]
-
-
 def is_complete(path: Path) -> bool:
     return bool(load_file(path)["numbers"][-1])
 
 
 def test_kill_9_in_the_middle_of_a_pass_and_the_same_command_again(
-    checkpoint, hub_cli, digest, start, long_text, uninterrupted, tmp_path
+    checkpoint, cli, digest, long_text, uninterrupted, tmp_path
 ):
     folder, out = checkpoint("qwen2"), tmp_path / "killed"
     command = ("--text", long_text, *LONG, "--checkpoint-every", "0", "-o", out)
     before = digest(folder)
-    running = start(*command)
-    path = wait_for_sums(running, out, "shuffled")
-    os.kill(running.process.pid, signal.SIGKILL)
-    assert running.result.result().returncode == -signal.SIGKILL
+    running = cli.start("layers", checkpoint("qwen2"), *command)
+    running.reach(lambda: sums(out, "shuffled"))
+    assert running.end(signal.SIGKILL).returncode == -signal.SIGKILL
+    [path] = sums(out, "shuffled")
     assert not is_complete(path)
     assert not list(out.glob("tables/passes/shuffled-*"))
     assert not (out / "report.json").exists()
@@ -636,7 +597,7 @@ def test_kill_9_in_the_middle_of_a_pass_and_the_same_command_again(
     tensors["numbers"][0] += 1_000_000
     save_file(tensors, path, metadata)
     for target in (spoiled, out):
-        succeed(hub_cli[1]("layers", folder, *command[:-1], target))
+        succeed(cli("layers", folder, *command[:-1], target))
     counts = [rows(read_tables(o)["texts"], condition="shuffled")["n_tokens"][0] for o in (out, spoiled)]
     assert counts[1] - counts[0] == 1_000_000
     now = stamps(out)
@@ -648,50 +609,47 @@ def test_kill_9_in_the_middle_of_a_pass_and_the_same_command_again(
     assert digest(folder) == before
 
 
-def test_ctrl_c_in_the_middle_and_the_same_command_again(
-    checkpoint, hub_cli, start, long_text, uninterrupted, tmp_path
-):
+def test_ctrl_c_in_the_middle_and_the_same_command_again(checkpoint, cli, long_text, uninterrupted, tmp_path):
     out = tmp_path / "interrupted"
     command = ("--text", long_text, *LONG, "--checkpoint-every", "0", "-o", out)
-    running = start(*command)
-    path = wait_for_sums(running, out, "real")
-    os.kill(running.process.pid, signal.SIGINT)
-    result = running.result.result(timeout=60)
+    running = cli.start("layers", checkpoint("qwen2"), *command)
+    running.reach(lambda: sums(out, "real"))
+    result = running.end(signal.SIGINT)
+    [path] = sums(out, "real")
     assert (result.returncode, result.stdout) == (130, "")
     assert result.stderr.splitlines()[-1].startswith("stopped; "), result.stderr
     assert not is_complete(path)
-    succeed(hub_cli[1]("layers", checkpoint("qwen2"), *command))
+    succeed(cli("layers", checkpoint("qwen2"), *command))
     check_same(out, uninterrupted, **AGAIN)
 
 
 def test_two_shards_at_the_same_time_give_what_one_process_gives(
-    checkpoint, run, start, long_text, uninterrupted, tmp_path
+    checkpoint, run, cli, long_text, uninterrupted, tmp_path
 ):
     command = ("--text", long_text, *LONG, "-o", tmp_path / "out", "--shard")
-    other = start(*command, "2/2")
+    other = cli.start("layers", checkpoint("qwen2"), *command, "2/2")
     printed = run("layers", checkpoint("qwen2"), *command, "1/2")
-    assert "index.html" in printed + succeed(other.result.result())
+    assert "index.html" in printed + succeed(other.end())
     check_same(tmp_path / "out", uninterrupted, **AGAIN)
 
 
-def test_two_shards_that_finish_together_do_not_trip_each_other(checkpoint, run, start, text, tmp_path):
+def test_two_shards_that_finish_together_do_not_trip_each_other(checkpoint, run, cli, text, tmp_path):
     options = (*TINY, "--shuffles", "4", "--batch", "1")
     command = ("--text", text, *options, "-o", tmp_path, "--shard")
     for number in (1, 2):
         run("layers", checkpoint("qwen2"), *command, f"{number}/2")
     shutil.rmtree(tmp_path / "tables")  # all sums are there: both begin with the tables
-    other = start(*command, "2/2")
+    other = cli.start("layers", checkpoint("qwen2"), *command, "2/2")
     assert "index.html" in run("layers", checkpoint("qwen2"), *command, "1/2")
-    assert "index.html" in succeed(other.result.result())
+    assert "index.html" in succeed(other.end())
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_model_on_the_hub_is_fetched_once_and_gives_the_numbers_of_its_folder(
-    checkpoint, hub_cli, text, studied, tmp_path
+    checkpoint, hub, cli, text, studied, tmp_path
 ):
-    hub, command = hub_cli
     commit = hub.add("owner/layered", checkpoint("qwen2"))
-    succeed(command("layers", "owner/layered", "--text", text, *SMALL, "-o", tmp_path / "out"))
+    succeed(cli("layers", "owner/layered", "--text", text, *SMALL, "-o", tmp_path / "out"))
     facts, here = read_facts(tmp_path / "out"), read_tables(studied("qwen2"))
     assert (facts["model"], facts["revision"]) == ("owner/layered", commit.sha)
     for name, frame in read_tables(tmp_path / "out").items():
@@ -700,14 +658,14 @@ def test_a_model_on_the_hub_is_fetched_once_and_gives_the_numbers_of_its_folder(
     size = (checkpoint("qwen2") / "model.safetensors").stat().st_size
     before = hub.bytes_sent("model.safetensors")
     assert size <= before < 2 * size
-    succeed(command("layers", "owner/layered", "--text", text, *TINY, *BARE))
+    succeed(cli("layers", "owner/layered", "--text", text, *TINY, *BARE))
     assert hub.bytes_sent("model.safetensors") == before
 
 
-def test_remote_code_runs_only_where_that_is_allowed(checkpoint, editable, hub_cli, refused, text, tmp_path):
-    marker, command = tmp_path / "it-ran", hub_cli[1]
+def test_remote_code_runs_only_where_that_is_allowed(checkpoint, editable, cli, refused, text, tmp_path):
+    marker = tmp_path / "it-ran"
     stranger = damage.to_remote_code(editable(checkpoint("llama"), "stranger"), marker)
-    refused(command("layers", stranger, "--text", text, *TINY), "--trust-remote-code")
+    refused(cli("layers", stranger, "--text", text, *TINY), "--trust-remote-code")
     assert not marker.exists()
-    succeed(command("layers", stranger, "--text", text, *TINY, *BARE, "--trust-remote-code"))
+    succeed(cli("layers", stranger, "--text", text, *TINY, *BARE, "--trust-remote-code"))
     assert marker.exists()
