@@ -19,6 +19,7 @@ from typing import Any
 
 import forks
 import pytest
+import waits
 from filelock import FileLock
 from hub_server import HubServer
 from models import build_checkpoint
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start files with slow tests first, the tour before all: no worker waits for the other at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name != "test_tour.py", item.path not in slow))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waits() -> None:
+    """Leave out waits for the disk and for the speed of this machine; see waits.py."""
+    waits.skip_waits()
 
 
 @pytest.fixture(scope="session")

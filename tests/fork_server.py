@@ -5,8 +5,9 @@ input ends. A job has the arguments of `python` (a file, -c CODE, -m MODULE, or 
 Each program is a process of its own with its own arguments, folder, variables, streams and exit code. What is read
 from the environment when a package is imported (HF_ENDPOINT, HF_HOME) must be set for the server as a whole.
 
-A job is answered by the exit code of its program; a job in the background by the process id. {"pid": ..., "block": ...}
-is answered by the exit code of a program in the background, or by "running".
+A job is answered by the exit code of its program; a job in the background by the process id. {"pid": ...} is answered
+by "paused" or the exit code of a program in the background. "pause": [PATTERN, COUNT] stops a program as Ctrl-Z does, once
+so many files match and it is about to give another file its name: a test that kills it then does so in the middle.
 """
 
 import io
@@ -18,6 +19,7 @@ import signal
 import socket
 import sys
 import traceback
+from glob import glob
 from typing import Any
 
 import huggingface_hub  # noqa: F401
@@ -25,11 +27,13 @@ import safetensors.torch  # noqa: F401
 import torch  # noqa: F401
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+import waits
 
 import dimscope.checkpoints.checkpoint
 import dimscope.cli.app
 import dimscope.report  # noqa: F401
-from dimscope.studies import STUDIES
+from dimscope.checkpoints.model import Placement
+from dimscope.studies import STUDIES, estimate
 
 
 def run_program(arguments: list[str]) -> None:
@@ -47,6 +51,18 @@ def run_program(arguments: list[str]) -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
+def pause_at(pattern: str, count: int) -> None:
+    """Stop this process, once, before it renames a file while so many others match the pattern."""
+    paused = []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and not paused and len(glob(pattern, recursive=True, include_hidden=True)) >= count:
+            paused.append(arguments)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    sys.addaudithook(watch)
+
+
 def run(job: dict[str, Any]) -> int:
     """Run one program in this process, with standard output and error in files, pipes or on a terminal."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,6 +74,8 @@ def run(job: dict[str, Any]) -> int:
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
     raw = (open(number, "wb", buffering=0, closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.stdout, sys.stderr = (io.TextIOWrapper(stream, encoding, write_through=True) for stream in raw)  # unbuffered
+    if job["pause"]:
+        pause_at(*job["pause"])
     try:
         run_program(job["arguments"])
     except SystemExit as e:
@@ -70,24 +88,27 @@ def run(job: dict[str, Any]) -> int:
     return 0
 
 
-def exit_code(pid: int, *, block: bool) -> int | str:
-    """Return the exit code of a program, or "running"."""
-    ended, status = os.waitpid(pid, 0 if block else os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if ended else "running"
+def wait(pid: int) -> int | str:
+    """Return the exit code of a program once it ends, or "paused" once it does."""
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    return "paused" if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
 
 
 def answer(job: dict[str, Any]) -> int | str:
     """Do a job and return the answer to it."""
     if "pid" in job:
-        return exit_code(job["pid"], block=job["block"])
+        return wait(job["pid"])
     child = os.fork()
     if child == 0:
         os._exit(run(job))
-    return child if job["background"] else exit_code(child, block=True)
+    return child if job["background"] else wait(child)
 
 
+waits.skip_waits()
 for study in STUDIES:
     study.load()
+for measured in (estimate._operations_per_second, estimate._bytes_per_second):
+    measured(Placement("float32", "cpu"))  # once for all programs
 listener = socket.socket(fileno=int(sys.argv[1]))
 while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
     connection, _ = listener.accept()

@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ class ForkServer:
         self.count += 1
         out, err = (str(self.folder / f"{self.count}.{name}") for name in ("out", "err"))
         streams = {"stdin": os.devnull, "stdout": out, "stderr": err}
-        defaults = {**streams, "env": {}, "cwd": str(self.folder), "background": False}
+        defaults = {**streams, "env": {}, "cwd": str(self.folder), "background": False, "pause": None}
         return {**defaults, **job, "arguments": [*map(str, arguments)]}
 
     def ask(self, job: Mapping[str, Any]) -> str:
@@ -73,6 +72,18 @@ class Forked:
         job = self.server.job((*self.prefix, *arguments), env=dict(env or {}), cwd=str(cwd or self.server.folder))
         return result_of(job, int(self.server.ask(job)))
 
+    def interrupt(
+        self, *arguments: object, after: Path, count: int, by: int, env: Mapping[str, str] | None = None
+    ) -> Result[str]:
+        """Run the program and send it the signal `by` in the middle: after `count` files match the pattern `after`."""
+        program = self.start(*arguments, pause=[str(after), count], env=dict(env or {}))
+        if (answer := self.server.ask({"pid": program.pid})) != "paused":
+            self.server.running.discard(program.pid)
+        assert answer == "paused", (answer, Path(program.job["stderr"]).read_text()[-600:])
+        os.kill(program.pid, by)
+        os.kill(program.pid, signal.SIGCONT)
+        return program.end()
+
     def start(self, *arguments: object, **job: Any) -> Background:
         """Start the program and return at once; `job` may have stdin, stdout and stderr, as paths, and env."""
         whole = self.server.job((*self.prefix, *arguments), **job, background=True)
@@ -89,22 +100,10 @@ class Background:
     job: Mapping[str, Any]
     pid: int
 
-    def reach(self, reached: Callable[[], object], seconds: float = 120) -> None:
-        """Return as soon as `reached()` is true; the program must not end before."""
-        deadline = time.monotonic() + seconds
-        while not reached():
-            if (answer := self.server.ask({"pid": self.pid, "block": False})) != "running":
-                self.server.running.discard(self.pid)
-            assert answer == "running", (answer, Path(self.job["stderr"]).read_text()[-600:])
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-
-    def end(self, number: int | None = None) -> Result[str]:
-        """Send a signal, or none, and return the result of the program once it has ended."""
-        if number is not None:
-            os.kill(self.pid, number)
+    def end(self) -> Result[str]:
+        """Return the result of the program once it has ended."""
         self.server.running.discard(self.pid)
-        return result_of(self.job, int(self.server.ask({"pid": self.pid, "block": True})))
+        return result_of(self.job, int(self.server.ask({"pid": self.pid})))
 
 
 def result_of(job: Mapping[str, Any], code: int) -> Result[str]:
@@ -115,7 +114,7 @@ def result_of(job: Mapping[str, Any], code: int) -> Result[str]:
 
 SHIM = """#!{python} -ISE
 import json, os, socket, sys
-job = {{"arguments": [*{prefix!r}, *sys.argv[1:]], "env": {{}}, "cwd": os.getcwd(), "background": False}}
+job = {{"arguments": [*{prefix!r}, *sys.argv[1:]], "env": {{}}, "cwd": os.getcwd(), "background": False, "pause": None}}
 job |= {{name: f"/proc/{{os.getpid()}}/fd/{{n}}" for n, name in enumerate(("stdin", "stdout", "stderr"))}}
 with socket.socket(socket.AF_UNIX) as connection:
     connection.connect({address!r})

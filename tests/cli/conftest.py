@@ -1,26 +1,13 @@
-"""Fixtures for the command line: an end by kill -9, and what every refusal must look like."""
+"""What every refusal of the command line must look like."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from forks import Forked, Result
-
-
-@pytest.fixture
-def killed(cli: Forked) -> Callable[..., None]:
-    """Return `killed(arguments, reached)`: a command in the background, ended by kill -9 once `reached()` is true."""
-
-    def kill(arguments: Iterable[object], reached: Callable[[], object]) -> None:
-        command = cli.start(*arguments)
-        command.reach(reached)
-        assert command.end(signal.SIGKILL).returncode == -signal.SIGKILL
-
-    return kill
 
 
 def refusal(result: Result[str], *named: object) -> str:

@@ -549,9 +549,9 @@ LONG = ("--length", "16", "--windows", "all", "--reservoir", "64", *BARE[2:], "-
 
 @pytest.fixture(scope="module")
 def long_text(tmp_path_factory) -> Path:
-    """A text that takes a tiny model a second, so that there is a middle."""
+    """A text of many batches, so that there is a middle."""
     path = tmp_path_factory.mktemp("texts") / "long.txt"
-    path.write_text(models.TEXT * 30, encoding="utf-8")
+    path.write_text(models.TEXT * 3, encoding="utf-8")
     return path
 
 
@@ -563,9 +563,7 @@ def uninterrupted(checkpoint, cli, long_text, tmp_path_factory) -> Path:
     return out
 
 
-def sums(out: Path, condition: str = "") -> list[Path]:
-    """The files with the sums of unfinished passes, e.g. of those of a condition."""
-    return sorted(out.rglob(f"{condition}*-of-*.safetensors"))
+SUMS = "**/{}*-of-*.safetensors"  # of unfinished passes of a condition
 
 
 def is_complete(path: Path) -> bool:
@@ -578,10 +576,9 @@ def test_kill_9_in_the_middle_of_a_pass_and_the_same_command_again(
     folder, out = checkpoint("qwen2"), tmp_path / "killed"
     command = ("--text", long_text, *LONG, "--checkpoint-every", "0", "-o", out)
     before = digest(folder)
-    running = cli.start("layers", checkpoint("qwen2"), *command)
-    running.reach(lambda: sums(out, "shuffled"))
-    assert running.end(signal.SIGKILL).returncode == -signal.SIGKILL
-    [path] = sums(out, "shuffled")
+    ended = cli.interrupt("layers", folder, *command, after=out / SUMS.format("shuffled"), count=1, by=signal.SIGKILL)
+    assert ended.returncode == -signal.SIGKILL
+    [path] = out.glob(SUMS.format("shuffled"))
     assert not is_complete(path)
     assert not list(out.glob("tables/passes/shuffled-*"))
     assert not (out / "report.json").exists()
@@ -590,7 +587,7 @@ def test_kill_9_in_the_middle_of_a_pass_and_the_same_command_again(
     assert {"layers", "predictions"} <= {name.split(".")[-2] for name in finished}
     # Spoiled sums show that they are resumed, and not thrown away.
     spoiled = shutil.copytree(out, tmp_path / "spoiled")
-    [path] = sums(spoiled, "shuffled")
+    [path] = spoiled.glob(SUMS.format("shuffled"))
     with safe_open(path, "pt") as state:
         metadata = state.metadata()
     tensors = load_file(path)
@@ -612,10 +609,9 @@ def test_kill_9_in_the_middle_of_a_pass_and_the_same_command_again(
 def test_ctrl_c_in_the_middle_and_the_same_command_again(checkpoint, cli, long_text, uninterrupted, tmp_path):
     out = tmp_path / "interrupted"
     command = ("--text", long_text, *LONG, "--checkpoint-every", "0", "-o", out)
-    running = cli.start("layers", checkpoint("qwen2"), *command)
-    running.reach(lambda: sums(out, "real"))
-    result = running.end(signal.SIGINT)
-    [path] = sums(out, "real")
+    after = out / SUMS.format("real")
+    result = cli.interrupt("layers", checkpoint("qwen2"), *command, after=after, count=1, by=signal.SIGINT)
+    [path] = out.glob(SUMS.format("real"))
     assert (result.returncode, result.stdout) == (130, "")
     assert result.stderr.splitlines()[-1].startswith("stopped; "), result.stderr
     assert not is_complete(path)
