@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dimscope.geometry.chance import chance_edge
 
-TABLES = 20  # structureless tables of each kind, of which one is expected to exceed the edge
+TABLES = 10  # structureless tables of each kind; one in twenty is expected to exceed the edge
 
 
 def white(n: int, d: int, g: torch.Generator) -> Tensor:
