@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import median
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_few_tables_without_structure_exceed_it(kind: Callable[..., Tensor], sha
         exceeded += largest > edge
         ratios.append(edge / largest)
     assert exceeded <= 2
-    assert sum(ratios) / len(ratios) < 1.3  # not so strict that nothing would ever be found
+    assert median(ratios) < 1.3  # not so strict that nothing would ever be found
 
 
 @pytest.mark.parametrize(("n", "d"), [(2000, 50), (50, 2000), (500, 500)])
