@@ -134,7 +134,9 @@ def test_a_broken_download_goes_on_where_it_stopped(giant, hub, cli, refused, tm
 def test_a_connection_that_breaks_in_a_header_is_one_line(giant, hub, cli, forked_python, refused):
     hub.add("giant/cut", giant)
     hub.abort_bodies(50, times=1000)
-    impatient = "import runpy, time; time.sleep = lambda seconds: None; runpy.run_module('dimscope', run_name='__main__')"
+    impatient = (
+        "import runpy, time; time.sleep = lambda seconds: None; runpy.run_module('dimscope', run_name='__main__')"
+    )
     result = forked_python("-c", impatient, "inspect", "giant/cut")  # the client sleeps before it asks again
     hub.aborts_left = 0
     refused(result, "giant/cut")

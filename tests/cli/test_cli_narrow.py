@@ -198,7 +198,7 @@ def test_a_gpt_neox_is_calibrated_cut_evaluated_and_written_as_a_phi(checkpoint,
     from transformers import AutoModelForCausalLM
 
     kl = {}
-    for width in (12, 24, 32):
+    for width in (12, 32):
         small = narrows(checkpoint("gpt_neox"), "--width", width)
         model = AutoModelForCausalLM.from_pretrained(small.folder)
         assert (model.config.model_type, model.config.hidden_size) == ("phi", width)
@@ -206,7 +206,7 @@ def test_a_gpt_neox_is_calibrated_cut_evaluated_and_written_as_a_phi(checkpoint,
         assert small.result["tables"] == "two"
         assert "table for reading" not in small.card
         kl[width] = small.metric()
-    assert kl[12] > kl[24] > 1e-6 > kl[32]  # at full width it is the model that it was
+    assert kl[12] > 1e-6 > kl[32]  # at full width it is the model that it was
 
 
 # ---- kill -9 -------------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_kill_9_while_healing_leaves_nothing_that_looks_complete_and_the_same_co
     checkpoint, cli, prose, tmp_path
 ):
     def arguments(name: str) -> tuple[object, ...]:
-        cut = ("--width", 16, "--basis", "random", "--heal-steps", 40, "--no-evaluate", "--text", prose, *READ)
+        cut = ("--width", 16, "--basis", "random", "--heal-steps", 20, "--no-evaluate", "--text", prose, *READ)
         return ("narrow", checkpoint("qwen2"), *cut, "-o", tmp_path / name, "--json")
 
     training = tmp_path / ".narrow.training" / "healing"

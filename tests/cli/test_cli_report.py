@@ -109,7 +109,7 @@ def test_another_model_in_the_same_folder_takes_nothing_from_the_first(checkpoin
 
 
 def test_the_page_says_how_long_all_its_studies_took_also_where_a_command_only_reads_them(checkpoint, cli, tmp_path):
-    light = ("--layers.shuffles", "0", "--layers.no-random-weights", "--windows", "2", "--length", "16", "-o", tmp_path)
+    light = ("--layers.shuffles", "0", "--layers.no-random-weights", "--windows", "1", "--length", "16", "-o", tmp_path)
 
     def report(*studies: str) -> dict[str, float]:
         ran = cli("report", checkpoint("llama"), "--studies", *studies, *LIGHT, *light)
@@ -153,7 +153,7 @@ def test_what_narrowing_would_cost_is_on_the_page_and_stays_when_another_study_j
     facts, alone = models.read_json(out / "report.json"), read_tables(out)
     assert alone.keys() == {"plan", "narrow_texts"}
     own = facts["studies"]["narrowing"]
-    joined = cli("report", folder, "--studies", "embedding", "--embedding.knn-sample", "50", "-o", out)
+    joined = cli("report", folder, "--studies", "embedding", *LIGHT, "-o", out)
     assert joined.returncode == 0, joined.stderr
     page = (out / "index.html").read_text()
     assert {"map", "spectrum"} < {*anchors.findall(page)}
