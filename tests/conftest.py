@@ -19,7 +19,7 @@ from typing import Any
 
 import forks
 import pytest
-import waits
+import savings
 from filelock import FileLock
 from hub_server import HubServer
 from models import build_checkpoint
@@ -38,9 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_waits() -> None:
-    """Leave out waits for the disk and for the speed of this machine; see waits.py."""
-    waits.skip_waits()
+def save_time() -> None:
+    """Leave out waits for the disk, and what every study or page would compute again; see savings.py."""
+    savings.save_time()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ by "paused" or the exit code of a program in the background. "pause": [PATTERN, 
 so many files match and it is about to give another file its name: a test that kills it then does so in the middle.
 """
 
+import gc
 import io
 import json
 import os
@@ -24,19 +25,20 @@ from typing import Any
 
 import huggingface_hub  # noqa: F401
 import safetensors.torch  # noqa: F401
+import savings
 import scipy.stats  # noqa: F401
 import torch  # noqa: F401
 import transformers.models.auto.tokenization_auto
 import transformers.models.gpt2.modeling_gpt2
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
-import waits
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import dimscope.checkpoints.checkpoint
 import dimscope.cli.app
 import dimscope.report  # noqa: F401
 from dimscope.checkpoints.model import Placement
+from dimscope.page import render, theme
 from dimscope.studies import STUDIES, estimate
 
 
@@ -108,12 +110,16 @@ def answer(job: dict[str, Any]) -> int | str:
     return child if job["background"] else wait(child)
 
 
-waits.skip_waits()
+savings.save_time()
 for study in STUDIES:  # what every program would do anew
     study.load()
 for measured in (estimate._operations_per_second, estimate._bytes_per_second):
     measured(Placement("float32", "cpu"))
 get_checkpoint_conversion_mapping("llama")  # builds the mapping of all families, and keeps it
+render._environment().get_template("page.html.jinja")
+theme.figure(300).add_scatter(x=[0], y=[0]).add_bar(x=[0], y=[0]).add_heatmap(z=[[0]]).to_plotly_json()
+gc.collect()
+gc.freeze()  # a collection in a program would copy the pages of all that is here
 listener = socket.socket(fileno=int(sys.argv[1]))
 while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
     connection, _ = listener.accept()

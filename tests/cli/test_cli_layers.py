@@ -308,14 +308,13 @@ def test_files_folders_parquet_and_urls_give_the_same_text(checkpoint, run, text
     assert b"secret" not in b"".join(path.read_bytes() for path in out.rglob("*.json"))
 
 
-@pytest.mark.parametrize("option", [("--text", "-"), ("--text=-",)])
-def test_standard_input_to_json_leaves_nothing_on_disk(checkpoint, run, studied, tmp_path, monkeypatch, option):
+def test_standard_input_to_json_leaves_nothing_on_disk(checkpoint, run, studied, tmp_path, monkeypatch):
     for name in ("here", "temporary"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(models.TEXT.encode())))
-    result = json.loads(run("layers", checkpoint("qwen2"), *option, *SMALL, "--json"))
+    result = json.loads(run("layers", checkpoint("qwen2"), "--text=-", *SMALL, "--json"))
     assert result["model"] == str(checkpoint("qwen2"))
     tables = read_tables(studied("qwen2"))
     for name in ("layers", "texts", "predictions", "similarity"):

@@ -225,7 +225,7 @@ def test_kill_9_while_healing_leaves_nothing_that_looks_complete_and_the_same_co
     checkpoint, cli, prose, tmp_path
 ):
     def arguments(name: str) -> tuple[object, ...]:
-        cut = ("--width", 16, "--basis", "random", "--heal-steps", 20, "--no-evaluate", "--text", prose, *READ)
+        cut = ("--width", 16, "--basis", "random", "--heal-steps", 40, "--no-evaluate", "--text", prose, *READ)
         return ("narrow", checkpoint("qwen2"), *cut, "-o", tmp_path / name, "--json")
 
     training = tmp_path / ".narrow.training" / "healing"

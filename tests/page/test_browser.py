@@ -199,7 +199,7 @@ def test_figures_outside_the_page_have_no_button_that_uploads_them(browser: Any)
 def test_page_never_scrolls_sideways(opened: Any, width: int) -> None:
     opened.set_viewport_size({"width": width, "height": 900})
     opened.wait_for_timeout(400)
-    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    opened.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width, timeout=30_000)
 
 
 def test_paper_is_light_and_the_screen_comes_back(opened: Any) -> None:
