@@ -28,13 +28,15 @@ ROOT = Path(__file__).resolve().parent.parent
 DROPPED = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "DIMSCOPE_")
 PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
 
+LONGEST = {"test_cli_layers", "test_layers_run", "test_cli_report", "test_browser"}  # half a minute or more
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start files with slow tests first, the tour before all: no worker waits for the other at the end."""
+    """Start the longest files first, and files without slow tests last: no worker waits for the other at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path.name != "test_tour.py", item.path not in slow))
+    items.sort(key=lambda item: (item.path.stem not in LONGEST, item.path not in slow))
 
 
 @pytest.fixture(scope="session", autouse=True)
