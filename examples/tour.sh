@@ -13,7 +13,7 @@ step() { printf '\n== %s\n' "$*" >&2; }
 # checkpoint -> vocabulary and budget.
 # checkpoints/ reads headers and the tokenizer, no weights: names, shapes and roles of all tensors.
 step "what the model is made of"
-dimscope inspect "$model" --limit 5
+dimscope inspect "$model" --limit 5 -o "$out/model"
 
 # embedding table -> moments -> spectrum -> dimensions, each beside its null.
 # vectors/ streams the rows once into a d x d matrix; geometry/ takes everything else from that matrix.
@@ -37,7 +37,7 @@ dimscope damage "$model" --truncate 75%,25% --noise 0.1 --draws 1 --windows 2 --
 # hidden states -> a basis -> all weights cut to it -> a smaller checkpoint, evaluated beside the dense model.
 # narrowing/ rotates and cuts; checkpoints/ writes the files.
 step "a model with three quarters of the width"
-width=$(($(dimscope inspect "$model" --json | python -c 'import json, sys; print(json.load(sys.stdin)["hidden_size"])') * 3 / 4))
+width=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["hidden_size"] * 3 // 4)' "$out/model/provenance.json")
 dimscope narrow "$model" --width "$width" --windows 2 --length 128 -o "$out/narrow"
 
 # The narrow model is an ordinary checkpoint: stock transformers loads it and generates.

@@ -1,6 +1,8 @@
 """Fixtures: real checkpoints built once per run, a hub on a local port, and the command line as a subprocess.
 
-No test reaches the network: subprocesses get an HF_ENDPOINT where nobody listens, unless they are given a hub.
+No test reaches the network: subprocesses get an HF_ENDPOINT where nobody listens, unless the test has a `hub`.
+Starting Python with torch and transformers takes seconds, so programs are forked from a process that has imported them;
+`run_python` is for those that must be started anew.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
+import savings
 from filelock import FileLock
 from hub_server import HubServer
 from models import build_checkpoint
@@ -24,13 +28,21 @@ ROOT = Path(__file__).resolve().parent.parent
 DROPPED = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "DIMSCOPE_")
 PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
 
+LONGEST = {"test_cli_layers", "test_layers_run", "test_cli_report", "test_browser"}  # half a minute or more
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start files with slow tests first, the tour before all: no worker waits for the other at the end."""
+    """Start the longest files first, and files without slow tests last: no worker waits for the other at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path.name != "test_tour.py", item.path not in slow))
+    items.sort(key=lambda item: (item.path.stem not in LONGEST, item.path not in slow))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def save_time() -> None:
+    """Leave out waits for the disk, and what every study or page would compute again; see savings.py."""
+    savings.save_time()
 
 
 @pytest.fixture(scope="session")
@@ -78,23 +90,30 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def closed_endpoint() -> Iterator[str]:
-    """Return a local address that refuses every connection: its port is bound for the session, nobody listens."""
+def hub_port() -> Iterator[int]:
+    """Return a port of 127.0.0.1 that refuses every connection unless `hub` listens: it is bound for the session."""
     with socket.socket() as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a hub may bind it as well
         bound.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        yield bound.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def hub_endpoint(hub_port: int) -> str:
+    """Return the address of the hub for every process that the tests start: nobody listens unless a test has `hub`."""
+    return f"http://127.0.0.1:{hub_port}"
 
 
 @pytest.fixture
-def hub() -> Iterator[HubServer]:
-    """Return a running hub without repositories; `hub.environment(home)` points a subprocess at it."""
-    with HubServer() as server:
+def hub(hub_port: int, hub_home: Path) -> Iterator[HubServer]:
+    """Return a running hub without repositories, which `cli` and `forked_python` ask; their cache starts empty."""
+    shutil.rmtree(hub_home, ignore_errors=True)
+    with HubServer(hub_port) as server:
         yield server
 
 
-@pytest.fixture
-def clean_environment(tmp_path: Path, closed_endpoint: str) -> dict[str, str]:
-    """Return this process's variables without its hub, proxy and token settings, the cache in tmp, the network cut."""
+def clean_variables(endpoint: str, home: Path) -> dict[str, str]:
+    """Return this process's variables without its hub, proxy and token settings, with this hub and its cache."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -104,21 +123,56 @@ def clean_environment(tmp_path: Path, closed_endpoint: str) -> dict[str, str]:
         **inherited,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
-        "HF_ENDPOINT": closed_endpoint,
-        "HF_HOME": str(tmp_path / "hf_home"),
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
         "NO_COLOR": "1",
         "COLUMNS": "120",
+        "OMP_NUM_THREADS": "1",  # tiny tables: a second thread would only wait
     }
+
+
+@pytest.fixture(scope="session")
+def hub_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the HF_HOME of `cli` and `forked_python`."""
+    return tmp_path_factory.mktemp("hub") / "home"
+
+
+@pytest.fixture(scope="session")
+def fork_server(
+    tmp_path_factory: pytest.TempPathFactory, hub_endpoint: str, hub_home: Path
+) -> Iterator[forks.ForkServer]:
+    """Return the server of this worker that runs Python programs without their imports; see fork_server.py."""
+    server = forks.ForkServer(tmp_path_factory.mktemp("forks"), clean_variables(hub_endpoint, hub_home))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def forked_python(fork_server: forks.ForkServer) -> forks.Forked:
+    """Return `forked_python(*arguments, env=None, cwd=None)`: as `run_python`, but packages are imported already."""
+    return forks.Forked(fork_server)
+
+
+@pytest.fixture(scope="session")
+def cli(fork_server: forks.ForkServer) -> forks.Forked:
+    """Return `cli(*arguments, env=None, cwd=None)`: a command in a process of its own, at the price of no import."""
+    return forks.Forked(fork_server, ("-m", "dimscope"))
+
+
+@pytest.fixture
+def clean_environment(tmp_path: Path, hub_endpoint: str) -> dict[str, str]:
+    """Return this process's variables without its hub, proxy and token settings, the cache in tmp, the network cut."""
+    return clean_variables(hub_endpoint, tmp_path / "hf_home")
 
 
 @pytest.fixture
 def run_python(clean_environment: dict[str, str], tmp_path: Path) -> Run:
     """Return `run_python(*arguments, env=None, timeout=300)`: this interpreter in a subprocess, output as text.
 
-    `env` is added to `clean_environment`; `hub.environment(home)` gives it a hub. The working folder is tmp_path.
+    `env` is added to `clean_environment`. The working folder is tmp_path.
     """
 
     def run(

@@ -2,7 +2,7 @@
 
 It serves folders as model repositories, answers as the hub does (redirects large files to a second origin, names
 errors in X-Error-Code, hides what a token may not see) and keeps a record of every request with the bytes it sent.
-Point a subprocess at it with `hub.environment(home)`. Not spoken: Xet, gzip, paging, anything that writes.
+Point a subprocess at its `url` with HF_ENDPOINT. Not spoken: Xet, gzip, paging, anything that writes.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ class Request:
 class HubServer:
     """The server, its repositories and its record; use it as a context manager or through `start` and `stop`."""
 
+    port: int = 0
     repositories: dict[str, Repository] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     tokens: set[str] = field(default_factory=set)
@@ -138,8 +139,8 @@ class HubServer:
         self.stop()
 
     def start(self) -> HubServer:
-        """Listen on two free ports of 127.0.0.1: the hub, and the storage to which it redirects."""
-        self._servers = [_Server(self, origin) for origin in ("hub", "cdn")]
+        """Listen on two ports of 127.0.0.1: the hub, and the storage to which it redirects; 0 is any free port."""
+        self._servers = [_Server(self, origin, port) for origin, port in (("hub", self.port), ("cdn", 0))]
         for server in self._servers:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         return self
@@ -159,17 +160,6 @@ class HubServer:
     def storage_url(self) -> str:
         """Return the address to which large files are redirected: another origin, which must not see a token."""
         return f"http://127.0.0.1:{self._servers[1].server_port}"
-
-    def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """Return the variables that point a subprocess's hub client here, with its cache in `home`."""
-        variables = {
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
-        return variables | ({"HF_TOKEN": token} if token else {})
 
     def add(
         self,
@@ -216,8 +206,8 @@ class HubServer:
 class _Server(ThreadingHTTPServer):
     """One listening port that knows the hub it belongs to."""
 
-    def __init__(self, hub: HubServer, origin: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, hub: HubServer, origin: str, port: int) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.hub, self.origin = hub, origin
 
     def handle_error(self, request: Any, client_address: Any) -> None:

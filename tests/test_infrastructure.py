@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -144,7 +145,7 @@ def test_table_checkpoint_contains_the_rows_and_its_holes_cost_no_disk(tmp_path)
 
 
 @pytest.mark.slow
-def test_hostile_files_do_run_where_they_are_trusted(checkpoint, editable, tmp_path, run_python):
+def test_hostile_files_do_run_where_they_are_trusted(checkpoint, editable, tmp_path, forked_python):
     folder = damage.to_pickle(editable(checkpoint("gpt2"), "pickle"))
     assert torch.equal(logits(folder), logits(checkpoint("gpt2")))
     pickled, imported = tmp_path / "pickled", tmp_path / "imported"
@@ -153,7 +154,7 @@ def test_hostile_files_do_run_where_they_are_trusted(checkpoint, editable, tmp_p
     assert pickled.exists()
     folder = damage.to_remote_code(editable(checkpoint("llama")), imported)
     code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)"
-    answer = run_python("-c", code, folder)  # in a subprocess, whose HF_HOME takes the copied modules
+    answer = forked_python("-c", code, folder)  # in a process whose HF_HOME takes the copied modules
     assert answer.returncode == 0, answer.stderr
     assert imported.exists()
 
@@ -179,16 +180,16 @@ def name_of(call):
 """
 
 
-def ask(run_python, code: str, env: dict[str, str]):
-    """Run code in a subprocess and return what it prints as JSON."""
-    answer = run_python("-c", PREAMBLE + code, env=env)
+def ask(forked_python, code: str, token: str | None = None):
+    """Run code in a process whose client asks `hub`, and return what it prints as JSON."""
+    answer = forked_python("-c", PREAMBLE + code, env={"HF_TOKEN": token} if token else {})
     assert answer.returncode == 0, answer.stderr
     return json.loads(answer.stdout)
 
 
 @pytest.mark.slow
 def test_files_are_downloaded_once_with_exact_byte_counts_and_cut_connections_are_counted(
-    hub, checkpoint, run_python, tmp_path
+    hub, hub_home, checkpoint, forked_python
 ):
     folder = checkpoint("llama")
     commit = hub.add("someone/tiny", folder)
@@ -197,7 +198,7 @@ names = ("config.json", "config.json", "model.safetensors")
 config, again, weights = (hf_hub_download("someone/tiny", name) for name in names)
 print(json.dumps([config, weights]))
 """
-    paths = [Path(path) for path in ask(run_python, code, hub.environment(tmp_path / "home"))]
+    paths = [Path(path) for path in ask(forked_python, code)]
     sizes = [path.stat().st_size for path in paths]
     assert [path.read_bytes() for path in paths] == [(folder / path.name).read_bytes() for path in paths]
     assert paths[0].parent.name == commit.sha
@@ -209,14 +210,15 @@ print(json.dumps([config, weights]))
 
     hub.requests.clear()
     hub.abort_bodies(after=50_000, times=1)
-    ask(run_python, code, hub.environment(tmp_path / "other home"))
+    shutil.rmtree(hub_home)
+    ask(forked_python, code)
     # the client writes pieces of 10 MB: what it had of the first one is lost, and it asks from the start again
     gets = hub.asked("/model.safetensors", "GET")
     assert [(r.status, r.range, r.bytes_sent) for r in gets] == [(200, None, 50_000), (200, None, sizes[1])]
 
 
 @pytest.mark.slow
-def test_the_api_describes_repositories(hub, checkpoint, run_python, tmp_path):
+def test_the_api_describes_repositories(hub, checkpoint, forked_python, tmp_path):
     folder = checkpoint("llama")
     commit = hub.add("someone/tiny", folder)
     older = hub.add("someone/tiny", checkpoint("gpt2"), revision="v1")
@@ -241,7 +243,7 @@ print(json.dumps({
     "exists": api.file_exists("someone/tiny", "nothing"),
 }))
 """
-    answer = ask(run_python, code, hub.environment(tmp_path / "home"))
+    answer = ask(forked_python, code)
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert dict(answer.pop("tree")) == sizes
     assert answer == {
@@ -263,7 +265,7 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-def test_transformers_reads_config_tokenizer_and_model(hub, checkpoint, run_python, tmp_path):
+def test_transformers_reads_config_tokenizer_and_model(hub, checkpoint, forked_python):
     hub.add("someone/tiny", checkpoint("llama", sharded=True))
     hub.alias("old-name", "someone/tiny")
     code = """
@@ -272,14 +274,14 @@ config, tokenizer = AutoConfig.from_pretrained("old-name"), AutoTokenizer.from_p
 model = AutoModelForCausalLM.from_pretrained("someone/tiny")
 print(json.dumps([config.vocab_size, len(tokenizer), sum(p.numel() for p in model.parameters())]))
 """
-    answer = ask(run_python, code, hub.environment(tmp_path / "home"))
+    answer = ask(forked_python, code)
     assert answer == [512, 512, load(checkpoint("llama")).num_parameters()]
     unknown = {r.path for r in hub.asked() if r.status == 404 and "/resolve/" not in r.path and "/tree/" not in r.path}
     assert not unknown, "routes that the hub does not speak yet"
 
 
 @pytest.mark.slow
-def test_what_is_missing_or_private_is_named_as_the_hub_names_it(hub, checkpoint, run_python, tmp_path):
+def test_what_is_missing_or_private_is_named_as_the_hub_names_it(hub, checkpoint, forked_python):
     hub.add("someone/tiny", checkpoint("gpt2"))
     hub.add("someone/secret", checkpoint("gpt2"), private=True, token="hf_owner")
     code = """
@@ -296,7 +298,7 @@ print(json.dumps([
 ]))
 """
     entry, revision, repository = ("RemoteEntryNotFoundError", "RevisionNotFoundError", "RepositoryNotFoundError")
-    answer = ask(run_python, code, hub.environment(tmp_path / "home"))
+    answer = ask(forked_python, code)
     assert answer == [entry] * 2 + [revision] * 2 + [repository] * 3 + ["fine"]
 
 
@@ -310,13 +312,13 @@ print(json.dumps([
         ("hf_reader", "fine", None),
     ],
 )
-def test_gated_files_need_the_token_of_a_reader(hub, checkpoint, run_python, tmp_path, token, expected, status):
+def test_gated_files_need_the_token_of_a_reader(hub, checkpoint, forked_python, token, expected, status):
     hub.add("someone/gated", checkpoint("gpt2"), gated=True, token="hf_reader")
     hub.tokens.add("hf_stranger")
     code = """
 print(json.dumps([name_of(lambda: hf_hub_download("someone/gated", f)) for f in ("config.json", "model.safetensors")]))
 """
-    assert ask(run_python, code, hub.environment(tmp_path / "home", token=token)) == [expected] * 2
+    assert ask(forked_python, code, token) == [expected] * 2
     heads = {r.status for r in hub.asked(method="HEAD")}
     assert heads == ({status} if status else {200, 302})
     if expected == "fine":
@@ -352,7 +354,7 @@ def test_ranges_are_served_to_the_byte_and_impossible_ones_refused(hub, checkpoi
     assert fetch(f"{hub.storage_url}/cdn/{'0' * 40}/config.json")[0] == 403
 
 
-def test_a_broken_or_stopped_hub_fails_as_a_network_does_and_by_default_there_is_none(checkpoint, run_python):
+def test_a_broken_or_stopped_hub_fails_as_a_network_does_and_by_default_there_is_none(checkpoint, forked_python):
     with HubServer() as hub:
         hub.add("someone/tiny", checkpoint("gpt2"))
         url = f"{hub.url}/someone/tiny/resolve/main/config.json"
@@ -361,7 +363,7 @@ def test_a_broken_or_stopped_hub_fails_as_a_network_does_and_by_default_there_is
         assert fetch(url)[0] == 503
     with pytest.raises(urllib.error.URLError, match="refused"):
         fetch(url)
-    answer = run_python("-c", "from huggingface_hub import *; HfApi().model_info('openai-community/gpt2')")
+    answer = forked_python("-c", "from huggingface_hub import *; HfApi().model_info('openai-community/gpt2')")
     assert answer.returncode == 1
     assert "ConnectError" in answer.stderr
 

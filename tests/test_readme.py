@@ -11,17 +11,17 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_in_python_runs_and_prints_dimensions(run_python):
+def test_the_example_in_python_runs_and_prints_dimensions(forked_python):
     code = re.search(r"```python\n(.*?)```", README, re.S)
     assert code is not None
-    done = run_python("-c", code[1])
+    done = forked_python("-c", code[1])
     assert done.returncode == 0, done.stderr
     assert "participation_ratio" in done.stdout
 
 
-def test_every_command_of_the_table_exists(run_cli):
+def test_every_command_of_the_table_exists(cli):
     named = set(re.findall(r"\| `dimscope (\w+)", README))
-    listed = run_cli("--help").stdout
+    listed = cli("--help").stdout
     assert named == {
         "inspect",
         "tokens",
@@ -47,8 +47,7 @@ def test_every_command_of_the_table_exists(run_cli):
         ("narrowing", "transformers counts"),
     ],
 )
-def test_the_example_runs(run_python, name, told):
-    # small products: on a busy machine two threads would mostly wait for each other
-    done = run_python(str(ROOT / f"examples/{name}.py"), env={"OMP_NUM_THREADS": "1"})
+def test_the_example_runs(forked_python, name, told):
+    done = forked_python(ROOT / f"examples/{name}.py")
     assert done.returncode == 0, done.stderr
     assert told in done.stdout

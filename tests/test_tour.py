@@ -2,20 +2,20 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import write_shims
 
 TOUR = Path(__file__).parent.parent / "examples" / "tour.sh"
 
 
 @pytest.mark.slow
-def test_the_tour_goes_from_a_checkpoint_to_text_of_a_narrow_model(clean_environment, tmp_path):
-    path = os.pathsep.join([str(Path(sys.executable).parent), clean_environment["PATH"]])
+def test_the_tour_goes_from_a_checkpoint_to_text_of_a_narrow_model(fork_server, tmp_path):
+    path = os.pathsep.join([str(write_shims(tmp_path / "bin", fork_server)), os.environ["PATH"]])
     result = subprocess.run(
         ["bash", TOUR, "builtin", tmp_path / "out"],
-        env={**clean_environment, "PATH": path},
+        env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
         timeout=600,

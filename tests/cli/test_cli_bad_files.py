@@ -24,8 +24,7 @@ def test_a_missing_folder_a_missing_file_and_a_cut_network(cli, refused, tmp_pat
 
 
 def test_the_interpreter_itself_answers_with_one_line_and_exit_code_2(run_cli, refused, tmp_path):
-    refused(run_cli("report", tmp_path / "nowhere", "-o", tmp_path / "out"), "nowhere", "no such folder")
-    assert not (tmp_path / "out").exists()
+    refused(run_cli("report", tmp_path / "nowhere"), "--out is required")  # before torch is imported
 
 
 def test_a_missing_shard(checkpoint, editable, refuses):

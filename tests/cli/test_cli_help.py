@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from importlib.metadata import version
 
 import pytest
+from forks import write_shims
 
 import dimscope
 
@@ -76,10 +76,9 @@ print("all parse")
 
 
 @pytest.mark.slow
-def test_a_reader_who_hangs_up_is_no_error(checkpoint, clean_environment, tmp_path):
-    pipe = f"{sys.executable} -m dimscope tokens {checkpoint('qwen2')} --json | head -c 10; exit ${{PIPESTATUS[0]}}"
-    result = subprocess.run(
-        ["bash", "-c", pipe], env=clean_environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+def test_a_reader_who_hangs_up_is_no_error(checkpoint, fork_server, tmp_path):
+    dimscope = write_shims(tmp_path / "bin", fork_server) / "dimscope"
+    pipe = f"{dimscope} tokens {checkpoint('qwen2')} --json | head -c 10; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", pipe], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stderr) == (0, "")
     assert len(result.stdout) == 10

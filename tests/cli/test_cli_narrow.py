@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,7 +198,7 @@ def test_a_gpt_neox_is_calibrated_cut_evaluated_and_written_as_a_phi(checkpoint,
     from transformers import AutoModelForCausalLM
 
     kl = {}
-    for width in (12, 24, 32):
+    for width in (12, 32):
         small = narrows(checkpoint("gpt_neox"), "--width", width)
         model = AutoModelForCausalLM.from_pretrained(small.folder)
         assert (model.config.model_type, model.config.hidden_size) == ("phi", width)
@@ -205,7 +206,7 @@ def test_a_gpt_neox_is_calibrated_cut_evaluated_and_written_as_a_phi(checkpoint,
         assert small.result["tables"] == "two"
         assert "table for reading" not in small.card
         kl[width] = small.metric()
-    assert kl[12] > kl[24] > 1e-6 > kl[32]  # at full width it is the model that it was
+    assert kl[12] > 1e-6 > kl[32]  # at full width it is the model that it was
 
 
 # ---- kill -9 -------------------------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def mark(state: Path, value: float) -> None:
 
 
 def test_kill_9_while_healing_leaves_nothing_that_looks_complete_and_the_same_command_resumes(
-    checkpoint, cli, killed, prose, tmp_path
+    checkpoint, cli, prose, tmp_path
 ):
     def arguments(name: str) -> tuple[object, ...]:
         cut = ("--width", 16, "--basis", "random", "--heal-steps", 40, "--no-evaluate", "--text", prose, *READ)
@@ -229,7 +230,9 @@ def test_kill_9_while_healing_leaves_nothing_that_looks_complete_and_the_same_co
 
     training = tmp_path / ".narrow.training" / "healing"
     states = [training / stage / "training.safetensors" for stage in ("norms", "weights")]
-    killed(arguments("narrow"), lambda: all(state.exists() for state in states))
+    stages = training / "*" / "training.safetensors"
+    ended = cli.interrupt(*arguments("narrow"), after=stages, count=2, by=signal.SIGKILL)
+    assert ended.returncode == -signal.SIGKILL
     assert not (tmp_path / "narrow").exists()
     assert not list(tmp_path.rglob("config.json"))
     assert {p.name for p in tmp_path.rglob("*.safetensors")} == {"training.safetensors"}

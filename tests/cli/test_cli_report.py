@@ -109,7 +109,7 @@ def test_another_model_in_the_same_folder_takes_nothing_from_the_first(checkpoin
 
 
 def test_the_page_says_how_long_all_its_studies_took_also_where_a_command_only_reads_them(checkpoint, cli, tmp_path):
-    light = ("--layers.shuffles", "0", "--layers.no-random-weights", "--windows", "2", "--length", "16", "-o", tmp_path)
+    light = ("--layers.shuffles", "0", "--layers.no-random-weights", "--windows", "1", "--length", "16", "-o", tmp_path)
 
     def report(*studies: str) -> dict[str, float]:
         ran = cli("report", checkpoint("llama"), "--studies", *studies, *LIGHT, *light)
@@ -153,7 +153,7 @@ def test_what_narrowing_would_cost_is_on_the_page_and_stays_when_another_study_j
     facts, alone = models.read_json(out / "report.json"), read_tables(out)
     assert alone.keys() == {"plan", "narrow_texts"}
     own = facts["studies"]["narrowing"]
-    joined = cli("report", folder, "--studies", "embedding", "--embedding.knn-sample", "50", "-o", out)
+    joined = cli("report", folder, "--studies", "embedding", *LIGHT, "-o", out)
     assert joined.returncode == 0, joined.stderr
     page = (out / "index.html").read_text()
     assert {"map", "spectrum"} < {*anchors.findall(page)}
@@ -181,20 +181,16 @@ def test_a_family_that_cannot_be_narrowed_is_refused(checkpoint, refuses):
 # ---- kill -9 and Ctrl-C --------------------------------------------------------------------------------------------
 
 
-def test_kill_9_then_ctrl_c_then_the_same_command_to_its_end(cli, digest, tmp_path):
-    large = tmp_path / "large"  # a model whose report takes a second, so that there is a middle
-    models.write_table_checkpoint(large, 4000, 128, "float32", layers=1)
-    models.write_tokenizer(large, "byte_bpe", 500)
-    before, out = digest(large), tmp_path / "killed"
-    command = ("report", large, "--embedding.full-knn", "-o")
+def test_kill_9_then_ctrl_c_then_the_same_command_to_its_end(checkpoint, cli, digest, tmp_path):
+    folder, out = checkpoint("qwen2"), tmp_path / "killed"
+    before = digest(folder)
+    command = ("report", folder, *LIGHT, "-o")
     kept: dict[str, int] = {}
     for count, number in ((2, signal.SIGKILL), (4, signal.SIGINT)):
-        process = cli.start(*command, out)
-        process.reach(lambda count=count: len(list(out.glob("tables/*.json"))) >= count)
-        ended = process.end(number)
+        ended = cli.interrupt(*command, out, after=out / "tables" / "*.json", count=count, by=number)
         assert ended.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
         finished = {path.stem for path in out.glob("tables/*.json")}
-        assert count <= len(finished) < len(TABLES)
+        assert len(finished) == count
         assert not (out / "report.json").exists()
         assert not (out / "index.html").exists()
         now = {name: stamp for name, stamp in stamps(out).items() if name.split(".")[0] in finished}
@@ -203,16 +199,16 @@ def test_kill_9_then_ctrl_c_then_the_same_command_to_its_end(cli, digest, tmp_pa
     assert ended.stdout == ""
     assert ended.stderr.splitlines()[-1].startswith("stopped; finished tables are kept")
     assert "Traceback" not in ended.stderr
-    for folder in (out, tmp_path / "whole"):
-        ran = cli(*command, folder)
+    for target in (out, tmp_path / "whole"):
+        ran = cli(*command, target)
         assert ran.returncode == 0, ran.stderr
     assert stamps(out).items() >= kept.items()
     resumed, whole = read_tables(out), read_tables(tmp_path / "whole")
     assert resumed.keys() == whole.keys() == TABLES
     for name in TABLES:
         assert_frame_equal(resumed[name], whole[name])
-    assert digest(large) == before
-    reports = [models.read_json(folder / "report.json") for folder in (out, tmp_path / "whole")]
+    assert digest(folder) == before
+    reports = [models.read_json(target / "report.json") for target in (out, tmp_path / "whole")]
     for report in reports:
         report["studies"]["embedding"].pop("seconds")
     assert reports[0] == reports[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import median
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dimscope.geometry.chance import chance_edge
 
-TABLES = 20  # structureless tables of each kind, of which one is expected to exceed the edge
+TABLES = 10  # structureless tables of each kind; one in twenty is expected to exceed the edge
 
 
 def white(n: int, d: int, g: torch.Generator) -> Tensor:
@@ -66,7 +67,7 @@ def test_few_tables_without_structure_exceed_it(kind: Callable[..., Tensor], sha
         exceeded += largest > edge
         ratios.append(edge / largest)
     assert exceeded <= 2
-    assert sum(ratios) / len(ratios) < 1.3  # not so strict that nothing would ever be found
+    assert median(ratios) < 1.3  # not so strict that nothing would ever be found
 
 
 @pytest.mark.parametrize(("n", "d"), [(2000, 50), (50, 2000), (500, 500)])

@@ -83,7 +83,7 @@ def opened(watched: Watched) -> Iterator[Any]:
     page.click("#reset")
     page.wait_for_function("!document.getElementById('token-map').data.some(t => !t.meta)")
     yield page
-    page.wait_for_timeout(300)
+    page.wait_for_timeout(100)
     assert watched.troubles == []
     assert [url for url in watched.requests if not url.startswith(("data:", "blob:"))] == [watched.url]
 
@@ -198,8 +198,8 @@ def test_figures_outside_the_page_have_no_button_that_uploads_them(browser: Any)
 @pytest.mark.parametrize("width", [390, 1600])
 def test_page_never_scrolls_sideways(opened: Any, width: int) -> None:
     opened.set_viewport_size({"width": width, "height": 900})
-    opened.wait_for_timeout(800)
-    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    opened.wait_for_timeout(400)
+    opened.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width, timeout=30_000)
 
 
 def test_paper_is_light_and_the_screen_comes_back(opened: Any) -> None:

@@ -400,10 +400,10 @@ def test_passwords_and_tokens_do_not_get_into_messages(serve):
     )
 
 
-def test_what_cannot_be_reached(serve, closed_endpoint):
+def test_what_cannot_be_reached(serve, hub_endpoint):
     url = serve({"/gone": lambda h: h.answer(404, b"not here")})
     assert "the server answers 404 Not Found" in unreachable(f"{url}/gone")
-    assert "Connection refused" in unreachable(f"{closed_endpoint}/a")
+    assert "Connection refused" in unreachable(f"{hub_endpoint}/a")
     assert "cannot be read" in unreachable("http://127.0.0.1:notaport/")
     assert "no URL" in refused("http://[::1/a")
 

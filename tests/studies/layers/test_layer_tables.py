@@ -86,7 +86,7 @@ def noise(n, d, centred, tolerance, thresholds=THRESHOLDS):
     free = n - centred
     rank, beta = min(free, d), min(free, d) / max(free, d)
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
-    edges = np.linspace(low, high, 2_000_001)
+    edges = np.linspace(low, high, 500_001)
     x = (edges[1:] + edges[:-1]) / 2
     cumulative = np.concatenate([[0], np.cumsum(np.sqrt((high - x) * (x - low)) / x)])
     values = np.interp((np.arange(rank)[::-1] + 0.5) / rank, cumulative / cumulative[-1], edges)
@@ -146,8 +146,8 @@ def run(folder, checkpoint, **settings):
 
 CASES = {
     "fewer rows than columns": {"windows": 1, "length": 128},
-    "one window": {"windows": 1, "length": 512},
-    "many windows": {"windows": 8, "length": 128},
+    "one window": {"windows": 1, "length": 320},
+    "many windows": {"windows": 3, "length": 128},
     "massive tokens": {"windows": 4, "length": 48},
 }
 
