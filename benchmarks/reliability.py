@@ -34,7 +34,7 @@ from dimscope.studies.layers.comparisons import beyond, clearly_below, extremes
 from dimscope.studies.layers.tables import raw_spectra
 from dimscope.studies.reading import named_texts
 from dimscope.texts.window_sums import Interval, interval
-from dimscope.texts.windows import Window, middle_windows, shuffle_within
+from dimscope.texts.windows import Window, shuffle_within, stream_windows
 from dimscope.vectors.table import table_from_tensor
 
 PAGE = Path(__file__).parent.parent / "docs/reliability-of-numbers.md"
@@ -81,7 +81,7 @@ def has_direction_above_chance(rows: np.ndarray) -> bool:
 
 def has_untrained_rows(rows: np.ndarray) -> bool:
     """Whether rows of a table are told to look untrained."""
-    found = untrained_scores(table_from_tensor(torch.from_numpy(rows).float()), [])
+    found = untrained_scores(table_from_tensor(torch.from_numpy(rows).float()), torch.empty(0, dtype=torch.int64))
     return found.threshold is not None and bool((np.asarray(found.scores) <= found.threshold).any())
 
 
@@ -165,6 +165,8 @@ def false_findings(n: int) -> Iterator[tuple[str, str, float]]:
             "directions wider than chance": has_direction_above_chance, "rows look untrained": has_untrained_rows,
         }  # fmt: skip
         for finding, test in tests.items():
+            if draw is near_zero and test is has_untrained_rows:
+                continue  # there the finding is true
             rng = np.random.default_rng(1)
             yield (
                 finding,
@@ -199,7 +201,7 @@ class Pool:
         checkpoint = as_checkpoint("builtin")
         model = load_model(checkpoint, place(checkpoint))
         text = named_texts(["builtin:prose"])["builtin prose"]
-        self.windows = middle_windows(text, require_tokenizer(checkpoint.source), length=LENGTH, count=None)
+        self.windows = list(stream_windows(text, require_tokenizer(checkpoint.source), length=LENGTH))
         seen = [collection(model, [window]) for window in self.windows]
         self.sums = torch.stack([of.predictions.by_window.stacked()[0] for of in seen])
         samples = [of.reservoir.sample() for of in seen]
@@ -253,17 +255,17 @@ class Pool:
 def coverages(n: int) -> Iterator[tuple[str, float, str]]:
     """Yield each interval, the share of samples in which it holds, and what it is held against."""
     pool, rng = Pool(), np.random.default_rng(4)
-    names, covered = list(pool.intervals(np.arange(N_WINDOWS))), []
+    whole = pool.intervals(np.arange(len(pool.windows)))
+    names, covered = list(whole), []
     one_per_type: dict[int, list[Interval]] = {layer: [] for layer in LAYERS}
     for _ in trange(n, desc="samples of windows"):
-        order = rng.permutation(len(pool.windows))
-        small, large = np.sort(order[:N_WINDOWS]), np.sort(order[N_WINDOWS : N_WINDOWS * (TIMES + 1)])
-        own, truth = pool.intervals(small), pool.intervals(large)
-        covered.append([own[name].low <= truth[name].value <= own[name].high for name in names])
+        chosen = np.sort(rng.permutation(len(pool.windows))[:N_WINDOWS])
+        own = pool.intervals(chosen)
+        covered.append([own[name].low <= whole[name].value <= own[name].high for name in names])
         for layer in LAYERS:
-            one_per_type[layer].append(pool.two_nn(small, layer))
+            one_per_type[layer].append(pool.two_nn(chosen, layer))
     for name, share in zip(names, np.mean(covered, axis=0), strict=True):
-        yield name, float(share), f"the value on {N_WINDOWS * TIMES} other windows"
+        yield name, float(share), f"the value on all {len(pool.windows)} windows"
     for layer, intervals in one_per_type.items():
         middle = np.mean([i.value for i in intervals])
         share = np.mean([i.low <= middle <= i.high for i in intervals])
@@ -293,7 +295,7 @@ def page(n: int) -> str:
         "## Intervals",
         "",
         f"The built-in model read {n} samples of {N_WINDOWS} windows of {LENGTH} tokens of its prose.",
-        f"The second column says what each 95% interval was held against; where that is a sample, it is {TIMES} times larger.",
+        "The second column says what each 95% interval was held against; it should hold in 90% to 99% of the samples.",
         "TwoNN depends on the number of points, so its interval is for samples of one size.",
         "",
         "| interval | held against | holds in |", "|---|---|---|", *intervals,

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import polars as pl
 
@@ -65,7 +67,8 @@ def _order_reading(bins: pl.DataFrame) -> str:
 
 def _predictions(frame: pl.DataFrame, selection: Selection) -> pl.DataFrame | None:
     rows = finite(rows_of(frame, selection.model, selection.text))
-    stats = (pl.col("value").mean(), pl.col("value").std(ddof=1).alias("spread"), pl.col("stderr").mean())
+    ends = (pl.col(name).cast(pl.Float64).mean() for name in ("low", "high"))
+    stats = (pl.col("value").mean(), pl.col("value").std(ddof=1).alias("spread"), pl.col("stderr").mean(), *ends)
     return rows.group_by("condition", "metric", maintain_order=True).agg(*stats) if rows.height else None
 
 
@@ -87,12 +90,25 @@ def _confidence_finding(predictions: pl.DataFrame | None) -> str:
 
 
 def _loss_finding(predictions: pl.DataFrame | None) -> tuple[str, ...]:
-    real, other = _mean(predictions, "loss", "real"), _mean(predictions, "loss", "shuffled")
+    """Compare the loss on real and on shuffled text: different where the gap exceeds the intervals of both, added as errors."""
+    rows = {} if predictions is None else {
+        row["condition"]: row for row in predictions.filter(pl.col("metric") == "loss").iter_rows(named=True)
+    }  # fmt: skip
+    real, other = rows.get("real"), rows.get("shuffled")
     if real is None or other is None:
         return ()
-    verb, gap = "raises" if other > real else "lowers", number(abs(other - real))
-    losses = f"{number(real)} on real text, {number(other)} on shuffled text"
-    return (f"Shuffling {verb} the loss by {gap} nats per token: {losses}.",)
+    gap = other["value"] - real["value"]
+    losses = f"{_with_interval(real)} on real text, {_with_interval(other)} on shuffled text"
+    margins = [(row["high"] - row["low"]) / 2 for row in (real, other) if row["low"] is not None]
+    if len(margins) == 2 and abs(gap) <= math.hypot(*margins):
+        return (f"Shuffling does not clearly change the loss: {losses} (nats per token).",)
+    return (f"Shuffling {'raises' if gap > 0 else 'lowers'} the loss by {number(abs(gap))} nats per token: {losses}.",)
+
+
+def _with_interval(row: Mapping[str, Any]) -> str:
+    if row["low"] is None:
+        return number(row["value"])
+    return f"{number(row['value'])} (95% interval over windows: {number(row['low'])} to {number(row['high'])})"
 
 
 _UNITS = {
@@ -108,11 +124,12 @@ def _predictions_grid(predictions: pl.DataFrame) -> Grid:
     for name in conditions(predictions):
         of_condition = predictions.filter(pl.col("condition") == name)
         values = {
-            metric: (value, sd if sd is not None else error) for _, metric, value, sd, error in of_condition.iter_rows()
+            row["metric"]: (row["value"], row["stderr"] if row["spread"] is None else row["spread"])
+            for row in of_condition.iter_rows(named=True)
         }
         rows.append((name, *(spread(*values.get(metric, (None, None))) for metric in metrics)))
     header = ("text and weights", *(_UNITS.get(metric, metric) for metric in metrics))
-    caption = "Predictions (± standard deviation over shuffles, else standard error)"
+    caption = "Predictions (± standard deviation over shuffles, else standard error over windows)"
     return Grid(caption, header, tuple(rows), frozenset(range(1, len(header))))
 
 
