@@ -17,22 +17,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Con
 import dimscope
 from dimscope.api import as_checkpoint
 
-SMALL = {"windows": 8, "length": 128}
+SMALL = {"windows": 8, "length": 128, "dtype": "float32"}
 NUMBERS = ["value", "loss", "loss_rise", "kl", "top_1"]
 
 
-def difference(left: pl.DataFrame, right: pl.DataFrame) -> float:
-    """Return the largest difference of the numbers of two tables, as a share of the larger of the number and 0.01."""
+def difference(left: pl.DataFrame, right: pl.DataFrame) -> tuple[float, str]:
+    """Return the largest difference of the numbers of two tables, as a share of the larger of the number and 0.01, and of what."""
     assert left.height == right.height
-    largest = 0.0
+    largest = (0.0, "")
     for name in [column for column in NUMBERS if column in left.columns]:
-        both = pl.DataFrame({"one": left[name], "two": right[name]}).drop_nulls()
-        gap = (pl.col("one") - pl.col("two")).abs() / pl.max_horizontal(pl.col("one").abs(), 0.01)
-        largest = max(largest, float(both.select(gap.max()).item() or 0.0))
+        gap = (left[name] - right[name]).abs() / pl.select(pl.max_horizontal(left[name].abs(), 0.01)).to_series()
+        if gap.drop_nulls().len() and float(gap.max()) > largest[0]:
+            row = left.row(int(gap.fill_null(0.0).arg_max() or 0), named=True)
+            words = (
+                str(row[key]) for key in ("metric", "preprocess", "layer", "condition") if row.get(key) is not None
+            )
+            largest = (float(gap.max()), f"{name}: {', '.join(words)}")
     return largest
 
 
-def same_numbers() -> dict[str, float]:
+def same_numbers() -> dict[str, tuple[float, str]]:
     """Run each study that runs a model on the CPU and on the GPU; return the largest difference of each table."""
     found = {}
     studies: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -54,9 +58,10 @@ def checkpoint_of(config: Any, folder: Path) -> Path:
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    built_in = as_checkpoint("builtin").source.folder
-    for file in Path(built_in).glob("tokenizer*"):
-        (folder / file.name).write_bytes(file.read_bytes())
+    source = as_checkpoint("builtin").source
+    for name in source.files:
+        if name.startswith("tokenizer"):
+            (folder / name).write_bytes(source.fetch(name).read_bytes())
     AutoConfig.from_pretrained(folder)
     return folder
 
