@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow  # whole commands or studies
 READ = ("--length", "16", "--windows", "3")
 ASK = ("--prompt", "The keeper counted", "In the winter", "--new-tokens", "6")
 SOME = ("--truncate", "75%,8", "--project", "50%", "--noise", "0.1,1", "--draws", "2")
-TABLES = {"damage", "breaking", "claims", "generations", "operator", "operator_block", "operator_histogram"}
+TABLES = {"damage", "windows", "breaking", "claims", "generations", "operator", "operator_block", "operator_histogram"}
 
 
 @pytest.fixture(scope="module")

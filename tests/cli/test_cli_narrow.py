@@ -119,7 +119,9 @@ def test_the_numbers_of_the_card_are_those_of_the_json(learned):
     measured = {row["metric"]: row for row in result["measured"]}
     sizes = (measured.pop("parameters")["narrow"], measured.pop("bytes")["narrow"])
     assert sizes == (result["parameters_after"], result["bytes_after"])
-    assert rows == {name: (f"{r['dense']:.4g}", f"{r['narrow']:.4g}") for name, r in measured.items()}
+    errors = {name: "" if r["stderr"] is None else f" ± {r['stderr']:.2g}" for name, r in measured.items()}
+    assert rows == {name: (f"{r['dense']:.4g}", f"{r['narrow']:.4g}{errors[name]}") for name, r in measured.items()}
+    assert measured["KL"]["stderr"] > 0
     assert {"loss", "KL"} < set(rows)
     assert measured["KL"]["dense"] == 0 < measured["KL"]["narrow"]
 

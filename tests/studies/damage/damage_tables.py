@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from dimscope.evaluation.evaluate import Evaluation
+from dimscope.evaluation.evaluate import SUMS, Evaluation, evaluation_of
 from dimscope.evaluation.generation import Continuation
 from dimscope.evaluation.prompts import Prompt
 from dimscope.interventions.perturbations import PERTURBATIONS
@@ -32,6 +32,7 @@ from dimscope.studies.damage.tables import (
 )
 
 DIM, BASE = 100, 2.0
+SPREAD = (-0.03, -0.01, 0.01, 0.03, 0.0)  # of windows around a mean, as shares of it
 Losses = Mapping[tuple[str, float], Sequence[float]]  # (kind, strength) -> the loss of every seed
 
 PLANTED: Losses = {
@@ -83,7 +84,17 @@ def damage(losses: Losses = PLANTED, text: str = "prose", side: Any = "input", b
 
 def _evaluated(loss: float, base: float) -> list[Measurement]:
     rise, top_1 = loss - base, max(0.0, 1 - (loss - base) / base)
-    return evaluation_numbers(Evaluation(loss, rise, 0.0, loss, rise, 0.0, top_1, n_predicted=500, n_positions=501))
+    return evaluation_numbers(evaluation(loss, rise, abs(rise), top_1))
+
+
+def evaluation(loss: float, rise: float, kl: float, top_1: float, spread: Sequence[float] = SPREAD) -> Evaluation:
+    """Return an evaluation of windows of 100 predicted tokens whose numbers differ by shares of their mean."""
+    factors = 1 + np.array(spread)
+    sums = np.zeros((len(factors), len(SUMS)))
+    sums[:, :3] = 100
+    for name, value in {"loss": loss, "loss_rise": rise, "kl": kl, "top_1": top_1}.items():
+        sums[:, SUMS.index(name)] = 100 * value * (factors if name in ("loss_rise", "kl") else 1)
+    return evaluation_of(torch.from_numpy(sums))
 
 
 def generations() -> pl.DataFrame:

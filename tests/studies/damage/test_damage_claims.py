@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import polars as pl
 import pytest
+from damage_tables import evaluation
 
-from dimscope.evaluation.evaluate import Evaluation
 from dimscope.interventions.perturbations import find_perturbation
 from dimscope.studies.damage.claims import CLAIMS, claims_frame
 from dimscope.studies.damage.curves import damages
@@ -51,7 +51,7 @@ def frame(
 
 
 def evaluated(loss: float, agreement: float) -> list[Measurement]:
-    return evaluation_numbers(Evaluation(loss, 0.0, 0.0, loss, 0.0, 0.0, agreement, n_predicted=100, n_positions=100))
+    return evaluation_numbers(evaluation(loss, loss - BASE, abs(loss - BASE), agreement))
 
 
 def verdict(claim: str, planted: Planted, **settings) -> str:

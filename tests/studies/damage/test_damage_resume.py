@@ -52,7 +52,7 @@ def uninterrupted(study, lively, tmp_path_factory):
 def test_the_tables_are_those_of_the_points_one_below_the_other(uninterrupted):
     folder, _, tables = uninterrupted
     assert set(tables) == {
-        "damage", "breaking", "claims", "generations", "token_errors", "operator", "operator_block", "operator_histogram",
+        "damage", "windows", "breaking", "claims", "generations", "token_errors", "operator", "operator_block", "operator_histogram",
     }  # fmt: skip
     for name, table in tables.items():
         assert_frame_equal(pl.read_parquet(folder / f"tables/{name}.parquet"), table, check_exact=True)

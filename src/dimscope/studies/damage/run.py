@@ -155,10 +155,17 @@ class PointTables:
         identity = {"steps": point.steps, "side": point.side, "seed": point.seed}
         return self.store.table(f"points/{point.slug}.{name}", identity | dict(arguments), compute)
 
+    def windows(self) -> pl.DataFrame:
+        """Return the evaluations, window by window."""
+        arguments = _text_arguments(self.session.inputs)
+        return self._stored("windows", arguments, lambda: points.evaluate_point(self.session, self.point, self.maps))
+
     def damage(self) -> pl.DataFrame:
         """Return the errors and evaluations."""
-        arguments = _text_arguments(self.session.inputs)
-        return self._stored("damage", arguments, lambda: points.measure_point(self.session, self.point, self.maps))
+        arguments, windows = _text_arguments(self.session.inputs), self.windows()
+        return self._stored(
+            "damage", arguments, lambda: points.measure_point(self.session, self.point, self.maps, windows)
+        )
 
     def generations(self, listener: Callable[[list[str]], object] | None = None) -> pl.DataFrame:
         """Return the continuations of the prompts."""
@@ -209,6 +216,7 @@ def _study_tables(session: DamageSession, store: Store) -> dict[str, pl.DataFram
     damage = stored("damage", slugs, read, lambda: pl.concat(tables.damage() for tables in at.values()))
     tables = {
         "damage": damage,
+        "windows": stored("windows", slugs, read, lambda: pl.concat(tables.windows() for tables in at.values())),
         "breaking": stored("breaking", slugs, read, lambda: breaking_frame(damage)),
         "claims": stored("claims", slugs, read, lambda: claims_frame(damage)),
         **_operator_tables(session, store),

@@ -14,8 +14,9 @@ TENTH = 0.9  # share of the parameters at which the methods are compared in word
 SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio")
 SCHEMA = {
     "method": pl.String, "basis": pl.String, "tied": pl.Boolean, "width": pl.Int64, "layers": pl.Int64, "bits": pl.Int64,
-    "parameters": pl.Int64, "bytes": pl.Int64, "loss": pl.Float64, "loss_rise": pl.Float64, "loss_rise_stderr": pl.Float64,
-    "kl": pl.Float64, "kl_stderr": pl.Float64, "top_1": pl.Float64, "prefill_tokens_per_s": pl.Float64,
+    "parameters": pl.Int64, "bytes": pl.Int64, "loss": pl.Float64, "loss_stderr": pl.Float64, "loss_rise": pl.Float64,
+    "loss_rise_stderr": pl.Float64, "kl": pl.Float64, "kl_stderr": pl.Float64, "top_1": pl.Float64,
+    "top_1_stderr": pl.Float64, "prefill_tokens_per_s": pl.Float64,
     "decode_tokens_per_s": pl.Float64, "prefill_ratio": pl.Float64, "decode_ratio": pl.Float64, "n_tokens": pl.Int64,
 }  # fmt: skip
 

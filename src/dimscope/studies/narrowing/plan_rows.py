@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BITS = 8
-EVALUATED = ("loss", "loss_rise", "loss_rise_stderr", "kl", "kl_stderr", "top_1")
+EVALUATED = ("loss", "loss_rise", "kl", "top_1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +155,14 @@ def _compute_row(session: NarrowingSession, row: _Row) -> pl.DataFrame:
         values = (own.prefill, own.decode, own.prefill / base.prefill, own.decode / base.decode)
         speeds = dict(zip(SPEEDS, values, strict=True))
     parameters = sum(p.numel() for p in model.parameters())
-    session.monitor.announce(f"{row.name}: {parameters / 1e6:.1f}M parameters, KL {evaluation.kl:.4f}")
+    intervals = {name: getattr(evaluation, name) for name in EVALUATED}
+    session.monitor.announce(f"{row.name}: {parameters / 1e6:.1f}M parameters, KL {evaluation.kl.value:.4f}")
     columns = {
         **row.identity,
         "parameters": parameters,
         "bytes": _stored_bytes(session, model, row.bits),
-        **{name: getattr(evaluation, name) for name in EVALUATED},
+        **{name: intervals[name].value for name in EVALUATED},
+        **{f"{name}_stderr": intervals[name].stderr for name in EVALUATED},
         **speeds,
         "n_tokens": evaluation.n_positions,
     }

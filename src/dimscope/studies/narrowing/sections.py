@@ -63,7 +63,7 @@ def _candidates(plan: pl.DataFrame) -> Grid:
     )  # fmt: skip
     caption = (
         "All candidates. Reading and writing: speed relative to the dense model. Loss and KL in nats per token, ± one standard "
-        "error if positions were independent: a lower bound. Same choice: positions with the same top prediction. Last column: "
+        "error over the windows. Same choice: positions with the same top prediction. Last column: "
         "dropping layers to the same size."
     )
     return Grid(caption, header, rows, frozenset(range(1, len(header))))
