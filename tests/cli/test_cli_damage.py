@@ -139,7 +139,7 @@ def test_json_holds_what_the_tables_hold(studied, checkpoint, cli, text, tmp_pat
     assert "page" not in result
     for name, table in (("damage", "damage"), ("operator", "operator")):
         assert_frame_equal(pl.DataFrame(result[name], schema=tables[table].schema), tables[table], check_exact=True)
-    assert "keeps the loss within 10% of" in result["answer"] or "raises the loss by" in result["answer"]
+    assert re.search("harmless|cannot tell", result["answer"])
     answers = tables["generations"].partition_by("number", maintain_order=True)
     for n, answer in enumerate(answers, 1):
         rows = result[f"generations {n}"]

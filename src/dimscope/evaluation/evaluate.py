@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -63,21 +63,25 @@ class Evaluation:
         return math.exp(self.loss.value) if self.loss.value < LARGEST_EXPONENT else math.inf
 
 
+def mean_of(name: str) -> Callable[[Float[Tensor, "... 7"]], Float[Tensor, " ..."]]:
+    """Return what computes a mean over positions ("loss", "loss_rise", "kl" or "top_1") from `SUMS`."""
+    value = SUMS.index(name)
+    count = SUMS.index("n_predicted" if name in ("loss", "loss_rise") else "n_positions")
+    return lambda sums: sums[..., value] / sums[..., count]
+
+
 def evaluation_of(sums: Float[Tensor, "g 7"]) -> Evaluation:
     """Return the evaluation of a text, or of some of its windows, from the `SUMS` of its windows."""
-
-    def mean(name: str, count: str, unit: float = 1.0) -> Interval:
-        value, n = SUMS.index(name), SUMS.index(count)
-        return interval(sums, lambda s: s[..., value] / s[..., n] / unit)
-
+    loss, n_bytes = SUMS.index("loss"), SUMS.index("n_bytes")
+    n_predicted, n_positions = sums[:, :2].sum(dim=0).tolist()
     return Evaluation(
-        loss=mean("loss", "n_predicted"),
-        loss_rise=mean("loss_rise", "n_predicted"),
-        bits_per_byte=mean("loss", "n_bytes", math.log(2)),
-        kl=mean("kl", "n_positions"),
-        top_1=mean("top_1", "n_positions"),
-        n_predicted=round(float(sums[:, 0].sum())),
-        n_positions=round(float(sums[:, 1].sum())),
+        loss=interval(sums, mean_of("loss")),
+        loss_rise=interval(sums, mean_of("loss_rise")),
+        bits_per_byte=interval(sums, lambda s: s[..., loss] / math.log(2) / s[..., n_bytes]),
+        kl=interval(sums, mean_of("kl")),
+        top_1=interval(sums, mean_of("top_1")),
+        n_predicted=round(n_predicted),
+        n_positions=round(n_positions),
         sums=sums,
     )
 

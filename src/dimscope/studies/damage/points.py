@@ -8,6 +8,7 @@ import polars as pl
 
 from dimscope.evaluation.evaluate import evaluate
 from dimscope.evaluation.generation import generate
+from dimscope.evaluation.unigrams import unigram_entropy
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.maps import RowMap
 from dimscope.interventions.row_errors import row_errors, token_errors
@@ -70,7 +71,11 @@ def measure_point(
         windows: What `evaluate_point` returns.
     """
     errors = {name: _table_errors(session, point, name, change) for name, change in maps.items()}
-    evaluations = {name: evaluation_numbers(evaluation) for name, evaluation in evaluations_of(windows).items()}
+    # A text has one unigram entropy, whatever is changed.
+    entropy = {} if point.steps else {name: unigram_entropy(base.windows) for name, base in session.baselines.items()}
+    evaluations = {
+        name: evaluation_numbers(evaluation, entropy.get(name)) for name, evaluation in evaluations_of(windows).items()
+    }
     return damage_frame(_columns(session, point), errors, evaluations)
 
 

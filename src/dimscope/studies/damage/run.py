@@ -214,11 +214,11 @@ def _study_tables(session: DamageSession, store: Store) -> dict[str, pl.DataFram
 
     slugs, read = [point.slug for point in inputs.points], _text_arguments(inputs)
     damage = stored("damage", slugs, read, lambda: pl.concat(tables.damage() for tables in at.values()))
+    windows = stored("windows", slugs, read, lambda: pl.concat(tables.windows() for tables in at.values()))
     tables = {
         "damage": damage,
-        "windows": stored("windows", slugs, read, lambda: pl.concat(tables.windows() for tables in at.values())),
-        "breaking": stored("breaking", slugs, read, lambda: breaking_frame(damage)),
-        "claims": stored("claims", slugs, read, lambda: claims_frame(damage)),
+        "windows": windows,
+        "breaking": stored("breaking", slugs, read, lambda: breaking_frame(damage, windows)),
         **_operator_tables(session, store),
     }
     if continued := [point for point in inputs.points if inputs.continues_prompts(point)]:
@@ -226,6 +226,9 @@ def _study_tables(session: DamageSession, store: Store) -> dict[str, pl.DataFram
             "generations", [point.slug for point in continued], _prompt_arguments(inputs),
             lambda: with_agreement(pl.concat(at[point].generations() for point in continued)),
         )  # fmt: skip
+    generations = tables.get("generations")
+    answers = {"prompts": None if generations is None else _prompt_arguments(inputs)}
+    tables["claims"] = stored("claims", slugs, read | answers, lambda: claims_frame(damage, windows, generations))
     if inputs.settings.token_errors:
         changed = [(point, name) for point in inputs.points for name in point.tables]
         tables["token_errors"] = stored(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dimscope.evaluation.evaluate import SUMS, Evaluation, evaluation_of
 from dimscope.evaluation.generation import Continuation
-from dimscope.evaluation.metrics import BITS, KL, LOSS, PERPLEXITY, RISE, TOP_1
+from dimscope.evaluation.metrics import BITS, KL, LOSS, PERPLEXITY, RISE, TOP_1, UNIGRAMS
 from dimscope.evaluation.prompts import Prompt
 from dimscope.interventions.maps import LinearMap, RowMap, exact_error
 from dimscope.interventions.perturbations import find_perturbation
@@ -99,10 +99,16 @@ def _closed_form(point: Point, table: TableSummary) -> float | None:
     return None if formula is None else formula(table, strength)
 
 
-def evaluation_numbers(result: Evaluation) -> list[Measurement]:
-    """Return what a text costs, and how far the model is from the undamaged one."""
+def evaluation_numbers(result: Evaluation, entropy: float | None = None) -> list[Measurement]:
+    """Return what a text costs, and how far the model is from the undamaged one.
+
+    Args:
+        result: The evaluation.
+        entropy: The unigram entropy of the text, which stands with the undamaged model.
+    """
     n_predicted, n_positions = result.n_predicted, result.n_positions
     loss, rise, bits, kl, top_1 = result.loss, result.loss_rise, result.bits_per_byte, result.kl, result.top_1
+    unigrams = [] if entropy is None else [Measurement(UNIGRAMS, entropy, n_predicted)]
     return [
         Measurement(LOSS, loss.value, n_predicted, loss.stderr),
         Measurement(RISE, rise.value, n_predicted, rise.stderr),
@@ -110,6 +116,7 @@ def evaluation_numbers(result: Evaluation) -> list[Measurement]:
         Measurement(BITS, bits.value, n_predicted, bits.stderr),
         Measurement(KL, kl.value, n_positions, kl.stderr),
         Measurement(TOP_1, top_1.value, n_positions, top_1.stderr),
+        *unigrams,
     ]
 
 
