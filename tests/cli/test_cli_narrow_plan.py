@@ -141,7 +141,7 @@ def test_the_basis_makes_no_difference_to_speed_and_that_of_rounded_weights_is_n
     for width in (56, 48, 40, 32):
         [speeds] = {tuple(row[name] for name in SPEEDS) for row in usual.of("narrow", width=width)}
         assert None not in speeds
-    assert [usual.of("quantise")[0][name] for name in SPEEDS] == [None] * 4
+    assert [usual.of("quantise")[0][name] for name in SPEEDS] == [None] * len(SPEEDS)
     assert usual.of("drop layers")[0]["prefill_ratio"] > 0
 
 
@@ -184,9 +184,9 @@ def test_what_dropping_layers_costs_at_the_same_size_is_on_the_line_to_the_dense
     assert {row["kl_dropping"] is None for row in usual.of("narrow")} == {True, False}
 
 
-def test_the_answer_is_advice_and_names_rounding(usual):
-    assert usual.result["answer"].startswith(("Narrow it to", "Do not narrow"))
-    assert "8 bits" in usual.result["answer"]
+def test_the_answer_is_advice(usual):
+    # Random weights predict no better than unigrams do.
+    assert usual.result["answer"].startswith("This text cannot tell what a cut costs")
 
 
 def test_healing_adds_a_row_that_depends_on_how_it_was_healed(checkpoint, plans, tmp_path):
