@@ -130,6 +130,21 @@ def test_the_terminal_gets_a_line_for_each_change_and_the_answers(studied):
     assert f"{loss:.4g}" in printed
 
 
+def test_the_errors_of_an_evaluation_are_those_of_its_windows(studied):
+    """Of three windows of one length: the standard error of the mean of their means."""
+    tables = read_tables(studied[0])
+    windows = tables["windows"].filter(pl.col("change") == "truncate 8")
+    means = {
+        "loss": windows["loss"] / windows["n_predicted"], "KL": windows["kl"] / windows["n_positions"],
+        "loss rise": windows["loss_rise"] / windows["n_predicted"],
+    }  # fmt: skip
+    for metric, values in means.items():
+        row = tables["damage"].filter(pl.col("change") == "truncate 8", pl.col("metric") == metric).row(0, named=True)
+        assert len(values) == 3
+        assert row["value"] == pytest.approx(values.mean())
+        assert row["stderr"] == pytest.approx(values.std() / math.sqrt(3))
+
+
 def test_json_holds_what_the_tables_hold(studied, checkpoint, cli, text, tmp_path):
     command = ("damage", checkpoint("llama"), *SOME, "--text", text, *READ, *ASK, "--json")
     result = json.loads(succeed(cli(*command, cwd=tmp_path)))

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dimscope.studies.narrowing.advice import SPEEDS
 from dimscope.studies.narrowing.windows import split_windows
 from dimscope.texts.texts import open_text
 from dimscope.texts.windows import middle_windows
 
 pytestmark = pytest.mark.slow  # whole commands or studies
 
-SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio")
 READ = ("--length", 16, "--windows", 2)
 BASES = ("random", "raw", "normalised")  # of a plan without --basis
 Json = dict[str, Any]
@@ -182,6 +182,18 @@ def test_what_dropping_layers_costs_at_the_same_size_is_on_the_line_to_the_dense
             expected = None if share > 1 else pytest.approx(share * dropped[value], abs=1e-9)
             assert row[f"{value}_dropping"] == expected
     assert {row["kl_dropping"] is None for row in usual.of("narrow")} == {True, False}
+
+
+def test_one_half_of_the_windows_is_for_the_choice_and_the_other_judges(usual):
+    for row in usual.rows:  # of two windows, of equal length
+        assert (row["choice_kl"] + row["judged_kl"]) / 2 == pytest.approx(row["kl"], rel=1e-6)
+    assert all(row["choice_kl"] != row["judged_kl"] for row in usual.of("narrow"))
+
+
+def test_a_speed_lies_between_those_of_its_rounds(usual):
+    for row in usual.of("narrow"):
+        for name in ("prefill_ratio", "decode_ratio"):
+            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
 
 
 def test_the_answer_is_advice(usual):

@@ -291,3 +291,10 @@ def test_too_few_windows_to_deal_are_refused_with_what_they_are_for(count, train
     assert f"{count} windows of 9 tokens" in line
     assert kind in line
     assert ("held-out" in line) == trains
+
+
+def test_both_halves_of_the_evaluation_have_windows_of_every_text():
+    """16 windows of one text, then 16 of another; every other window of the evaluation is for the choice."""
+    judged = indices(split_windows(windows(32), 8, False, ["a", "b"]).evaluation)
+    for half in (judged[0::2], judged[1::2]):
+        assert [sum(i < 16 for i in half), sum(i >= 16 for i in half)] == [2, 2]
