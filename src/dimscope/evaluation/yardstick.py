@@ -35,7 +35,7 @@ SCALE_NOTE = (
 def judge(kl: Interval, mark: Mark = TOLERANCE) -> Judgement:
     """Return whether a KL is within a mark, above it, or undecided: its 95% interval has to be on one side.
 
-    Without an interval (one window) it is undecided; a KL that is no number is above.
+    Without an interval (one window, or one seed of a random change) it is undecided; a KL that is no number is above.
 
     >>> judge(Interval(0.02, 0.002, 0.015, 0.025, 8)), judge(Interval(0.02, 0.01, 0.0, 0.04, 8))
     ('within', 'undecided')
@@ -78,7 +78,7 @@ def with_interval(kl: Interval) -> str:
     if not math.isfinite(kl.value):
         return "KL not finite"
     if kl.low is None or kl.high is None:
-        return f"KL {kl.value:.2g} nats (no interval from one window)"
+        return f"KL {kl.value:.2g} nats (no interval: one window, or one seed)"
     return f"KL {kl.value:.2g} nats (95% interval {max(kl.low, 0.0):.2g} to {kl.high:.2g})"
 
 

@@ -229,10 +229,10 @@ def test_windows_that_disagree_decide_nothing():
 
 def test_predictions_that_differ_are_not_harmless_though_the_loss_hardly_rises():
     """The loss rises by 5%, at a KL like rounding to 2 bits: 71% of first choices and no continuation stay the same."""
-    point = Point((("project-rescaled", 600.0),), "input", 0)
+    points = [Point((("project-rescaled", 600.0),), "input", seed) for seed in (0, 1)]
     rows = joined(
         point_rows(Point(), {}, {"prose": evaluated(BASE, 1.0, BASE)}, D),
-        point_rows(point, {}, {"prose": evaluation(2.1, 0.1, 0.42, 0.71)}, D),
+        *(point_rows(point, {}, {"prose": evaluation(2.1, 0.1, 0.42, 0.71)}, D) for point in points),
     )
     continued = generations().with_columns(
         pl.when(pl.col("kind") == "project").then(pl.lit("project-rescaled")).otherwise("kind").alias("kind"),

@@ -47,11 +47,15 @@ class Draws:
 
     @property
     def kl(self) -> Interval:
-        """Return the mean KL over the seeds; infinite where the model overflows for one of them."""
+        """Return the mean KL over the seeds; infinite where the model overflows for one of them.
+
+        One seed of a random change has no interval: it tells nothing about others.
+        """
         of_seeds = self.mean("kl")
         if len(of_seeds.seeds) < len(self.seeds):
             return Interval(math.inf, None, None, None, self.sums.shape[1])
-        return of_seeds.interval()
+        kl = of_seeds.interval()
+        return kl if of_seeds.repeated else Interval(kl.value, None, None, None, kl.n_groups)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
