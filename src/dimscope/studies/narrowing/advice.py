@@ -150,18 +150,19 @@ def advice(plan: pl.DataFrame, text: TextRead) -> list[str]:
 GOALS = {"fewest bytes": "bytes", "fewest parameters": "parameters", "fastest": "prefill_ratio"}
 
 
-def _pick(plan: pl.DataFrame, goal: str) -> dict[str, Any] | None:
-    """Return the candidate that is best by a goal, of those within the tolerance on the windows of the choice.
-
-    None where no candidate is better than the dense model: a speed has to be so in every round.
-    """
+def _better(plan: pl.DataFrame, goal: str) -> pl.DataFrame:
+    """Return the candidates that are better than the dense model by a goal, the best first; a speed in every round."""
     column, dense = GOALS[goal], _dense(plan)
-    good = plan.with_columns(_choice_kl()).filter((pl.col("method") != DENSE) & (pl.col("choice") <= TOLERANCE.kl))
+    others = plan.with_columns(_choice_kl()).filter(pl.col("method") != DENSE)
     if column == "prefill_ratio":
-        faster = good.filter(pl.coalesce("prefill_ratio_low", "prefill_ratio") > 1)
-        rows = faster.sort("prefill_ratio", "choice", descending=[True, False], maintain_order=True)
-    else:
-        rows = good.filter(pl.col(column) < dense[column]).sort(column, "choice", maintain_order=True)
+        faster = others.filter(pl.coalesce("prefill_ratio_low", "prefill_ratio") > 1)
+        return faster.sort("prefill_ratio", "choice", descending=[True, False], maintain_order=True)
+    return others.filter(pl.col(column) < dense[column]).sort(column, "choice", maintain_order=True)
+
+
+def _pick(plan: pl.DataFrame, goal: str) -> dict[str, Any] | None:
+    """Return the best candidate by a goal of those within the tolerance on the windows of the choice, if there is one."""
+    rows = _better(plan, goal).filter(pl.col("choice") <= TOLERANCE.kl)
     return rows.row(0, named=True) if rows.height else None
 
 
@@ -175,7 +176,13 @@ def _short(row: Mapping[str, Any] | None) -> str:
 def _detail(plan: pl.DataFrame, goal: str, row: Mapping[str, Any] | None) -> str:
     """Return what the pick for a goal saves and costs, or why there is none."""
     if row is None:
-        return f"no candidate is better and within the {TOLERANCE.kl:g} nats of {TOLERANCE.name} on the windows of the choice."
+        better = _better(plan, goal)
+        if better.is_empty():
+            return f"no candidate is better than the dense model{' in every round' if goal == 'fastest' else ''}."
+        nearest = better.sort("choice", maintain_order=True).row(0, named=True)
+        return (
+            f"keep the dense model; the nearest candidate is {candidate_name(nearest)}, {compared(_judged(nearest))}."
+        )
     chance = (
         "" if row["judged_within"] is None else f"; it is within with a probability of {_percent(row['judged_within'])}"
     )
