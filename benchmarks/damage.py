@@ -202,7 +202,7 @@ def baseline(model: PreTrainedModel, windows: list[Window], *, kept: bool) -> ev
 
 def difference(found: evaluation.Evaluation, loss: float, kl: float) -> float:
     """The larger of the relative differences of loss and KL."""
-    return max(abs(found.loss / loss - 1), abs(found.kl / kl - 1))
+    return max(abs(found.loss.value / loss - 1), abs(found.kl.value / kl - 1))
 
 
 def judged_error(model: PreTrainedModel, window: Window, change: LinearMap) -> float:
@@ -236,7 +236,7 @@ def bench_judged(shape: Shape) -> dict[str, Any]:
             bare, after, loss, kl = naive_pass(model, windows, before)
             ours, found = timed(lambda: evaluation.evaluate(model, keeping))
             recomputed, same = timed(lambda: evaluation.evaluate(model, again))
-            assert difference(found, same.loss, same.kl) < 1e-9, (found, same)
+            assert difference(found, same.loss.value, same.kl.value) < 1e-9, (found, same)
             assert difference(found, loss, kl) < 1e-4, (found, loss, kl)
             rounds.append((bare, bare + after, ours, recomputed))
     told = ("bare_seconds", "naive_seconds", "ours_seconds", "ours_recomputed_seconds")

@@ -226,8 +226,9 @@ def bench_speed(size: Size) -> dict[str, Any]:
         speed = throughput(models)
         found.append(
             {
-                "prefill": speed["narrow"].prefill / speed["dense"].prefill, "decode": speed["narrow"].decode / speed["dense"].decode,
-                "tokens_per_second": {name: (s.prefill, s.decode) for name, s in speed.items()},
+                "prefill": speed["narrow"].prefill.median / speed["dense"].prefill.median,
+                "decode": speed["narrow"].decode.median / speed["dense"].decode.median,
+                "tokens_per_second": {name: (s.prefill.median, s.decode.median) for name, s in speed.items()},
             }
         )  # fmt: skip
         print(json.dumps(found[-1]), flush=True)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow  # whole commands or studies
 READ = ("--length", "16", "--windows", "3")
 ASK = ("--prompt", "The keeper counted", "In the winter", "--new-tokens", "6")
 SOME = ("--truncate", "75%,8", "--project", "50%", "--noise", "0.1,1", "--draws", "2")
-TABLES = {"damage", "breaking", "claims", "generations", "operator", "operator_block", "operator_histogram"}
+TABLES = {"damage", "windows", "breaking", "claims", "generations", "operator", "operator_block", "operator_histogram"}
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,21 @@ def test_the_terminal_gets_a_line_for_each_change_and_the_answers(studied):
     assert f"{loss:.4g}" in printed
 
 
+def test_the_errors_of_an_evaluation_are_those_of_its_windows(studied):
+    """Of three windows of one length: the standard error of the mean of their means."""
+    tables = read_tables(studied[0])
+    windows = tables["windows"].filter(pl.col("change") == "truncate 8")
+    means = {
+        "loss": windows["loss"] / windows["n_predicted"], "KL": windows["kl"] / windows["n_positions"],
+        "loss rise": windows["loss_rise"] / windows["n_predicted"],
+    }  # fmt: skip
+    for metric, values in means.items():
+        row = tables["damage"].filter(pl.col("change") == "truncate 8", pl.col("metric") == metric).row(0, named=True)
+        assert len(values) == 3
+        assert row["value"] == pytest.approx(values.mean())
+        assert row["stderr"] == pytest.approx(values.std() / math.sqrt(3))
+
+
 def test_json_holds_what_the_tables_hold(studied, checkpoint, cli, text, tmp_path):
     command = ("damage", checkpoint("llama"), *SOME, "--text", text, *READ, *ASK, "--json")
     result = json.loads(succeed(cli(*command, cwd=tmp_path)))
@@ -139,7 +154,7 @@ def test_json_holds_what_the_tables_hold(studied, checkpoint, cli, text, tmp_pat
     assert "page" not in result
     for name, table in (("damage", "damage"), ("operator", "operator")):
         assert_frame_equal(pl.DataFrame(result[name], schema=tables[table].schema), tables[table], check_exact=True)
-    assert "keeps the loss within 10% of" in result["answer"] or "raises the loss by" in result["answer"]
+    assert re.search("harmless|cannot tell", result["answer"])
     answers = tables["generations"].partition_by("number", maintain_order=True)
     for n, answer in enumerate(answers, 1):
         rows = result[f"generations {n}"]

@@ -120,7 +120,11 @@ def test_the_numbers_of_the_card_are_those_of_the_json(learned):
     measured = {row["metric"]: row for row in result["measured"]}
     sizes = (measured.pop("parameters")["narrow"], measured.pop("bytes")["narrow"])
     assert sizes == (result["parameters_after"], result["bytes_after"])
-    assert rows == {name: (f"{r['dense']:.4g}", f"{r['narrow']:.4g}") for name, r in measured.items()}
+    assert rows == {
+        name: (f"{r['dense']:.4g}", f"{r['narrow']:.4g} ({r['low']:.4g} to {r['high']:.4g})")
+        for name, r in measured.items()
+    }
+    assert all(r["low"] <= r["narrow"] <= r["high"] for r in measured.values())
     assert {"loss", "KL"} < set(rows)
     assert measured["KL"]["dense"] == 0 < measured["KL"]["narrow"]
 

@@ -1,6 +1,7 @@
 """What a changed model loses, against stock logits in float64; nothing lost where nothing is changed."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gran
 
 from dimscope.activations import output_head
 from dimscope.evaluation import evaluate as module
-from dimscope.evaluation.evaluate import baseline, evaluate
+from dimscope.evaluation.evaluate import SUMS, baseline, evaluate, evaluation_of
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.perturbations import make_map
 from dimscope.interventions.table_summary import TableSummary
@@ -49,15 +50,22 @@ def stock(model, windows):
 
 
 def by_hand(before, after, windows):
+    """Return loss, rise, KL and agreement of every position, a list for each window, and the bytes that are predicted."""
     loss, rise, kl, first, n_bytes = [], [], [], [], 0
     for p, q, w in zip(before, after, windows, strict=True):
         start = max(w.n_prefix - 1, 0)
-        loss += [-q[i, int(w.ids[i + 1])] for i in range(start, len(w.ids) - 1)]
-        rise += [p[i, int(w.ids[i + 1])] - q[i, int(w.ids[i + 1])] for i in range(start, len(w.ids) - 1)]
-        kl += (np.exp(p) * (p - q)).sum(axis=1).tolist()
-        first += (p.argmax(axis=1) == q.argmax(axis=1)).tolist()
+        loss.append([-q[i, int(w.ids[i + 1])] for i in range(start, len(w.ids) - 1)])
+        rise.append([p[i, int(w.ids[i + 1])] - q[i, int(w.ids[i + 1])] for i in range(start, len(w.ids) - 1)])
+        kl.append((np.exp(p) * (p - q)).sum(axis=1).tolist())
+        first.append((p.argmax(axis=1) == q.argmax(axis=1)).tolist())
         n_bytes += int(w.n_bytes[max(w.n_prefix, 1) :].sum())
     return loss, rise, kl, first, n_bytes
+
+
+def spread(values):
+    """Return the standard error of a mean over windows of one length: that of the means of the windows."""
+    means = np.mean(values, axis=1)
+    return np.std(means, ddof=1) / math.sqrt(len(means))
 
 
 @pytest.mark.parametrize(
@@ -87,28 +95,59 @@ def check(model, windows, side):
     with perturbed(model, truncation(model), side):
         found, after = evaluate(model, base), stock(model, windows)
     loss, rise, kl, first, n_bytes = by_hand(before, after, windows)
-    assert found.loss == pytest.approx(np.mean(loss), rel=1e-4)
+    total, n_predicted = np.sum(loss), np.size(loss)
+    assert found.loss.value == pytest.approx(np.mean(loss), rel=1e-4)
+    assert found.loss.stderr == pytest.approx(spread(loss), rel=1e-3)
     # of differences of numbers of 6, each right to 1e-6
-    assert found.loss_rise == pytest.approx(np.mean(rise), rel=1e-3, abs=2e-6)
-    assert found.loss_rise_stderr == pytest.approx(np.std(rise) / math.sqrt(len(rise)), rel=1e-3, abs=2e-6)
+    assert found.loss_rise.value == pytest.approx(np.mean(rise), rel=1e-3, abs=2e-6)
+    assert found.loss_rise.stderr == pytest.approx(spread(rise), rel=1e-2, abs=2e-6)
     assert found.perplexity == pytest.approx(math.exp(np.mean(loss)), rel=1e-3)
-    assert found.bits_per_byte == pytest.approx(sum(loss) / math.log(2) / n_bytes, rel=1e-4)
-    assert found.kl == pytest.approx(np.mean(kl), rel=1e-3, abs=1e-6)
-    assert found.kl_stderr == pytest.approx(np.std(kl) / math.sqrt(len(kl)), rel=1e-2, abs=1e-6)
-    assert found.top_1 == pytest.approx(
-        np.mean(first), abs=1.01 / len(first)
-    )  # a tie of the first two may fall otherwise
-    assert (found.n_predicted, found.n_positions) == (len(loss), 5 * 24)
-    assert found.kl > 1e-5
+    assert found.bits_per_byte.value == pytest.approx(total / math.log(2) / n_bytes, rel=1e-4)
+    assert found.kl.value == pytest.approx(np.mean(kl), rel=1e-3, abs=1e-6)
+    assert found.kl.stderr == pytest.approx(spread(kl), rel=1e-2, abs=1e-6)
+    # a tie of the first two may fall otherwise
+    assert found.top_1.value == pytest.approx(np.mean(first), abs=1.01 / np.size(first))
+    assert (found.n_predicted, found.n_positions) == (n_predicted, 5 * 24)
+    assert found.kl.value > 1e-5
+
+
+def test_errors_come_from_windows_not_from_positions():
+    """Planted: 16 windows of 100 positions, alike inside, whose losses lie apart with a standard deviation of 1."""
+    n, positions = 16, 100
+    offsets = np.random.default_rng(0).standard_normal(n)
+    offsets = (offsets - offsets.mean()) / offsets.std(ddof=1)
+    sums = torch.zeros(n, len(SUMS), dtype=torch.float64)
+    sums[:, :3] = positions
+    sums[:, SUMS.index("loss")] = torch.from_numpy(positions * (3 + offsets))
+    sums[:, SUMS.index("loss_rise")] = positions * 0.5
+    found = evaluation_of(sums)
+    assert (found.loss.value, found.loss.stderr) == pytest.approx((3, 1 / 4))  # over positions it would be 1/40
+    assert (found.loss.high - 3) / found.loss.stderr == pytest.approx(2.13145, rel=1e-5)  # t of 15 degrees of freedom
+    assert (found.loss_rise.value, found.loss_rise.stderr) == pytest.approx((0.5, 0))  # paired: the offsets cancel
+    assert evaluation_of(sums[:1]).loss.stderr is None
+
+
+def test_windows_that_differ_give_a_larger_error_than_their_positions_do(case):
+    """A window of one token again and again beside windows of text: the positions of each are alike."""
+    model, windows = case("llama")
+    torch.manual_seed(0)
+    for weights in model.parameters():
+        weights.data *= 3  # predictions that depend on what is read
+    same = replace(windows[0], ids=windows[0].ids[3].expand(len(windows[0].ids)).clone())
+    read = [*windows[:2], same, same]
+    found = evaluate(model, baseline(model, read), changed=False)
+    loss = by_hand(stock(model, read), stock(model, read), read)[0]
+    assert found.loss.stderr == pytest.approx(spread(loss), rel=1e-3)
+    assert found.loss.stderr > 1.5 * np.std(loss) / math.sqrt(np.size(loss))
 
 
 def test_an_unchanged_model_loses_nothing(case):
     model, windows = case("llama")
     found = evaluate(model, baseline(model, windows, batch=5))
-    assert found.kl == pytest.approx(0, abs=1e-7)
-    assert found.loss_rise == pytest.approx(0, abs=1e-6)
-    assert found.loss_rise_stderr == pytest.approx(0, abs=1e-6)
-    assert found.top_1 == 1
+    assert found.kl.value == pytest.approx(0, abs=1e-7)
+    assert found.loss_rise.value == pytest.approx(0, abs=1e-6)
+    assert found.loss_rise.stderr == pytest.approx(0, abs=1e-6)
+    assert found.top_1.value == 1
 
 
 @pytest.mark.parametrize(("family", "batch"), [("llama", 1), ("gpt2", 2)])
@@ -130,8 +169,8 @@ def test_the_baseline_outlives_a_table_put_in_its_place(case):
         quick = evaluate(model, base)
     with perturbed(model, truncation(model), "both", materialise=True):
         slow = evaluate(model, base)
-    assert slow.kl == pytest.approx(quick.kl, rel=1e-3)
-    assert evaluate(model, base).kl == pytest.approx(0, abs=1e-7)
+    assert slow.kl.value == pytest.approx(quick.kl.value, rel=1e-3)
+    assert evaluate(model, base).kl.value == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -142,9 +181,8 @@ def test_the_rise_is_the_loss_above_that_of_the_model_as_it_was_and_told_more_sh
     with perturbed(model, truncation(model, 28)):  # little is taken away: the losses of a position stay alike
         found = evaluate(model, base)
     # float32 losses of 6 nats
-    assert found.loss_rise == pytest.approx(found.loss - own.loss, abs=2e-6)
-    losses = by_hand(stock(model, windows), stock(model, windows), windows)[0]
-    assert 0 < found.loss_rise_stderr < np.std(losses) / math.sqrt(len(losses))
+    assert found.loss_rise.value == pytest.approx(found.loss.value - own.loss.value, abs=2e-6)
+    assert 0 < found.loss_rise.stderr < found.loss.stderr
 
 
 @pytest.mark.parametrize(("family", "materialise"), [("llama", False), ("phi", True)])
@@ -167,7 +205,7 @@ def test_log_probabilities_that_were_kept_give_bit_for_bit_the_numbers_of_those_
         with perturbed(model, truncation(model), side, materialise=materialise):
             found = evaluate(model, kept)
             assert found == evaluate(model, again)
-        assert found.kl > 1e-5
+        assert found.kl.value > 1e-5
 
 
 def test_kept_log_probabilities_are_those_of_stock_logits(case):
@@ -193,8 +231,8 @@ def test_the_batch_does_not_matter(case):
     one, five = baseline(model, windows, batch=1), baseline(model, windows, batch=5)
     with perturbed(model, truncation(model)):
         first, second = evaluate(model, one), evaluate(model, five)
-    assert first.kl == pytest.approx(second.kl, rel=1e-4)
-    assert first.loss == pytest.approx(second.loss, rel=1e-5)
+    assert first.kl.value == pytest.approx(second.kl.value, rel=1e-4)
+    assert first.loss.value == pytest.approx(second.loss.value, rel=1e-5)
 
 
 def test_windows_of_several_lengths_are_refused(case):

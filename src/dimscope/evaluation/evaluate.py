@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from dimscope.activations.collection import next_tokens
 from dimscope.activations.forward import final_states
 from dimscope.activations.output_head import OutputHead, output_head
 from dimscope.checkpoints.model import available_memory
+from dimscope.texts.window_sums import Interval, WindowSums, interval
 from dimscope.texts.windows import Window, grouped
 
 if TYPE_CHECKING:
@@ -25,36 +26,64 @@ LARGEST_EXPONENT = 709  # whose exponential is a float
 ROWS = 8  # positions compared at once: what is computed from them stays in the processor's cache
 
 
+SUMS = ("n_predicted", "n_positions", "n_bytes", "loss", "loss_rise", "kl", "top_1")
+"""What is summed over each window: three counts, then the numbers of its positions."""
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """Means over the positions of a text, of a model compared with its baseline.
 
+    Every mean has a standard error and a 95% interval from the jackknife over windows, because neighbouring positions
+    depend on each other. Differences are paired: the sums of a window hold the rise of the loss at each position.
+
     Attributes:
         loss: Nats per predicted token.
         loss_rise: Loss above that of the baseline, position by position.
-        loss_rise_stderr: Its standard error if positions were independent: a lower bound.
         bits_per_byte: Loss in bits per byte of text.
         kl: KL(baseline || model) in nats, over all positions; 0 for the same model.
-        kl_stderr: Its standard error if positions were independent: a lower bound.
         top_1: Share of all positions with the same first choice.
         n_predicted: Positions that the next token follows.
         n_positions: All positions.
+        sums: The `SUMS` of each window, or of each group of neighbouring windows where there are many.
     """
 
-    loss: float
-    loss_rise: float
-    loss_rise_stderr: float
-    bits_per_byte: float
-    kl: float
-    kl_stderr: float
-    top_1: float
+    loss: Interval
+    loss_rise: Interval
+    bits_per_byte: Interval
+    kl: Interval
+    top_1: Interval
     n_predicted: int
     n_positions: int
+    sums: Float[Tensor, "g 7"] = field(repr=False, compare=False)
 
     @property
     def perplexity(self) -> float:
         """Return exp(loss), infinite where that is no float."""
-        return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else math.inf
+        return math.exp(self.loss.value) if self.loss.value < LARGEST_EXPONENT else math.inf
+
+
+def mean_of(name: str) -> Callable[[Float[Tensor, "... 7"]], Float[Tensor, " ..."]]:
+    """Return what computes a mean over positions ("loss", "loss_rise", "kl" or "top_1") from `SUMS`."""
+    value = SUMS.index(name)
+    count = SUMS.index("n_predicted" if name in ("loss", "loss_rise") else "n_positions")
+    return lambda sums: sums[..., value] / sums[..., count]
+
+
+def evaluation_of(sums: Float[Tensor, "g 7"]) -> Evaluation:
+    """Return the evaluation of a text, or of some of its windows, from the `SUMS` of its windows."""
+    loss, n_bytes = SUMS.index("loss"), SUMS.index("n_bytes")
+    n_predicted, n_positions = sums[:, :2].sum(dim=0).tolist()
+    return Evaluation(
+        loss=interval(sums, mean_of("loss")),
+        loss_rise=interval(sums, mean_of("loss_rise")),
+        bits_per_byte=interval(sums, lambda s: s[..., loss] / math.log(2) / s[..., n_bytes]),
+        kl=interval(sums, mean_of("kl")),
+        top_1=interval(sums, mean_of("top_1")),
+        n_predicted=round(n_predicted),
+        n_positions=round(n_positions),
+        sums=sums,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,75 +157,43 @@ def evaluate(model: PreTrainedModel, base: Baseline, *, changed: bool = True) ->
         base: Its baseline.
         changed: False takes the states of the baseline in place of a forward pass.
     """
-    head, sums = output_head(model), _Sums()
+    head, sums = output_head(model), WindowSums(len(SUMS))
     for number, (group, before) in enumerate(zip(grouped(base.windows, base.batch), base.states, strict=True)):
         ids = _ids(group)
         targets = next_tokens(group, ids).flatten()
         states = (final_states(model, ids) if changed else before).flatten(0, 1)
+        numbers: list[Tensor] = []
         for block, rows in enumerate(base.blocks(number)):
             logits = head.logits(states[rows.to(states.device)])
             log_p = base.log_probs(number, block).to(logits.device)
             parts = (x.split(ROWS) for x in (log_p, logits, targets[rows].to(logits.device)))
-            for p, z, following in zip(*parts, strict=True):
-                sums.add(p, z.log_softmax(dim=1), following)
-    return sums.means(sum(w.predicted_bytes for w in base.windows))
+            numbers += [
+                _position_numbers(p, z.log_softmax(dim=1), following) for p, z, following in zip(*parts, strict=True)
+            ]
+        totals = torch.cat(numbers).unflatten(0, ids.shape).sum(dim=1).cpu()
+        for place, (window, total) in enumerate(zip(group, totals, strict=True)):
+            total[SUMS.index("n_bytes")] = window.predicted_bytes
+            sums.add(number * base.batch + place, total)
+    return evaluation_of(sums.stacked())
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Sums over positions, in float64, on the device of the logits.
+def _position_numbers(
+    log_p: Float[Tensor, "r v"], log_q: Float[Tensor, "r v"], targets: Int[Tensor, " r"]
+) -> Float[Tensor, "r 7"]:
+    """Return the `SUMS` of a few positions, in float64, without the bytes.
 
-    Loss and its rise are summed over the positions that a token follows, KL and agreement over all.
+    Loss and its rise are 0 at positions that no token follows.
+
+    Args:
+        log_p: Log-probabilities of the baseline.
+        log_q: Log-probabilities of the model.
+        targets: The tokens that follow, -1 where none does.
     """
-
-    n_predicted: Tensor | float = 0.0
-    n_positions: int = 0
-    loss: Tensor | float = 0.0
-    rise: Tensor | float = 0.0
-    rise_squares: Tensor | float = 0.0
-    kl: Tensor | float = 0.0
-    kl_squares: Tensor | float = 0.0
-    same_first: Tensor | float = 0.0
-
-    def add(self, log_p: Float[Tensor, "r v"], log_q: Float[Tensor, "r v"], targets: Int[Tensor, " r"]) -> None:
-        """Add a few positions.
-
-        Args:
-            log_p: Log-probabilities of the baseline.
-            log_q: Log-probabilities of the model.
-            targets: The tokens that follow, -1 where none does.
-        """
-        predicted = targets >= 0
-        following = targets[predicted, None]
-        loss, before = (-x[predicted].gather(1, following)[:, 0].double() for x in (log_q, log_p))
-        rise = loss - before
-        # Rounding may make the KL of two nearly equal distributions negative.
-        kl = (log_p.exp() * (log_p - log_q)).sum(dim=1).double().clamp_min(0)
-        self.n_predicted += predicted.sum().double()
-        self.n_positions += len(targets)
-        self.loss += loss.sum()
-        self.rise += rise.sum()
-        self.rise_squares += rise.square().sum()
-        self.kl += kl.sum()
-        self.kl_squares += kl.square().sum()
-        self.same_first += (log_q.argmax(dim=1) == log_p.argmax(dim=1)).sum().double()
-
-    def means(self, n_bytes: int) -> Evaluation:
-        """Return the means, with `n_bytes` of text under the predicted tokens."""
-        n, loss, rise, kl = float(self.n_predicted), float(self.loss), float(self.rise), float(self.kl)
-        return Evaluation(
-            loss=loss / n,
-            loss_rise=rise / n,
-            loss_rise_stderr=_stderr(rise, float(self.rise_squares), n),
-            bits_per_byte=loss / math.log(2) / n_bytes,
-            kl=kl / self.n_positions,
-            kl_stderr=_stderr(kl, float(self.kl_squares), self.n_positions),
-            top_1=float(self.same_first) / self.n_positions,
-            n_predicted=round(n),
-            n_positions=self.n_positions,
-        )
-
-
-def _stderr(total: float, squares: float, n: float) -> float:
-    """Return the standard error of a mean from the sum, the sum of squares and the number of values."""
-    return math.sqrt(max(squares / n - (total / n) ** 2, 0.0) / n)
+    predicted = targets >= 0
+    following = targets.clamp_min(0)[:, None]
+    loss, before = (-x.gather(1, following)[:, 0].double().where(predicted, 0.0) for x in (log_q, log_p))
+    # Rounding may make the KL of two nearly equal distributions negative.
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=1).double().clamp_min(0)
+    same_first = log_q.argmax(dim=1) == log_p.argmax(dim=1)
+    ones, none = torch.ones_like(kl), torch.zeros_like(kl)
+    return torch.stack([predicted.double(), ones, none, loss, loss - before, kl, same_first.double()], dim=1)

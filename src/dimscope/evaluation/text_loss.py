@@ -23,11 +23,15 @@ class TextLoss:
         loss: Nats per token.
         bits_per_byte: The same in bits per byte of text, which survives a change of vocabulary.
         n_tokens: Predicted tokens.
+        loss_stderr: Standard error of the loss by the jackknife over windows; None for one window.
+        bits_per_byte_stderr: That of the bits per byte.
     """
 
     loss: float
     bits_per_byte: float
     n_tokens: int
+    loss_stderr: float | None = None
+    bits_per_byte_stderr: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -38,4 +42,5 @@ class TextLoss:
 def text_loss(model: PreTrainedModel, windows: Sequence[Window], batch: int = 1) -> TextLoss:
     """Return the loss of a model on windows of one length, `batch` of them per forward pass."""
     result = evaluate(model, baseline(model, windows, batch), changed=False)
-    return TextLoss(result.loss, result.bits_per_byte, result.n_predicted)
+    loss, bits = result.loss, result.bits_per_byte
+    return TextLoss(loss.value, bits.value, result.n_predicted, loss.stderr, bits.stderr)

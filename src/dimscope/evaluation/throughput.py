@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,33 +18,66 @@ from dimscope.activations.hooks import evaluating
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROUNDS = 3
+ROUNDS = 6  # the median lies between the slowest and the fastest with a probability of 1 - 2 / 2^6 = 97%
 READ, WRITTEN = 512, 16  # tokens of a prompt, and tokens generated after it
 
 
 @dataclass(frozen=True, slots=True)
-class Throughput:
-    """Tokens per second, medians over the rounds.
+class Spread:
+    """A median over the rounds, between the smallest and the largest of them: its interval of 97%."""
 
-    Attributes:
-        prefill: Of a prompt that is read at once.
-        decode: Of tokens that are generated one by one after it.
-    """
-
-    prefill: float
-    decode: float
+    median: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True)
-class _Seconds:
-    prefill: float
-    decode: float
+class Throughput:
+    """Tokens per second in every round.
+
+    Attributes:
+        prefill_rounds: Of a prompt that is read at once.
+        decode_rounds: Of tokens that are generated one by one after it.
+    """
+
+    prefill_rounds: tuple[float, ...]
+    decode_rounds: tuple[float, ...]
+
+    @property
+    def prefill(self) -> Spread:
+        """Return the tokens of a prompt per second."""
+        return _spread(self.prefill_rounds)
+
+    @property
+    def decode(self) -> Spread:
+        """Return the tokens generated per second."""
+        return _spread(self.decode_rounds)
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedRatio:
+    """How many times as fast one model is as another, round by round."""
+
+    prefill: Spread
+    decode: Spread
+
+
+def speed_ratio(model: Throughput, base: Throughput) -> SpeedRatio:
+    """Return how many times as fast a model is as a base that was timed in the same rounds."""
+    pairs = ((model.prefill_rounds, base.prefill_rounds), (model.decode_rounds, base.decode_rounds))
+    return SpeedRatio(*(_spread([a / b for a, b in zip(own, other, strict=True)]) for own, other in pairs))
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
 
 
 def throughput(
     models: Mapping[str, PreTrainedModel], *, read: int = READ, written: int = WRITTEN
 ) -> dict[str, Throughput]:
     """Time models on the same random tokens, one sequence at a time, in turns, so that all meet the same machine.
+
+    Every other round takes them in reverse order, so that none is always the first.
 
     Args:
         models: The models by name.
@@ -54,17 +87,21 @@ def throughput(
     ids = torch.randint(0, 100, (1, read), generator=torch.Generator().manual_seed(0))
     rounds: dict[str, list[_Seconds]] = {name: [] for name in models}
     for number in range(ROUNDS + 1):
-        for name, model in models.items():
+        for name, model in list(models.items())[:: 1 if number % 2 else -1]:
             with evaluating(model):
                 seconds = _time(model, ids, written)
             if number:  # the first round warms up
                 rounds[name].append(seconds)
     return {
-        name: Throughput(
-            read / statistics.median(s.prefill for s in seconds), written / statistics.median(s.decode for s in seconds)
-        )
+        name: Throughput(tuple(read / s.prefill for s in seconds), tuple(written / s.decode for s in seconds))
         for name, seconds in rounds.items()
     }
+
+
+@dataclass(frozen=True, slots=True)
+class _Seconds:
+    prefill: float
+    decode: float
 
 
 @torch.no_grad()

@@ -108,7 +108,8 @@ def model_card(facts: NarrowFacts, account: Account, measured: Sequence[Mapping[
         *(f"| {row['metric']} | {row['dense']} | {row['narrow']} |" for row in measured), "",
     ]  # fmt: skip
     if facts.evaluated_on:
-        lines += [f"Measured on {facts.evaluated_on}.", ""]
+        intervals = "In parentheses: 95% intervals over these windows; of a speed, the range of its rounds."
+        lines += [f"Measured on {facts.evaluated_on}. {intervals}", ""]
     if not_smaller(account):
         lines += ["**Not smaller than the dense model: its size is no reason to use it.**", ""]
     lines += ["## How it was made", "", *_recipe(facts), "", *_tables(facts, account)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -178,25 +179,26 @@ class Stock:
             modules[side].weight = torch.nn.Parameter(torch.from_numpy(table).to(modules[side].weight.dtype))
         return log_softmax(model(input_ids=self.ids).logits.double().numpy(), axis=-1)
 
-    def evaluated(self, before: np.ndarray, after: np.ndarray) -> dict[str, tuple[float, float | None, int]]:
-        """Value, standard error and number by metric."""
+    def evaluated(self, before: np.ndarray, after: np.ndarray) -> dict[str, tuple[float, Any, int]]:
+        """Value, standard error (... where it is not compared) and number by metric."""
         start = max(self.n_prefix - 1, 0)
         targets = self.ids[:, start + 1 :, None].numpy()
-        loss, base = (-np.take_along_axis(x[:, start:-1], targets, axis=2).ravel() for x in (after, before))
-        kl = (np.exp(before) * (before - after)).sum(axis=2).ravel()
-        first = (before.argmax(axis=2) == after.argmax(axis=2)).ravel()
+        loss, base = (-np.take_along_axis(x[:, start:-1], targets, axis=2)[..., 0] for x in (after, before))
+        kl = (np.exp(before) * (before - after)).sum(axis=2)
+        first = before.argmax(axis=2) == after.argmax(axis=2)
 
         def stderr(values: np.ndarray) -> float:
-            return float(values.std() / math.sqrt(len(values)))
+            """Over windows of one length: of the means of the windows."""
+            return float(values.mean(axis=1).std(ddof=1) / math.sqrt(len(values)))
 
-        n, n_all = len(loss), len(kl)
+        n, n_all = loss.size, kl.size
         return {
-            "loss": (loss.mean(), None, n),
+            "loss": (loss.mean(), stderr(loss), n),
             "loss rise": ((loss - base).mean(), stderr(loss - base), n),
             "perplexity": (math.exp(loss.mean()), None, n),
-            "bits per byte": (loss.sum() / math.log(2) / self.n_bytes, None, n),
+            "bits per byte": (loss.sum() / math.log(2) / self.n_bytes, ..., n),
             "KL": (kl.mean(), stderr(kl), n_all),
-            "top-1 agreement": (float(np.mean(first)), None, n_all),
+            "top-1 agreement": (float(np.mean(first)), ..., n_all),
         }  # fmt: skip
 
 

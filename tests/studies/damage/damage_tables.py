@@ -4,13 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 import torch
 
-from dimscope.evaluation.evaluate import Evaluation
+from dimscope.evaluation.evaluate import SUMS, Evaluation, evaluation_of
 from dimscope.evaluation.generation import Continuation
 from dimscope.evaluation.prompts import Prompt
 from dimscope.interventions.perturbations import PERTURBATIONS
@@ -28,10 +28,14 @@ from dimscope.studies.damage.tables import (
     evaluation_numbers,
     generations_frame,
     point_columns,
+    windows_frame,
     with_agreement,
 )
 
 DIM, BASE = 100, 2.0
+KL_PER_LOSS = 0.15  # a loss of 2.2 is at the tolerance of 0.03 nats of KL, and one of 5 at 0.45
+ENTROPY = 6.0  # nats per token of the unigrams
+SPREAD = (-0.03, -0.01, 0.01, 0.03, 0.0)  # of windows around a mean, as shares of it
 Losses = Mapping[tuple[str, float], Sequence[float]]  # (kind, strength) -> the loss of every seed
 
 PLANTED: Losses = {
@@ -65,9 +69,35 @@ def error_of(kind: str, strength: float) -> float:
     return formulas.get(kind, strength)
 
 
-def damage(losses: Losses = PLANTED, text: str = "prose", side: Any = "input", base: float = BASE) -> pl.DataFrame:
-    """Return the table `damage` of a model of 100 dimensions; agreement falls as the loss rises."""
-    frames = [damage_frame(point_columns("toy", Point(), DIM), {}, {text: _evaluated(base, base)})]
+class Rows(NamedTuple):
+    """The tables `damage` and `windows`."""
+
+    damage: pl.DataFrame
+    windows: pl.DataFrame
+
+    def where(self, condition: pl.Expr) -> "Rows":
+        """Return the rows of both that meet a condition."""
+        return Rows(*(frame.filter(condition) for frame in self))
+
+
+def joined(*parts: Rows) -> Rows:
+    """Return the rows of several, one below the other."""
+    return Rows(*(pl.concat(frames) for frames in zip(*parts, strict=True)))
+
+
+def point_rows(point: Point, errors: Mapping[Any, Any], evaluations: Mapping[str, Evaluation], dim: int = DIM) -> Rows:
+    """Return the rows of one point."""
+    columns = point_columns("toy", point, dim)
+    numbers = {
+        text: evaluation_numbers(evaluation, None if point.steps else ENTROPY)
+        for text, evaluation in evaluations.items()
+    }
+    return Rows(damage_frame(columns, errors, numbers), windows_frame(columns, evaluations))
+
+
+def damage(losses: Losses = PLANTED, text: str = "prose", side: Any = "input", base: float = BASE) -> Rows:
+    """Return the tables of a model of 100 dimensions; KL is 0.15 nats per nat of loss, and agreement falls as the loss rises."""
+    parts = [point_rows(Point(), {}, {text: _evaluated(base, base)})]
     for (kind, strength), values in losses.items():
         for seed, loss in enumerate(values):
             point = Point(((kind, strength),), side, seed if PERTURBATIONS[kind].random else None)
@@ -76,14 +106,23 @@ def damage(losses: Losses = PLANTED, text: str = "prose", side: Any = "input", b
                 Measurement(RELATIVE, error * (1 + 0.01 * seed), 1000, null=error),
                 Measurement(CAST, error, 100, 0.0),
             ]
-            columns = point_columns("toy", point, DIM)
-            frames.append(damage_frame(columns, {side: errors}, {text: _evaluated(loss, base)}))
-    return pl.concat(frames)
+            parts.append(point_rows(point, {side: errors}, {text: _evaluated(loss, base)}))
+    return joined(*parts)
 
 
-def _evaluated(loss: float, base: float) -> list[Measurement]:
+def _evaluated(loss: float, base: float) -> Evaluation:
     rise, top_1 = loss - base, max(0.0, 1 - (loss - base) / base)
-    return evaluation_numbers(Evaluation(loss, rise, 0.0, loss, rise, 0.0, top_1, n_predicted=500, n_positions=501))
+    return evaluation(loss, rise, KL_PER_LOSS * abs(rise), top_1)
+
+
+def evaluation(loss: float, rise: float, kl: float, top_1: float, spread: Sequence[float] = SPREAD) -> Evaluation:
+    """Return an evaluation of windows of 100 predicted tokens whose numbers differ by shares of their mean."""
+    factors = 1 + np.array(spread)
+    sums = np.zeros((len(factors), len(SUMS)))
+    sums[:, :3] = 100
+    for name, value in {"loss": loss, "loss_rise": rise, "kl": kl, "top_1": top_1}.items():
+        sums[:, SUMS.index(name)] = 100 * value * (factors if name in ("loss_rise", "kl") else 1)
+    return evaluation_of(torch.from_numpy(sums))
 
 
 def generations() -> pl.DataFrame:
@@ -112,11 +151,11 @@ def operators() -> dict[str, pl.DataFrame]:
     }
 
 
-def damage_tables(frame: pl.DataFrame | None = None) -> dict[str, pl.DataFrame]:
+def damage_tables(rows: Rows | None = None) -> dict[str, pl.DataFrame]:
     """Return all tables of the study."""
-    frame = damage() if frame is None else frame
-    tables = {"damage": frame, "breaking": breaking_frame(frame), "claims": claims_frame(frame)}
-    return {**tables, "generations": generations(), **operators()}
+    rows, answers = damage() if rows is None else rows, generations()
+    tables = {**rows._asdict(), "breaking": breaking_frame(*rows), "claims": claims_frame(*rows, answers)}
+    return {**tables, "generations": answers, **operators()}
 
 
 def facts(**changes: Any) -> Facts:

@@ -17,7 +17,7 @@ from dimscope.studies.damage.curves import Damage, damages, kind_mark
 
 @pytest.fixture(scope="module")
 def found() -> Damage:
-    return damages(made.damage())[0]
+    return damages(made.damage().damage)[0]
 
 
 def _trace(fig: go.Figure, name: str, axis: str | None = None) -> Any:
@@ -53,7 +53,7 @@ def test_the_loss_by_error_is_sorted_by_the_error(found):
 
 
 def test_huge_errors_do_not_squeeze_the_rest():
-    found = damages(made.damage(dict(PLANTED) | {("scale", 50.0): (9.0,)}))[0]
+    found = damages(made.damage(dict(PLANTED) | {("scale", 50.0): (9.0,)}).damage)[0]
     fig = figures.damage_by_error(found)
     assert fig.layout.xaxis.range[1] < 3.2
     assert max(_trace(fig, "scale").x) <= 3
@@ -65,7 +65,7 @@ def test_a_factor_of_one_is_the_undamaged_model(found):
 
 
 def test_closed_forms_and_measured_errors_share_their_axes():
-    fig = figures.closed_form(made.damage())
+    fig = figures.closed_form(made.damage().damage)
     points = _trace(fig, "project")
     assert sorted(points.x) == pytest.approx(sorted([math.sqrt(0.25), math.sqrt(0.5), math.sqrt(0.75)] * 3))
     assert fig.layout.xaxis.range == fig.layout.yaxis.range
@@ -91,10 +91,10 @@ def test_every_kind_has_its_mark_and_a_chain_always_the_same():
 
 @pytest.mark.parametrize("losses", [{}, {("truncate", 50): (2.5,)}, {("scale", 2.0): (2.5,)}, {("noise", 0.0): (2.0,)}])
 def test_figures_of_little_are_drawn_all_the_same(losses):
-    frame = made.damage(losses)
+    frame = made.damage(losses).damage
     for found in damages(frame):
         figures.damage_by_kept(found)
         figures.damage_by_error(found)
         figures.damage_by_strength(found, found.kinds(), "factor")
     assert isinstance(figures.closed_form(frame), go.Figure)
-    assert pl.Series(damages(made.damage())[0].kinds()).to_list()[0] == "truncate"
+    assert pl.Series(damages(made.damage().damage)[0].kinds()).to_list()[0] == "truncate"

@@ -52,7 +52,7 @@ def uninterrupted(study, lively, tmp_path_factory):
 def test_the_tables_are_those_of_the_points_one_below_the_other(uninterrupted):
     folder, _, tables = uninterrupted
     assert set(tables) == {
-        "damage", "breaking", "claims", "generations", "token_errors", "operator", "operator_block", "operator_histogram",
+        "damage", "windows", "breaking", "claims", "generations", "token_errors", "operator", "operator_block", "operator_histogram",
     }  # fmt: skip
     for name, table in tables.items():
         assert_frame_equal(pl.read_parquet(folder / f"tables/{name}.parquet"), table, check_exact=True)
@@ -138,7 +138,7 @@ def test_other_prompts_do_not_judge_the_points_anew(study, lively, uninterrupted
     _, tables = study(lively("untied"), folder, *SOME, **other)
     assert set(tables["generations"]["prompt"]) == {"In the winter of 1907"}
     changed_files = {name for name, stamp in stamps(folder).items() if before[name] != stamp}
-    assert changed_files == {name for name in before if "generations" in name}
+    assert changed_files == {name for name in before if "generations" in name or name.startswith("claims")}
     assert_frame_equal(tables["damage"], uninterrupted[2]["damage"], check_exact=True)
     _, without = study(lively("untied"), folder, *SOME, draws=2)
     assert "generations" not in without

@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 from damage_tables import PLANTED
 
+from dimscope.evaluation.evaluate import SUMS
 from dimscope.page.render import render_page
 from dimscope.page.section import Gallery, Grid, Plot, Section, Tables
 from dimscope.studies.damage import generation_sections as generations
@@ -32,7 +33,7 @@ def _breaking(losses: planted.Losses = PLANTED) -> Section:
 
 
 def test_the_gentlest_kind_is_the_title():
-    better = {key: (1.9,) if key[0] == "project" else value for key, value in PLANTED.items()}
+    better = {key: (2.01, 2.01) if key[0] == "project" else value for key, value in PLANTED.items()}
     assert _breaking(better).title == "Random projection does the least damage at every number of dimensions tried"
 
 
@@ -44,15 +45,25 @@ def test_the_fewest_harmless_dimensions_are_the_finding_and_the_answer():
     tables = planted.damage_tables()
     assert _breaking().findings[0] == damage.answer(tables)
     harmful = _breaking({("truncate", 75): (3.0,), ("truncate", 50): (4.0,)}).findings[0]
-    assert harmful.startswith("Every tested removal of dimensions")
+    assert harmful.startswith(
+        "No tested removal of dimensions is clearly harmless: the gentlest is truncation by SVD to 75"
+    )
+    assert "KL 0.15 nats" in harmful
+
+
+def test_a_text_that_the_model_reads_no_better_than_its_unigrams_is_the_title_and_the_answer():
+    tables = planted.damage_tables(planted.damage(base=6.1))  # their entropy is planted at 6 nats
+    section = _section(damage.breaking_section(tables, planted.facts()))
+    assert section.title.startswith("This text cannot tell")
+    assert damage.answer(tables).startswith("This text cannot tell")
 
 
 def test_every_text_and_side_has_a_figure_of_its_own():
-    frame = pl.concat([planted.damage(), planted.damage(text="generated", base=1.5)])
+    frame = planted.joined(planted.damage(), planted.damage(text="generated", base=1.5))
     section = _section(damage.breaking_section(planted.damage_tables(frame), planted.facts()))
     plots = [block for block in section.blocks if isinstance(block, Plot)]
     assert [plot.caption for plot in plots] == ["Prose", "Text that the model generated"]
-    assert "On text that the model generated (undamaged loss 1.5), the same kind is the gentlest" in section.findings[1]
+    assert "On text that the model generated (undamaged loss 1.5), the same kind is the gentlest" in section.findings[2]
 
 
 def test_beliefs_that_nothing_tests_are_no_section():
@@ -61,7 +72,7 @@ def test_beliefs_that_nothing_tests_are_no_section():
 
 
 def test_verdicts_on_several_texts_stand_side_by_side():
-    frame = pl.concat([planted.damage(), planted.damage(text="generated")])
+    frame = planted.joined(planted.damage(), planted.damage(text="generated"))
     grid = _grid(_section(damage.claims_section(planted.damage_tables(frame), planted.facts())))
     assert grid.header[1:3] == ("on prose", "on text that the model generated")
     assert len(grid.rows) == 6
@@ -98,12 +109,12 @@ def test_a_missing_table_leaves_its_section_out_and_the_others_in(whole, missing
 
 
 def test_losses_that_are_no_numbers_are_left_out():
-    frame = planted.damage().with_columns(
-        pl.when((pl.col("kind") == "project") & (pl.col("text") == "prose"))
-        .then(None)
-        .otherwise(pl.col("value"))
-        .alias("value")
-    )
+    def without(frame: pl.DataFrame, *columns: str) -> pl.DataFrame:
+        lost = (pl.col("kind") == "project") & (pl.col("text") == "prose")
+        return frame.with_columns(pl.when(lost).then(None).otherwise(pl.col(c)).alias(c) for c in columns)
+
+    rows = planted.damage()
+    frame = planted.Rows(without(rows.damage, "value"), without(rows.windows, *SUMS))
     sections = _sections(planted.damage_tables(frame))
     assert {"damage", "perturbation_errors"} <= {section.anchor for section in sections}
 

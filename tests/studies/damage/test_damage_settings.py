@@ -177,9 +177,9 @@ def test_the_notebooks_numbers_are_shares_of_other_models_without_a_point_twice(
     assert strengths(found, "noise") == NOISES  # in standard deviations, whatever the width
 
 
-def test_the_notebook_reads_one_window_and_asks_its_five_prompts():
+def test_the_notebook_reads_512_tokens_and_asks_its_five_prompts():
     settings = DamageSettings(**PRESETS["notebook"])
-    assert (settings.windows, settings.texts) == (1, ("builtin:prose",))
+    assert (settings.windows, settings.length, settings.texts) == (4, 128, ("builtin:prose",))
     assert len(settings.prompts) == 5
     assert "Write a poem about pytorch" in settings.prompts
     assert settings.system is not None
@@ -322,7 +322,7 @@ def parsed(monkeypatch) -> Callable[..., DamageSettings]:
 def test_options_override_a_preset_and_kinds_replace_its_changes(parsed):
     preset = PRESETS["notebook"]
     whole = parsed("--preset", "notebook", "--new-tokens", "2", "--draws", "1")
-    assert (whole.preset, whole.new_tokens, whole.draws, whole.windows) == ("notebook", 2, 1, 1)
+    assert (whole.preset, whole.new_tokens, whole.draws, whole.windows) == ("notebook", 2, 1, 4)
     assert (whole.changes, whole.prompts, whole.system) == (preset["changes"], preset["prompts"], preset["system"])
     own = parsed("--preset", "notebook", "--truncate", "8", "--prompt", "Hello", "--windows", "2")
     assert (own.changes, own.prompts, own.windows, own.preset) == (("truncate:8",), ("Hello",), 2, "notebook")

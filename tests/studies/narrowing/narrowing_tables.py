@@ -13,6 +13,7 @@ from dimscope.studies.narrowing.advice import (
     NARROW,
     ROUND,
     SCHEMA,
+    TextRead,
     advice,
     shown_candidate,
     with_equal_size,
@@ -36,13 +37,18 @@ def row(method: str, parameters: int, kl: float, speed: float | None = None, **m
     The dense model read 1,100 and wrote 110 tokens per second beside every candidate, and 1,000 and 100 by itself.
     """
     told: dict[str, Any] = {"method": method, "tied": False, "parameters": parameters, "bytes": 2 * parameters}
-    judged = {"loss": LOSS + kl / 2, "loss_rise": kl / 2, "loss_rise_stderr": kl / 20, "kl": kl, "kl_stderr": kl / 10}
+    judged = {
+        "loss": LOSS + kl / 2, "loss_rise": kl / 2, "loss_rise_stderr": kl / 20, "kl": kl, "kl_stderr": kl / 10,
+        "loss_high": LOSS + kl / 2 + 0.3, "choice_kl": kl, "choice_kl_high": 1.2 * kl, "judged_kl": 1.1 * kl,
+        "judged_kl_low": kl, "judged_kl_high": 1.25 * kl, "judged_within": 0.99 if kl < 0.03 else 0.02,
+    }  # fmt: skip
     timed: dict[str, float] = {}
     if speed is not None:
         writing = (1 + speed) / 2
         timed = {
             "prefill_tokens_per_s": 1100 * speed, "decode_tokens_per_s": 110 * writing, "prefill_ratio": speed,
-            "decode_ratio": writing,
+            "decode_ratio": writing, "prefill_ratio_low": 0.98 * speed, "prefill_ratio_high": 1.03 * speed,
+            "decode_ratio_low": 0.97 * writing, "decode_ratio_high": 1.04 * writing,
         }  # fmt: skip
     return dict.fromkeys(SCHEMA) | told | judged | timed | {"top_1": 1 / (1 + kl), "n_tokens": 4096} | more
 
@@ -97,7 +103,8 @@ def facts(table: pl.DataFrame | None = None, **changes: Any) -> Facts:
     table = plan() if table is None else table
     shown = shown_candidate(table)
     told = {
-        "advice": advice(table), "texts": ["builtin prose"], "window_length": 512, "tied": False, "dim": DIM,
+        "advice": advice(table, TextRead(["builtin prose"], 8, 6.0)), "texts": ["builtin prose"],
+        "window_length": 512, "tied": False, "dim": DIM,
         "n_layers": LAYERS, "n_windows": {"calibration": 8, "evaluation": 8, "training": 8}, "heal_steps": 0,
         "shown": {"basis": shown["basis"], "width": shown["width"]}, "kv_bytes_per_token": CACHE, **changes,
     }  # fmt: skip

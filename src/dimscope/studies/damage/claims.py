@@ -1,21 +1,24 @@
 """Six beliefs about damage, tested on a model.
 
 They are those of the notebook from which the study grew. There they were formed on one model by reading a few texts.
+Damage is the KL from the undamaged model; what is harmless is within the tolerance of the yardstick of all studies.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import polars as pl
 
-from dimscope.studies.damage.losses import HARMLESS, Draws, Losses, losses_on, sides_of, texts_of
+from dimscope.evaluation.replicates import Replicates
+from dimscope.evaluation.yardstick import compared, judge
+from dimscope.studies.damage.losses import Draws, Losses, losses_on, sides_of, texts_of
+from dimscope.studies.damage.plan import UNDAMAGED
+from dimscope.texts.window_sums import Interval
 
 TWO_THIRDS, HUNDRED = 2 / 3, 100 / 896  # of the dimensions; the notebook's hundred are of 896
 TOLERANCE = {TWO_THIRDS: 0.05, HUNDRED: 0.03}  # how far from it a tested share may be
-N_STDERR = 2  # standard errors by which a difference over seeds must exceed zero
-HOLDS, FAILS, PARTLY, UNTESTED = "holds", "does not hold", "holds in part", "not tested"
+HOLDS, FAILS, PARTLY, UNDECIDED, UNTESTED = "holds", "does not hold", "holds in part", "cannot tell", "not tested"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,38 +29,58 @@ class Outcome:
     evidence: str
 
 
-def claims_frame(damage: pl.DataFrame) -> pl.DataFrame:
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the beliefs are tested on: the cost of the changes, and the continuations of prompts where there are any."""
+
+    losses: Losses
+    generations: pl.DataFrame | None = None
+
+
+def claims_frame(damage: pl.DataFrame, windows: pl.DataFrame, generations: pl.DataFrame | None = None) -> pl.DataFrame:
     """Return the outcome of each belief on each text, with the input side changed.
 
-    "Holds" means in every comparison, "does not hold" in none. Where a change is random, a difference counts from two
-    standard errors over its seeds on.
+    "Holds" means in every comparison, "holds in part" in some, "does not hold" in none and against the belief in some.
+    A comparison counts where its 95% interval over windows, and over seeds where a change is random, is on one side; a
+    belief "cannot tell" where none is. On a text that the undamaged model reads no better than its unigrams no
+    belief can be tested.
     """
     rows = []
     for text in texts_of(damage) if "input" in sides_of(damage) else []:
-        losses = losses_on(damage, text, "input")
+        measured = Measured(losses_on(damage, windows, text, "input"), generations)
+        unreadable = measured.losses.unreadable
         for claim, test in CLAIMS.items():
-            outcome = test(losses)
+            outcome = test(measured)
+            if unreadable is not None and outcome.verdict != UNTESTED:
+                outcome = Outcome(UNDECIDED, unreadable)
             rows.append({"text": text, "claim": claim, "verdict": outcome.verdict, "evidence": outcome.evidence})
     return pl.DataFrame(rows, schema=dict.fromkeys(("text", "claim", "verdict", "evidence"), pl.String))
 
 
-def _verdict(comparisons: Sequence[bool]) -> str:
+def _verdict(comparisons: Sequence[bool | None]) -> str:
+    """Return the verdict of comparisons that are for a belief, against it, or undecided (None)."""
     if not comparisons:
         return UNTESTED
-    return HOLDS if all(comparisons) else PARTLY if any(comparisons) else FAILS
+    if all(comparisons):
+        return HOLDS
+    return PARTLY if any(comparisons) else FAILS if False in comparisons else UNDECIDED
 
 
-def costs_less(better: Draws, worse: Draws) -> bool:
-    """Whether a change has a lower loss than another one, beyond the spread over their seeds."""
-    by_seed = dict(zip(better.seeds, better.values, strict=True))
-    pairs = [
-        value - by_seed[s] for s, value in zip(worse.seeds, worse.values, strict=True) if s is not None and s in by_seed
-    ]
-    if pairs:  # the same seeds: differences seed by seed
-        stderr = float(np.std(pairs, ddof=1)) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
-        return bool(np.mean(pairs) > N_STDERR * stderr)
-    variances = [np.var(d.values, ddof=1) / len(d.values) for d in (better, worse) if len(d.values) > 1]
-    return bool(worse.mean - better.mean > N_STDERR * math.sqrt(sum(variances)))
+def difference(better: Replicates, worse: Replicates) -> Interval | None:
+    """Return how much more one change costs than another, with its paired interval; None where that is not known.
+
+    A random change needs several seeds: one tells nothing about others.
+    """
+    gap = worse.minus(better)
+    return gap.interval() if gap is not None and gap.repeated and len(gap.values) else None
+
+
+def costs_less(better: Replicates, worse: Replicates) -> bool | None:
+    """Whether a change costs less than another one; None where the interval of the difference has both signs."""
+    gap = difference(better, worse)
+    if gap is None or gap.low is None or gap.high is None:
+        return None
+    return True if gap.low > 0 else False if gap.high < 0 else None
 
 
 Pair = tuple[Draws, Draws]  # the change that a belief calls the better one, then the other
@@ -72,73 +95,101 @@ def _pairs(losses: Losses, better: str, worse: str) -> list[Pair]:
 def _compare_pairs(pairs: Sequence[Pair], unit: str) -> Outcome:
     if not pairs:
         return Outcome(UNTESTED, "the two kinds were not measured at equal strength")
-    lower = [costs_less(*pair) for pair in pairs]
+    lower = [costs_less(a.mean("kl"), b.mean("kl")) for a, b in pairs]
     better, worse = pairs[len(pairs) // 2]
-    middle = f"at {better.strength:g} {unit}: {better} compared with {worse} nats per token"
-    return Outcome(_verdict(lower), f"lower loss at {sum(lower)} of {len(lower)} strengths; {middle}")
+    middle = f"at {better.strength:g} {unit}: {_gap(better.mean('kl'), worse.mean('kl'))}"
+    return Outcome(_verdict(lower), f"{_counts(lower, 'strengths')}; {middle}")
 
 
-def _random_beats_svd(losses: Losses) -> Outcome:
-    return _compare_pairs(_pairs(losses, "project", "truncate"), "dimensions")
+def _counts(lower: Sequence[bool | None], noun: str) -> str:
+    undecided = f", undecided at {lower.count(None)}" if None in lower else ""
+    return f"lower KL at {lower.count(True)} of {len(lower)} {noun}{undecided}"
 
 
-def _rescaling_helps(losses: Losses) -> Outcome:
-    return _compare_pairs(_pairs(losses, "project-rescaled", "project"), "dimensions")
+def _gap(better: Replicates, worse: Replicates) -> str:
+    """Return two costs and their difference in words."""
+    costs = f"KL {float(better.values.mean()):.2g} compared with {float(worse.values.mean()):.2g} nats"
+    gap = difference(worse, better)
+    if gap is None or gap.low is None or gap.high is None:
+        return f"{costs} (no interval of the difference: one window, or one seed)"
+    return f"{costs} (difference {gap.value:+.2g}, 95% interval {gap.low:+.2g} to {gap.high:+.2g})"
 
 
-def _noise_is_harmless(losses: Losses) -> Outcome:
-    noises = [d for d in losses.draws("noise") if 0 < d.strength <= 1]
+def _random_beats_svd(measured: Measured) -> Outcome:
+    return _compare_pairs(_pairs(measured.losses, "project", "truncate"), "dimensions")
+
+
+def _rescaling_helps(measured: Measured) -> Outcome:
+    return _compare_pairs(_pairs(measured.losses, "project-rescaled", "project"), "dimensions")
+
+
+def _harmless(draws: Draws) -> bool | None:
+    return {"within": True, "above": False, "undecided": None}[judge(draws.kl)]
+
+
+def _noise_is_harmless(measured: Measured) -> Outcome:
+    noises = [d for d in measured.losses.draws("noise", overflown=True) if 0 < d.strength <= 1]
     if not noises or noises[-1].strength < 1:
         return Outcome(UNTESTED, "noise of one standard deviation was not measured")
-    rises = "; ".join(f"{d.strength:g} sd: {losses.rise(d):+.1%}" for d in noises)
-    return Outcome(_verdict([losses.rise(d) < HARMLESS for d in noises]), f"change of the loss by noise of {rises}")
+    evidence = "; ".join(f"noise of {d.strength:g} sd: {compared(d.kl)}" for d in noises)
+    return Outcome(_verdict([_harmless(d) for d in noises]), evidence)
 
 
-def _bias_hurts(losses: Losses) -> Outcome:
+def _bias_hurts(measured: Measured) -> Outcome:
+    losses = measured.losses
     shifts = [pair for pair in _pairs(losses, "noise", "shift") if pair[0].strength > 0]
     truncations = noise_at_equal_error(losses)
     if not shifts and not truncations:
         return Outcome(UNTESTED, "noise was compared with neither a shift nor a truncation of equal error")
-    below_shift, below_truncation = (
-        [costs_less(*pair) for pair in shifts],
-        [t.noise < t.truncation for t in truncations],
-    )
+    below_shift = [costs_less(a.mean("kl"), b.mean("kl")) for a, b in shifts]
+    below_truncation = [costs_less(t.noise, t.truncation) for t in truncations]
     evidence = []
     if shifts:
         evidence.append(
-            f"noise costs less than one shift of the same size for all tokens at {sum(below_shift)} of "
-            f"{len(below_shift)} strengths"
+            f"noise compared with one shift of the same size for all tokens: {_counts(below_shift, 'strengths')}"
         )
     if truncations:
         middle = truncations[len(truncations) // 2]
         evidence.append(
-            f"noise costs less than truncation of the same relative error at {sum(below_truncation)} of "
-            f"{len(below_truncation)} errors (at {middle.error:.2f}: {middle.noise:.2f} compared with "
-            f"{middle.truncation:.2f} nats per token)"
+            f"noise compared with truncation of the same relative error: {_counts(below_truncation, 'errors')} (at "
+            f"{middle.error:.2f}: {_gap(middle.noise, middle.truncation)})"
         )
     return Outcome(_verdict([*below_shift, *below_truncation]), "; ".join(evidence))
 
 
 @dataclass(frozen=True, slots=True)
 class EqualError:
-    """The losses of noise and of a truncation at one relative error of the table."""
+    """The KL of noise and of a truncation at one relative error of the table."""
 
     error: float
-    noise: float
-    truncation: float
+    noise: Replicates
+    truncation: Replicates
 
 
 def noise_at_equal_error(losses: Losses) -> list[EqualError]:
     """Return every truncation beside noise of its error; noise is interpolated linearly between the tested strengths."""
-    noises = [(losses.error(d), d.mean) for d in losses.draws("noise")]
-    curve = sorted((error, loss) for error, loss in [(0.0, losses.base), *noises] if error is not None)
-    errors, values = [error for error, _ in curve], [loss for _, loss in curve]
-    truncations = [(losses.error(d), d.mean) for d in losses.draws("truncate") if (d.kept_share or 0) < 1]
-    return [
-        EqualError(error, float(np.interp(error, errors, values)), loss)
-        for error, loss in truncations
-        if error is not None and 0 < error <= errors[-1]
-    ]
+    noises = [(losses.error(d), d.mean("kl")) for d in losses.draws("noise") if d.strength > 0]
+    curve = sorted(((error, kl) for error, kl in noises if error is not None), key=lambda point: point[0])
+    equal = []
+    for draws in losses.draws("truncate"):
+        error = losses.error(draws)
+        noise = None if error is None else _interpolated(curve, error)
+        if error is not None and noise is not None and (draws.kept_share or 0) < 1:
+            equal.append(EqualError(error, noise, draws.mean("kl")))
+    return equal
+
+
+def _interpolated(curve: Sequence[tuple[float, Replicates]], error: float) -> Replicates | None:
+    """Return the KL at an error of a curve that begins at 0; None beyond its end."""
+    after = next((n for n, (end, _) in enumerate(curve) if error <= end), None)
+    if after is None or error <= 0:
+        return None
+    end, high = curve[after]
+    if after == 0:
+        return high.times(error / end)
+    start, low = curve[after - 1]
+    step = high.minus(low)
+    return None if step is None else high.minus(step.times((end - error) / (end - start)))
 
 
 def _nearest(losses: Losses, share: float) -> list[Draws]:
@@ -152,30 +203,44 @@ def _nearest(losses: Losses, share: float) -> list[Draws]:
     return nearest
 
 
-def _as_good_as_all(losses: Losses, share: float, decisive: str | None = None) -> Outcome:
+def _as_good_as_all(measured: Measured, share: float, decisive: str | None = None) -> Outcome:
     """Test whether some change that keeps a share of the dimensions is harmless; only the decisive kind where it is there."""
-    near = _nearest(losses, share)
+    near = _nearest(measured.losses, share)
     if not near:
         return Outcome(UNTESTED, f"no change that keeps about {share:.0%} of the dimensions was measured")
-    rises = [
-        f"{d.kind} {d.strength:g}: {losses.rise(d):+.1%}, {losses.agreement(d) or 0:.0%} same first choice"
+    evidence = [
+        f"{d.kind} {d.strength:g}: {compared(d.kl)}, {d.mean('top_1').interval().value:.0%} of first choices"
+        f"{_same_answers(measured, d)} the same"
         for d in near
     ]
-    chosen = [d for d in near if d.kind == decisive] or near
-    harmless = any(losses.rise(d) < HARMLESS for d in chosen)
-    return Outcome(_verdict([harmless]), f"change of the loss by {'; '.join(rises)}")
+    judged = [_harmless(d) for d in [d for d in near if d.kind == decisive] or near]
+    verdict = HOLDS if True in judged else UNDECIDED if None in judged else FAILS
+    return Outcome(verdict, "; ".join(evidence))
 
 
-def _two_thirds(losses: Losses) -> Outcome:
+def _same_answers(measured: Measured, draws: Draws) -> str:
+    """Return how many continuations of the prompts are those of the undamaged model, after "n% of first choices"."""
+    if measured.generations is None:
+        return ""
+    frame = measured.generations.with_columns(text=pl.col("ids").list.eval(pl.element().cast(pl.String)).list.join(" "))
+    own = frame.filter(pl.col("kind") == UNDAMAGED).select("number", own="text")
+    answers = frame.filter(
+        (pl.col("kind") == draws.kind) & (pl.col("strength") == draws.strength) & (pl.col("side") == "input")
+    ).join(own, on="number")
+    same = answers.filter(pl.col("text") == pl.col("own")).height
+    return f" and {same} of {answers.height} continuations" if answers.height else ""
+
+
+def _two_thirds(measured: Measured) -> Outcome:
     # The notebook's two thirds were those of a rescaled random projection.
-    return _as_good_as_all(losses, TWO_THIRDS, decisive="project-rescaled")
+    return _as_good_as_all(measured, TWO_THIRDS, decisive="project-rescaled")
 
 
-def _hundred(losses: Losses) -> Outcome:
-    return _as_good_as_all(losses, HUNDRED)
+def _hundred(measured: Measured) -> Outcome:
+    return _as_good_as_all(measured, HUNDRED)
 
 
-CLAIMS: dict[str, Callable[[Losses], Outcome]] = {
+CLAIMS: dict[str, Callable[[Measured], Outcome]] = {
     "A random projection does less damage than truncation by SVD": _random_beats_svd,
     "Rescaling a random projection by d/k helps": _rescaling_helps,
     "Noise is harmless up to the standard deviation of the table": _noise_is_harmless,

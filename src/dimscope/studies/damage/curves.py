@@ -7,7 +7,7 @@ import polars as pl
 from dimscope.interventions.perturbations import PERTURBATIONS, Mark
 from dimscope.page.section import Tables, finite
 from dimscope.page.theme import series_mark
-from dimscope.studies.damage.losses import all_losses
+from dimscope.studies.damage.losses import rows_about, sides_of, texts_of
 from dimscope.studies.damage.plan import UNDAMAGED
 from dimscope.studies.damage.tables import LOSS, RELATIVE
 from dimscope.studies.reading import GENERATED
@@ -62,7 +62,9 @@ class Damage:
 
 def damages(damage: pl.DataFrame) -> list[Damage]:
     """Return the damage on every text with every side; the page speaks of the first text and side."""
-    return [Damage(losses.rows, losses.text, losses.side) for losses in all_losses(damage)]
+    return [
+        Damage(rows_about(damage, text, side), text, side) for text in texts_of(damage) for side in sides_of(damage)
+    ]
 
 
 def shown_damages(tables: Tables) -> list[Damage]:

@@ -55,7 +55,7 @@ def damage_by_kept(damage: Damage) -> go.Figure:
     if damage.base is not None:
         fig.add_trace(_base_line(start, 1.02, damage.base))
     for kind in kinds:
-        fig.add_traces(_curve(damage.curve(LOSS, kind), "kept_share", kind, "loss %{y:.3f}, %{x:.0%} kept"))
+        fig.add_traces(_curve(damage.curve(LOSS, kind), "kept_share", kind, "loss %{y:.3f}, %{x:.1%} kept"))
     for kind in kinds:
         hover = "the same first choice at %{y:.0%} of positions"
         fig.add_traces(_curve(damage.curve(TOP_1, kind), "kept_share", kind, hover, showlegend=False, yaxis="y2"))

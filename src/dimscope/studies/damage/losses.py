@@ -1,71 +1,100 @@
-"""Losses after changes, by kind and strength, and the strength at which each kind of change breaks the model."""
+"""What changes cost on one text, by kind and strength, and the strength at which each kind of change breaks the model."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import polars as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from dimscope.evaluation.evaluate import Evaluation, evaluation_of, mean_of
+from dimscope.evaluation.replicates import Replicates, replicates
+from dimscope.evaluation.unigrams import reads_context
+from dimscope.evaluation.yardstick import MARKS, Mark, upper_end
 from dimscope.interventions.perturbations import PERTURBATIONS
 from dimscope.studies.damage.plan import UNDAMAGED
-from dimscope.studies.damage.tables import LOSS, RELATIVE, TOP_1
+from dimscope.studies.damage.tables import RELATIVE, UNIGRAMS, window_sums
+from dimscope.texts.window_sums import Interval
 
-THRESHOLDS = (0.1, 0.5)
-"""Rises of the loss, as shares of the loss of the undamaged model; the first is what the page calls harmless."""
-HARMLESS = THRESHOLDS[0]
+THRESHOLDS = MARKS[1:]
+"""Marks of the KL at which a change is said to break the model; the first is what the page calls harmless."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Draws:
-    """The losses of one change over its seeds.
+    """One change with all its seeds, on the windows of one text.
 
     Attributes:
         kind: Kind of change.
         strength: Its strength.
         kept_share: Share of the dimensions that it keeps; None where it drops none.
-        values: A loss per seed, in nats per token.
-        seeds: The seeds, in the same order.
+        seeds: Its seeds; None where nothing is random.
+        sums: The sums of every seed and window, NaN where the model overflows.
     """
 
     kind: str
     strength: float
     kept_share: float | None
-    values: tuple[float, ...]
     seeds: tuple[int | None, ...]
+    sums: Float[Tensor, "s g 7"]
+
+    def mean(self, name: str) -> Replicates:
+        """Return a mean over positions ("loss", "kl", "top_1") of every seed for which it is finite."""
+        return replicates(self.seeds, self.sums, mean_of(name))
 
     @property
-    def mean(self) -> float:
-        """Return the mean over the seeds."""
-        return float(np.mean(self.values))
+    def kl(self) -> Interval:
+        """Return the mean KL over the seeds; infinite where the model overflows for one of them.
 
-    def __str__(self) -> str:
-        spread = f" ± {np.std(self.values, ddof=1):.2f}" if len(self.values) > 1 else ""
-        return f"{self.mean:.2f}{spread}"
+        One seed of a random change has no interval: it tells nothing about others.
+        """
+        of_seeds = self.mean("kl")
+        if len(of_seeds.seeds) < len(self.seeds):
+            return Interval(math.inf, None, None, None, self.sums.shape[1])
+        kl = of_seeds.interval()
+        return kl if of_seeds.repeated else Interval(kl.value, None, None, None, kl.n_groups)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Losses:
-    """The rows of the table `damage` about one text with one side changed.
+    """What the changes of one side cost on one text.
 
     Attributes:
-        rows: Evaluations on the text, and errors of the tables.
+        rows: Its rows of the table `damage`: evaluations on the text, and errors of the tables.
+        windows: Its rows of the table `windows`.
         text: Name of the text.
         side: The side that is changed.
     """
 
     rows: pl.DataFrame
+    windows: pl.DataFrame
     text: str
     side: str
 
-    def _finite(self, metric: str) -> pl.DataFrame:
-        return self.rows.filter((pl.col("metric") == metric) & pl.col("value").is_finite())
+    @property
+    def undamaged(self) -> Evaluation:
+        """Return the evaluation of the undamaged model."""
+        return evaluation_of(window_sums(self.windows.filter(pl.col("kind") == UNDAMAGED)))
 
     @property
-    def base(self) -> float:
-        """Return the loss of the undamaged model."""
-        return self._finite(LOSS).filter(pl.col("kind") == UNDAMAGED)["value"][0]
+    def entropy(self) -> float | None:
+        """Return the unigram entropy of the text."""
+        rows = self.rows.filter((pl.col("metric") == UNIGRAMS) & pl.col("text").is_not_null())
+        return rows["value"][0] if rows.height else None
+
+    @property
+    def unreadable(self) -> str | None:
+        """Return why the text cannot tell what the model loses; None where it can."""
+        loss = self.undamaged.loss
+        if self.entropy is None or reads_context(loss, self.entropy):
+            return None
+        return (
+            f"this text cannot tell: the undamaged model reads it no better than its unigrams (loss {loss.value:.3g} nats per "
+            f"token, unigram entropy {self.entropy:.3g})"
+        )
 
     def kinds(self) -> list[str]:
         """Return the kinds with strengths, in the order in which they were requested."""
@@ -76,25 +105,18 @@ class Losses:
 
         Args:
             kind: Kind of change.
-            overflown: Keep changes whose loss is not finite, as infinite; else they are left out.
+            overflown: Keep changes after which the model overflows for every seed; else they are left out.
         """
-        losses = self.rows.filter(pl.col("metric") == LOSS).with_columns(pl.col("value").fill_null(math.inf))
-        rows = losses if overflown else self._finite(LOSS)
-        rows = rows.filter((pl.col("kind") == kind) & pl.col("strength").is_not_null())
-        groups = rows.sort("strength", "seed").group_by("strength", "kept_share", maintain_order=True)
-        return [
-            Draws(kind, strength, kept_share, tuple(values), tuple(seeds))
-            for strength, kept_share, values, seeds in groups.agg("value", "seed").iter_rows()
-        ]
-
-    def rise(self, draws: Draws) -> float:
-        """Return the rise of the mean loss, as a share of the loss of the undamaged model."""
-        return draws.mean / self.base - 1 if self.base else math.nan
-
-    def agreement(self, draws: Draws) -> float | None:
-        """Return the share of positions with the first choice of the undamaged model, averaged over the seeds."""
-        rows = self._finite(TOP_1).filter((pl.col("kind") == draws.kind) & (pl.col("strength") == draws.strength))
-        return float(rows["value"].to_numpy().mean()) if rows.height else None
+        rows = self.windows.filter((pl.col("kind") == kind) & pl.col("strength").is_not_null())
+        rows = rows.sort("strength", "seed", "window")
+        found = []
+        for (strength, kept_share), of_strength in rows.group_by("strength", "kept_share", maintain_order=True):
+            by_seed = of_strength.partition_by("seed", maintain_order=True)
+            seeds = tuple(of_seed["seed"][0] for of_seed in by_seed)
+            draws = Draws(kind, strength, kept_share, seeds, torch.stack([window_sums(of_seed) for of_seed in by_seed]))
+            if overflown or draws.mean("kl").seeds:
+                found.append(draws)
+        return found
 
     def error(self, draws: Draws) -> float | None:
         """Return the relative error of the tables that a change makes, averaged over the seeds."""
@@ -114,53 +136,60 @@ def sides_of(damage: pl.DataFrame) -> list[str]:
     return damage.filter(pl.col("kind") != UNDAMAGED)["side"].unique(maintain_order=True).to_list()
 
 
-def losses_on(damage: pl.DataFrame, text: str, side: str) -> Losses:
-    """Return the rows about one text with one side changed."""
-    of_side = (pl.col("side") == side) | (pl.col("kind") == UNDAMAGED)
+def losses_on(damage: pl.DataFrame, windows: pl.DataFrame, text: str, side: str) -> Losses:
+    """Return what the changes of one side cost on one text."""
+    evaluated = windows.filter(_of_side(side) & (pl.col("text") == text))
+    return Losses(rows_about(damage, text, side), evaluated, text, side)
+
+
+def rows_about(damage: pl.DataFrame, text: str, side: str) -> pl.DataFrame:
+    """Return the rows of the table `damage` about one text with one side changed."""
     about_text = (pl.col("text") == text) | pl.col("text").is_null()  # errors of tables have no text
-    return Losses(damage.filter(of_side & about_text), text, side)
+    return damage.filter(_of_side(side) & about_text)
 
 
-def all_losses(damage: pl.DataFrame) -> list[Losses]:
-    """Return the rows about every text with every side changed; texts first, in their order."""
-    return [losses_on(damage, text, side) for text in texts_of(damage) for side in sides_of(damage)]
+def _of_side(side: str) -> pl.Expr:
+    return (pl.col("side") == side) | (pl.col("kind") == UNDAMAGED)
 
 
-def breaking_frame(damage: pl.DataFrame) -> pl.DataFrame:
-    """Return, for each text, side, kind and threshold, the gentlest strength at which the loss has risen by that share.
+def breaking_frame(damage: pl.DataFrame, windows: pl.DataFrame) -> pl.DataFrame:
+    """Return, for each text, side, kind and threshold, the gentlest strength whose KL is not within it.
 
-    Strengths are tried from the gentlest on. `strength` is null where no tested one reaches the threshold; `safe` is the
-    last one before it, null where there is none. Kinds that are gentlest in the middle, such as scaling, are left out.
+    Strengths are tried from the gentlest on; a KL is within a threshold with the upper end of its 95% interval.
+    `strength` is null where no tested one exceeds the threshold; `safe` is the last one before it, null where there is
+    none. Kinds that are gentlest in the middle, such as scaling, are left out.
     """
+    every = [losses_on(damage, windows, text, side) for text in texts_of(damage) for side in sides_of(damage)]
     rows = [
         _breaking_row(losses, kind, draws, threshold)
-        for losses in all_losses(damage)
+        for losses in every
         for kind in losses.kinds()
         if (draws := _from_gentlest(losses, kind))
         for threshold in THRESHOLDS
     ]
     schema = {
         "text": pl.String, "side": pl.String, "kind": pl.String, "threshold": pl.Float64, "strength": pl.Float64,
-        "kept_share": pl.Float64, "rise": pl.Float64, "safe": pl.Float64, "safe_kept_share": pl.Float64, "n_seeds": pl.Int64,
+        "kept_share": pl.Float64, "kl": pl.Float64, "safe": pl.Float64, "safe_kept_share": pl.Float64, "n_seeds": pl.Int64,
     }  # fmt: skip
     return pl.DataFrame(rows, schema=schema)
 
 
 def _from_gentlest(losses: Losses, kind: str) -> list[Draws]:
     """Return the changes of a kind from the gentlest to the harshest; none where strengths have no such order."""
-    stronger = PERTURBATIONS[kind].stronger
+    if kind not in PERTURBATIONS or PERTURBATIONS[kind].stronger not in ("harsher", "gentler"):
+        return []
     draws = losses.draws(kind, overflown=True)
-    return draws if stronger == "harsher" else draws[::-1] if stronger == "gentler" else []
+    return draws if PERTURBATIONS[kind].stronger == "harsher" else draws[::-1]
 
 
-def _breaking_row(losses: Losses, kind: str, draws: Sequence[Draws], threshold: float) -> dict[str, Any]:
-    n = next((n for n, d in enumerate(draws) if losses.rise(d) >= threshold), None)
+def _breaking_row(losses: Losses, kind: str, draws: Sequence[Draws], threshold: Mark) -> dict[str, Any]:
+    n = next((n for n, d in enumerate(draws) if upper_end(d.kl) > threshold.kl), None)
     broken = None if n is None else draws[n]
     safe = draws[-1] if n is None else draws[n - 1] if n else None
     return {
-        "text": losses.text, "side": losses.side, "kind": kind, "threshold": threshold,
+        "text": losses.text, "side": losses.side, "kind": kind, "threshold": threshold.kl,
         "strength": broken.strength if broken else None, "kept_share": broken.kept_share if broken else None,
-        "rise": losses.rise(broken) if broken and math.isfinite(broken.mean) else None,
+        "kl": broken.kl.value if broken and math.isfinite(broken.kl.value) else None,
         "safe": safe.strength if safe else None, "safe_kept_share": safe.kept_share if safe else None,
-        "n_seeds": max(len(d.values) for d in draws),
+        "n_seeds": max(len(d.seeds) for d in draws),
     }  # fmt: skip

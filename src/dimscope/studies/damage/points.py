@@ -8,6 +8,7 @@ import polars as pl
 
 from dimscope.evaluation.evaluate import evaluate
 from dimscope.evaluation.generation import generate
+from dimscope.evaluation.unigrams import unigram_entropy
 from dimscope.interventions.insertion import perturbed
 from dimscope.interventions.maps import RowMap
 from dimscope.interventions.row_errors import row_errors, token_errors
@@ -20,8 +21,10 @@ from dimscope.studies.damage.tables import (
     damage_frame,
     error_numbers,
     evaluation_numbers,
+    evaluations_of,
     generations_frame,
     point_columns,
+    windows_frame,
 )
 
 if TYPE_CHECKING:
@@ -47,16 +50,32 @@ def damaged(session: DamageSession, point: Point, maps: Mapping[Table, RowMap]) 
             yield model
 
 
-def measure_point(session: DamageSession, point: Point, maps: Mapping[Table, RowMap]) -> pl.DataFrame:
-    """Return the rows of a point in the table `damage`: the errors of its tables, and its evaluation on every text."""
+def evaluate_point(session: DamageSession, point: Point, maps: Mapping[Table, RowMap]) -> pl.DataFrame:
+    """Return the rows of a point in the table `windows`: its evaluation on every window of every text."""
     _ = session.tables  # a table with NaN is refused before the model is loaded
     baselines = session.baselines  # of the undamaged model, so before anything is changed
-    errors = {name: _table_errors(session, point, name, change) for name, change in maps.items()}
     with damaged(session, point, maps) as model:
-        evaluations = {
-            name: evaluation_numbers(evaluate(model, base, changed=bool(point.steps)))
-            for name, base in baselines.items()
-        }
+        evaluations = {name: evaluate(model, base, changed=bool(point.steps)) for name, base in baselines.items()}
+    return windows_frame(_columns(session, point), evaluations)
+
+
+def measure_point(
+    session: DamageSession, point: Point, maps: Mapping[Table, RowMap], windows: pl.DataFrame
+) -> pl.DataFrame:
+    """Return the rows of a point in the table `damage`: the errors of its tables, and its evaluation on every text.
+
+    Args:
+        session: What the study works on.
+        point: The change.
+        maps: The map of each table.
+        windows: What `evaluate_point` returns.
+    """
+    errors = {name: _table_errors(session, point, name, change) for name, change in maps.items()}
+    # A text has one unigram entropy, whatever is changed.
+    entropy = {} if point.steps else {name: unigram_entropy(base.windows) for name, base in session.baselines.items()}
+    evaluations = {
+        name: evaluation_numbers(evaluation, entropy.get(name)) for name, evaluation in evaluations_of(windows).items()
+    }
     return damage_frame(_columns(session, point), errors, evaluations)
 
 

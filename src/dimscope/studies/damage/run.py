@@ -155,10 +155,17 @@ class PointTables:
         identity = {"steps": point.steps, "side": point.side, "seed": point.seed}
         return self.store.table(f"points/{point.slug}.{name}", identity | dict(arguments), compute)
 
+    def windows(self) -> pl.DataFrame:
+        """Return the evaluations, window by window."""
+        arguments = _text_arguments(self.session.inputs)
+        return self._stored("windows", arguments, lambda: points.evaluate_point(self.session, self.point, self.maps))
+
     def damage(self) -> pl.DataFrame:
         """Return the errors and evaluations."""
-        arguments = _text_arguments(self.session.inputs)
-        return self._stored("damage", arguments, lambda: points.measure_point(self.session, self.point, self.maps))
+        arguments, windows = _text_arguments(self.session.inputs), self.windows()
+        return self._stored(
+            "damage", arguments, lambda: points.measure_point(self.session, self.point, self.maps, windows)
+        )
 
     def generations(self, listener: Callable[[list[str]], object] | None = None) -> pl.DataFrame:
         """Return the continuations of the prompts."""
@@ -207,10 +214,11 @@ def _study_tables(session: DamageSession, store: Store) -> dict[str, pl.DataFram
 
     slugs, read = [point.slug for point in inputs.points], _text_arguments(inputs)
     damage = stored("damage", slugs, read, lambda: pl.concat(tables.damage() for tables in at.values()))
+    windows = stored("windows", slugs, read, lambda: pl.concat(tables.windows() for tables in at.values()))
     tables = {
         "damage": damage,
-        "breaking": stored("breaking", slugs, read, lambda: breaking_frame(damage)),
-        "claims": stored("claims", slugs, read, lambda: claims_frame(damage)),
+        "windows": windows,
+        "breaking": stored("breaking", slugs, read, lambda: breaking_frame(damage, windows)),
         **_operator_tables(session, store),
     }
     if continued := [point for point in inputs.points if inputs.continues_prompts(point)]:
@@ -218,6 +226,9 @@ def _study_tables(session: DamageSession, store: Store) -> dict[str, pl.DataFram
             "generations", [point.slug for point in continued], _prompt_arguments(inputs),
             lambda: with_agreement(pl.concat(at[point].generations() for point in continued)),
         )  # fmt: skip
+    generations = tables.get("generations")
+    answers = {"prompts": None if generations is None else _prompt_arguments(inputs)}
+    tables["claims"] = stored("claims", slugs, read | answers, lambda: claims_frame(damage, windows, generations))
     if inputs.settings.token_errors:
         changed = [(point, name) for point in inputs.points for name in point.tables]
         tables["token_errors"] = stored(

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from dimscope.evaluation.yardstick import SCALE_NOTE, TOLERANCE, compared, judge, upper_end
 from dimscope.interventions.perturbations import find_perturbation
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, table
 from dimscope.page.wording import count, listed, number, sentence, share
 from dimscope.studies.damage import figures
-from dimscope.studies.damage.claims import FAILS, HOLDS, PARTLY, UNTESTED
+from dimscope.studies.damage.claims import FAILS, HOLDS, PARTLY, UNDECIDED, UNTESTED, costs_less
 from dimscope.studies.damage.curves import Damage, kind_name, shown_damages, text_name
-from dimscope.studies.damage.losses import HARMLESS, THRESHOLDS
+from dimscope.studies.damage.facts import damage_facts
+from dimscope.studies.damage.losses import THRESHOLDS, Draws, Losses, losses_on
 from dimscope.studies.damage.tables import LOSS
 
 SIDES = {
@@ -23,7 +25,7 @@ SIDES = {
 
 
 def breaking_section(tables: Tables, facts: Facts) -> Section | None:
-    """Return how many dimensions can be removed before the loss rises, and which way is the gentlest."""
+    """Return how many dimensions can be removed within the tolerance, and which way is the gentlest."""
     shown = [damage for damage in shown_damages(tables) if damage.kept_kinds()]
     breaking = table(tables, "breaking")
     if not shown:
@@ -35,33 +37,51 @@ def breaking_section(tables: Tables, facts: Facts) -> Section | None:
     )
     grids = () if breaking is None else tuple(g for d in shown if (g := _breaking_grid(d, breaking, shown)))
     seeds = int(max(first.curve(LOSS, kind)["n_seeds"].to_numpy().max(initial=1) for kind in first.kept_kinds()))
+    windows = table(tables, "windows")
+    losses = [] if windows is None else [losses_on(tables["damage"], windows, d.text, d.side) for d in shown]
     return Section(
         anchor="damage",
         name="Damage",
-        title=_gentlest(first),
-        findings=tuple(f for f in (fewest_dimensions(first, breaking), _other_texts(shown)) if f),
+        title=_title(first, losses),
+        findings=_findings(losses, damage_facts(facts).window_length),
         blocks=(*plots, *grids),
         how_to_read=(
             f"Every point is the model after one change of {SIDES[first.side]}, evaluated on the same text. At the right "
             "edge all dimensions are kept; further left fewer are. The upper panel shows the loss; its dashed line is the "
             "undamaged model. The lower panel shows the share of positions at which the top prediction is that of the "
-            f"undamaged model. Bands are one standard deviation over {count(seeds, 'seed')} of a random change."
+            f"undamaged model. Bands are one standard deviation over {count(seeds, 'seed')} of a random change. "
+            f"Damage is the KL from the undamaged model, with a 95% interval over windows (and seeds). {SCALE_NOTE}"
         ),
         caveat=(
             "Nothing was trained after a change. The figure therefore shows what the model tolerates, not what a model "
             f"with fewer dimensions could do, and nothing becomes smaller or faster. The text is {text_name(first.text)}; "
             "on other text, and on other tasks than predicting the next token, the model may break earlier."
         ),
-        tables=("damage", "breaking"),
+        tables=("damage", "windows", "breaking"),
     )
+
+
+def _findings(losses: Sequence[Losses], window_length: int | None) -> tuple[str, ...]:
+    """Return how many dimensions are enough, on which windows that is, and whether other texts agree."""
+    if not losses:
+        return ()
+    undamaged = losses[0].undamaged
+    error = "" if undamaged.loss.stderr is None else f" ± {undamaged.loss.stderr:.2g}"
+    windows = f" in windows of {window_length} tokens" if window_length else ""
+    read = (
+        f"The undamaged model has a loss of {number(undamaged.loss.value)}{error} nats per token on "
+        f"{undamaged.n_predicted:,} tokens of {text_name(losses[0].text)}{windows}."
+    )
+    return tuple(f for f in (fewest_dimensions(losses[0]), read, _other_texts(losses)) if f)
 
 
 def answer(tables: Tables) -> str:
     """Return how many dimensions are enough on the first text, in one sentence."""
-    shown = shown_damages(tables)
+    shown, windows = shown_damages(tables), table(tables, "windows")
     with_dimensions = [damage for damage in shown if damage.kept_kinds()]
-    if with_dimensions and (enough := fewest_dimensions(with_dimensions[0], table(tables, "breaking"))):
-        return enough
+    if with_dimensions and windows is not None:
+        first = with_dimensions[0]
+        return fewest_dimensions(losses_on(tables["damage"], windows, first.text, first.side))
     if not shown:
         return "The loss of the undamaged model is not a finite number."
     return f"The loss of the undamaged model is {number(shown[0].base)} nats per token on {text_name(shown[0].text)}."
@@ -74,64 +94,94 @@ def _caption(damage: Damage, shown: Sequence[Damage]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Gentlest:
-    """The kind of change with the lowest loss most often, at how many numbers of dimensions, and of how many."""
+    """The kind of change that clearly costs the least most often, at how many numbers of dimensions, and of how many."""
 
     kind: str
     times: int
     total: int
 
 
-def _gentlest_kind(damage: Damage) -> Gentlest | None:
-    """Compare kinds at the numbers of dimensions where several were tried; None where there is no such number."""
+def _gentlest_kind(losses: Losses) -> Gentlest | None:
+    """Compare kinds at the numbers of dimensions where several were tried; None where no kind is clearly the gentlest.
+
+    A kind is the gentlest where it costs less than every other one by the paired interval over windows and seeds.
+    """
+    by_strength: dict[float, list[Draws]] = {}
+    for kind in losses.kinds():
+        for draws in losses.draws(kind):
+            if draws.kept_share is not None and draws.kept_share < 1:
+                by_strength.setdefault(draws.strength, []).append(draws)
+    contests = [of_strength for of_strength in by_strength.values() if len(of_strength) > 1]
     wins: Counter[str] = Counter()
-    curves = [damage.curve(LOSS, kind).with_columns(kind=pl.lit(kind)) for kind in damage.kept_kinds()]
-    for _, rows in pl.concat(curves).filter(pl.col("kept_share") < 1).group_by("strength", maintain_order=True):
-        if rows["kind"].n_unique() > 1:
-            wins[rows.sort("value")["kind"][0]] += 1
-    return Gentlest(*wins.most_common(1)[0], wins.total()) if wins else None
+    for contest in contests:
+        costs = {draws.kind: draws.mean("kl") for draws in contest}
+        wins.update(
+            kind for kind, kl in costs.items() if all(costs_less(kl, costs[other]) for other in costs if other != kind)
+        )
+    return Gentlest(*wins.most_common(1)[0], len(contests)) if wins else None
 
 
-def _gentlest(damage: Damage) -> str:
-    best = _gentlest_kind(damage)
+def _title(damage: Damage, losses: Sequence[Losses]) -> str:
+    if losses and (unreadable := losses[0].unreadable) is not None:
+        return sentence(unreadable)
+    best = _gentlest_kind(losses[0]) if losses else None
     if best is None:
         return sentence(f"the loss after {listed([kind_name(kind) for kind in damage.kept_kinds()])}")
     times = "every number" if best.times == best.total else f"{best.times} of {best.total} numbers"
     return sentence(f"{kind_name(best.kind)} does the least damage at {times} of dimensions tried")
 
 
-def fewest_dimensions(damage: Damage, breaking: pl.DataFrame | None) -> str | None:
-    """Return the fewest dimensions that keep the loss within the first threshold, in one sentence."""
-    if breaking is None or damage.base is None:
-        return None
-    base = f"{number(damage.base)} nats per token"
-    rows = _rows_about(damage, breaking).filter(
-        (pl.col("threshold") == HARMLESS) & pl.col("safe_kept_share").is_not_null()
-    )
-    if rows.is_empty():
+def fewest_dimensions(losses: Losses) -> str:
+    """Return the fewest dimensions that keep the KL within the tolerance, in one sentence."""
+    if (unreadable := losses.unreadable) is not None:
+        return sentence(f"{unreadable}.")
+    safe = [draws for kind in losses.kinds() if (draws := _fewest(losses, kind)) is not None]
+    if not safe:
+        gentlest = min(_all_kept(losses), key=lambda d: upper_end(d.kl), default=None)
+        if gentlest is None:
+            return "No dimensions were removed."
+        change = f"{kind_name(gentlest.kind)} to {gentlest.strength:,.0f} dimensions"
         return (
-            f"Every tested removal of dimensions raises the loss by {HARMLESS:.0%} or more above the undamaged {base}."
+            f"No tested removal of dimensions is clearly harmless: the gentlest is {change}, {compared(gentlest.kl)}."
         )
-    row = rows.sort("safe_kept_share", maintain_order=True).row(0, named=True)
-    dim = round(row["safe"] / row["safe_kept_share"]) if row["safe_kept_share"] else None
-    of = f"of {dim:,} dimensions ({share(row['safe_kept_share'])})" if dim else "dimensions"
-    change = sentence(f"{kind_name(row['kind'])} to {row['safe']:,.0f} {of}")
-    return f"{change} keeps the loss within {HARMLESS:.0%} of the undamaged {base}."
+    fewest = min(safe, key=lambda d: d.kept_share or 0)
+    dim = round(fewest.strength / fewest.kept_share) if fewest.kept_share else None
+    of = f"of {dim:,} dimensions ({share(fewest.kept_share or 0)})" if dim else "dimensions"
+    change = sentence(f"{kind_name(fewest.kind)} to {fewest.strength:,.0f} {of}")
+    return f"{change} is harmless: {compared(fewest.kl)}."
+
+
+def _all_kept(losses: Losses) -> list[Draws]:
+    """Return the changes that keep a number of dimensions, those that keep all aside."""
+    every = [draws for kind in losses.kinds() for draws in losses.draws(kind, overflown=True)]
+    return [d for d in every if d.kept_share is not None and d.kept_share < 1]
+
+
+def _fewest(losses: Losses, kind: str) -> Draws | None:
+    """Return the fewest dimensions of a kind up to which every tested number of them is within the tolerance."""
+    fewest = None
+    for draws in sorted(losses.draws(kind, overflown=True), key=lambda d: -(d.kept_share or 0)):
+        if draws.kept_share is None or judge(draws.kl) != "within":
+            return fewest
+        fewest = draws if draws.kept_share < 1 else fewest
+    return fewest
 
 
 def _rows_about(damage: Damage, breaking: pl.DataFrame) -> pl.DataFrame:
     return breaking.filter((pl.col("text") == damage.text) & (pl.col("side") == damage.side))
 
 
-def _other_texts(shown: Sequence[Damage]) -> str | None:
+def _other_texts(losses: Sequence[Losses]) -> str | None:
     """Return whether the same kind of change is the gentlest on the other texts."""
-    first, gentlest = shown[0], _gentlest_kind(shown[0])
+    gentlest = _gentlest_kind(losses[0]) if losses else None
     clauses = []
-    for other in shown[1:]:
+    for other in losses[1:]:
         best = _gentlest_kind(other)
-        if other.side != first.side or best is None or gentlest is None:
+        if other.side != losses[0].side or best is None or gentlest is None:
             continue
         which = "the same kind" if best.kind == gentlest.kind else kind_name(best.kind)
-        clauses.append(f"on {text_name(other.text)} (undamaged loss {number(other.base)}), {which} is the gentlest")
+        base = number(other.undamaged.loss.value)
+        clauses.append(f"on {text_name(other.text)} (undamaged loss {base}), {which} is the gentlest")
     return sentence(f"{listed(clauses)}.") if clauses else None
 
 
@@ -142,23 +192,24 @@ def _breaking_grid(damage: Damage, breaking: pl.DataFrame, shown: Sequence[Damag
     lines = []
     for (kind,), of_kind in rows.group_by("kind", maintain_order=True):
         cells = [
-            _strength(str(kind), row["strength"], row["kept_share"], row["safe"], row["rise"])
+            _strength(str(kind), row["strength"], row["kept_share"], row["safe"], row["kl"])
             for row in of_kind.sort("threshold").iter_rows(named=True)
         ]
         lines.append((kind_name(str(kind)), *cells, str(of_kind["n_seeds"][0])))
-    header = ("change", *(f"loss +{threshold:.0%} from" for threshold in THRESHOLDS), "seeds")
-    caption = f"The gentlest tested strength at which the loss has risen by a share. {_caption(damage, shown)}"
+    header = ("change", *(f"not within the {mark.kl:g} of {mark.name} from" for mark in THRESHOLDS), "seeds")
+    caption = (
+        "The gentlest tested strength whose KL is not within a mark, with the upper end of its 95% interval. "
+        f"{_caption(damage, shown)}"
+    )
     return Grid(caption, header, tuple(lines), frozenset({3}))
 
 
-def _strength(
-    kind: str, strength: float | None, kept_share: float | None, safe: float | None, rise: float | None
-) -> str:
+def _strength(kind: str, strength: float | None, kept_share: float | None, safe: float | None, kl: float | None) -> str:
     if strength is None:
         return f"not at {safe:g}" if safe is not None else "–"
     unit = find_perturbation(kind).unit.replace("standard deviations", "sd")
-    amount = f"{strength:,.0f} {unit} ({kept_share:.0%})" if kept_share is not None else f"{strength:g} {unit}"
-    return f"{amount}: {rise:+.0%}" if rise is not None else f"{amount}: loss not finite"
+    amount = f"{strength:,.0f} {unit} ({share(kept_share)})" if kept_share is not None else f"{strength:g} {unit}"
+    return f"{amount}: KL {kl:.2g}" if kl is not None else f"{amount}: KL not finite"
 
 
 # ---- beliefs -------------------------------------------------------------------------------------------------------
@@ -177,9 +228,11 @@ def claims_section(tables: Tables, facts: Facts) -> Section | None:
         blocks=(_claims_grid(frame, texts),),
         how_to_read=(
             "Each row is a belief from the notebook in which these experiments began. It was formed there by reading what "
-            "one model wrote, and is tested here on this model. “Holds” means that every comparison agrees with it, “does "
-            "not hold” that none does. For random changes a difference counts from two standard errors over the seeds on. "
-            f"“As well” and “harmless” mean a loss less than {HARMLESS:.0%} higher than that of the undamaged model."
+            "one model wrote, and is tested here on this model. Damage is the KL from the undamaged model. “Holds” means "
+            "that every comparison agrees with it, “does not hold” that none does and some are against it, “cannot tell” "
+            "that none is decided. A comparison is decided by the paired 95% interval over windows, and over seeds for random "
+            f"changes. “As well” and “harmless” mean a KL within the {TOLERANCE.kl:g} nats of {TOLERANCE.name}, at the upper "
+            f"end of its interval. {SCALE_NOTE}"
         ),
         caveat=(
             "A verdict is about this model, this text and these strengths, with the input table changed and nothing trained "
@@ -187,7 +240,7 @@ def claims_section(tables: Tables, facts: Facts) -> Section | None:
             "noise away is tested by a consequence (independent noise costs less than an equal error in one direction), not "
             "by looking into attention."
         ),
-        tables=("claims", "damage"),
+        tables=("claims", "windows", "damage"),
     )
 
 
@@ -195,7 +248,7 @@ def _verdict_counts(claims: pl.DataFrame) -> str:
     verdicts = Counter(claims["verdict"])
     others = [
         f"{verdicts[verdict]} {word}"
-        for verdict, word in ((PARTLY, "in part"), (FAILS, "not"), (UNTESTED, "not tested"))
+        for verdict, word in ((PARTLY, "in part"), (FAILS, "not"), (UNDECIDED, "cannot tell"), (UNTESTED, "not tested"))
         if verdicts[verdict]
     ]
     rest = f" ({', '.join(others)})" if others else ""

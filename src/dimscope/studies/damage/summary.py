@@ -4,7 +4,7 @@ import polars as pl
 
 from dimscope.page.section import Facts, Tables
 from dimscope.studies.damage.claims import UNTESTED
-from dimscope.studies.damage.losses import losses_on, sides_of, texts_of
+from dimscope.studies.damage.losses import rows_about, sides_of, texts_of
 from dimscope.studies.damage.plan import UNDAMAGED
 from dimscope.studies.damage.sections import answer
 from dimscope.studies.damage.tables import KL, LOSS, RELATIVE, TOP_1
@@ -34,7 +34,7 @@ def change_frames(damage: pl.DataFrame) -> list[pl.DataFrame]:
     undamaged model; `same`, the percentage of positions with the same top prediction.
     """
     sides = sides_of(damage) or ["input"]
-    return [_changes(losses_on(damage, text, side).rows, text, side) for text in texts_of(damage) for side in sides]
+    return [_changes(rows_about(damage, text, side), text, side) for text in texts_of(damage) for side in sides]
 
 
 def _changes(rows: pl.DataFrame, text: str, side: str) -> pl.DataFrame:
@@ -67,7 +67,7 @@ def _changes(rows: pl.DataFrame, text: str, side: str) -> pl.DataFrame:
 def _short_breaking(breaking: pl.DataFrame) -> pl.DataFrame:
     """Return where each kind of change breaks the model: `safe at` is the last tested strength before it."""
     return breaking.select(
-        "text", "side", "kind", (100 * pl.col("threshold")).alias("rise %"), pl.col("strength").alias("breaks at"),
+        "text", "side", "kind", pl.col("threshold").alias("KL limit"), pl.col("strength").alias("breaks at"),
         pl.col("kept_share").alias("kept"), pl.col("safe").alias("safe at"),
     )  # fmt: skip
 

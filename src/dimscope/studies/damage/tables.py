@@ -1,14 +1,19 @@
 """The tables of the damage study: what was measured at a point, one row for each number."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import polars as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from dimscope.evaluation.evaluate import Evaluation
+from dimscope.evaluation.evaluate import SUMS, Evaluation, evaluation_of
 from dimscope.evaluation.generation import Continuation
-from dimscope.evaluation.metrics import BITS, KL, LOSS, PERPLEXITY, RISE, TOP_1
+from dimscope.evaluation.metrics import BITS, KL, LOSS, PERPLEXITY, RISE, TOP_1, UNIGRAMS
 from dimscope.evaluation.prompts import Prompt
 from dimscope.interventions.maps import LinearMap, RowMap, exact_error
 from dimscope.interventions.perturbations import find_perturbation
@@ -24,6 +29,7 @@ DAMAGE = POINT | {
     "table": pl.String, "text": pl.String, "metric": pl.String, "value": pl.Float64, "stderr": pl.Float64,
     "null": pl.Float64, "n_tokens": pl.Int64,
 }  # fmt: skip
+WINDOWS = POINT | {"text": pl.String, "window": pl.Int64} | dict.fromkeys(SUMS, pl.Float64)
 GENERATIONS = POINT | {
     "number": pl.Int64, "prompt": pl.String, "chat": pl.Boolean, "continuation": pl.String, "n_tokens": pl.Int64,
     "repetition": pl.Float64, "ids": pl.List(pl.Int64),
@@ -93,17 +99,53 @@ def _closed_form(point: Point, table: TableSummary) -> float | None:
     return None if formula is None else formula(table, strength)
 
 
-def evaluation_numbers(result: Evaluation) -> list[Measurement]:
-    """Return what a text costs, and how far the model is from the undamaged one."""
+def evaluation_numbers(result: Evaluation, entropy: float | None = None) -> list[Measurement]:
+    """Return what a text costs, and how far the model is from the undamaged one.
+
+    Args:
+        result: The evaluation.
+        entropy: The unigram entropy of the text, which stands with the undamaged model.
+    """
     n_predicted, n_positions = result.n_predicted, result.n_positions
+    loss, rise, bits, kl, top_1 = result.loss, result.loss_rise, result.bits_per_byte, result.kl, result.top_1
+    unigrams = [] if entropy is None else [Measurement(UNIGRAMS, entropy, n_predicted)]
     return [
-        Measurement(LOSS, result.loss, n_predicted),
-        Measurement(RISE, result.loss_rise, n_predicted, result.loss_rise_stderr),
+        Measurement(LOSS, loss.value, n_predicted, loss.stderr),
+        Measurement(RISE, rise.value, n_predicted, rise.stderr),
         Measurement(PERPLEXITY, result.perplexity, n_predicted),
-        Measurement(BITS, result.bits_per_byte, n_predicted),
-        Measurement(KL, result.kl, n_positions, result.kl_stderr),
-        Measurement(TOP_1, result.top_1, n_positions),
+        Measurement(BITS, bits.value, n_predicted, bits.stderr),
+        Measurement(KL, kl.value, n_positions, kl.stderr),
+        Measurement(TOP_1, top_1.value, n_positions, top_1.stderr),
+        *unigrams,
     ]
+
+
+def windows_frame(columns: Mapping[str, Any], evaluations: Mapping[str, Evaluation]) -> pl.DataFrame:
+    """Return the rows of a point in the table `windows`: the sums of every window of every text.
+
+    Args:
+        columns: What `point_columns` returns.
+        evaluations: Evaluations by the name of the text.
+    """
+    rows = [
+        {**columns, "text": text, "window": window, **dict(zip(SUMS, sums, strict=True))}
+        for text, evaluation in evaluations.items()
+        for window, sums in enumerate(evaluation.sums.tolist())
+    ]
+    frame = pl.DataFrame(rows, schema=WINDOWS)
+    return frame.with_columns(pl.when(pl.col(c).is_finite()).then(pl.col(c)) for c in SUMS)
+
+
+def window_sums(windows: pl.DataFrame) -> Float[Tensor, "g 7"]:
+    """Return the sums of some rows of the table `windows`, NaN where a model overflows."""
+    columns = windows.select(pl.col(c).fill_null(math.nan) for c in SUMS)
+    return torch.from_numpy(columns.to_numpy().astype(np.float64))
+
+
+def evaluations_of(windows: pl.DataFrame) -> dict[str, Evaluation]:
+    """Return the evaluation of a point on every text, from its rows of the table `windows`."""
+    parts = windows.partition_by("text", maintain_order=True, as_dict=True)
+    return {str(text): evaluation_of(window_sums(rows)) for (text,), rows in parts.items()}
 
 
 def damage_frame(

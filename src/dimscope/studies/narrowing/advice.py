@@ -1,22 +1,35 @@
-"""What follows from the table of a plan: methods compared at equal size, the candidate to show, and the advice in words."""
+"""What follows from the table of a plan: methods compared at equal size, the candidate to show, and the advice in words.
+
+Candidates are chosen by their KL on every other window of the texts, and judged on the windows between. A KL on the windows
+of the choice would be too low: it is the best of many.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import polars as pl
 
+from dimscope.evaluation.unigrams import reads_context
+from dimscope.evaluation.yardstick import TOLERANCE, compared, judge
+from dimscope.page.wording import count, listed, sentence
+from dimscope.texts.window_sums import Interval
+
 NARROW, HEALED, DROP, ROUND, DENSE = "narrow", "narrow, healed", "drop layers", "quantise", "dense"
-TOLERATED = 0.05  # nats of loss: 5% of perplexity
 TENTH = 0.9  # share of the parameters at which the methods are compared in words
-SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio")
+SPEEDS = (
+    "prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio", "prefill_ratio_low", "decode_ratio_low",
+    "prefill_ratio_high", "decode_ratio_high",
+)  # fmt: skip
+HALVES = ("choice_kl", "choice_kl_high", "judged_kl", "judged_kl_low", "judged_kl_high", "judged_within")
 SCHEMA = {
     "method": pl.String, "basis": pl.String, "tied": pl.Boolean, "width": pl.Int64, "layers": pl.Int64, "bits": pl.Int64,
-    "parameters": pl.Int64, "bytes": pl.Int64, "loss": pl.Float64, "loss_rise": pl.Float64, "loss_rise_stderr": pl.Float64,
-    "kl": pl.Float64, "kl_stderr": pl.Float64, "top_1": pl.Float64, "prefill_tokens_per_s": pl.Float64,
-    "decode_tokens_per_s": pl.Float64, "prefill_ratio": pl.Float64, "decode_ratio": pl.Float64, "n_tokens": pl.Int64,
+    "parameters": pl.Int64, "bytes": pl.Int64, "loss": pl.Float64, "loss_stderr": pl.Float64, "loss_high": pl.Float64,
+    "loss_rise": pl.Float64, "loss_rise_stderr": pl.Float64, "kl": pl.Float64, "kl_stderr": pl.Float64, "top_1": pl.Float64,
+    "top_1_stderr": pl.Float64, **dict.fromkeys(HALVES, pl.Float64), **dict.fromkeys(SPEEDS, pl.Float64), "n_tokens": pl.Int64,
 }  # fmt: skip
 
 
@@ -65,119 +78,170 @@ def candidate_name(row: Mapping[str, Any]) -> str:
 
 
 def best_basis(plan: pl.DataFrame) -> str:
-    """Return the basis that has the lowest KL at most widths."""
-    narrow = plan.filter(pl.col("method") == NARROW)
-    winners = [rows.sort("kl")["basis"][0] for _, rows in narrow.group_by("width", maintain_order=True)]
+    """Return the basis that has the lowest KL at most widths, on the windows of the choice."""
+    narrow = plan.filter(pl.col("method") == NARROW).with_columns(_choice_kl())
+    winners = [rows.sort("choice")["basis"][0] for _, rows in narrow.group_by("width", maintain_order=True)]
     return max(dict.fromkeys(winners), key=winners.count)
 
 
+def _choice_kl() -> pl.Expr:
+    """Return the KL to choose by: with the upper end of its interval where there is one, on all windows where there is one."""
+    return pl.coalesce("choice_kl_high", "choice_kl", "kl").alias("choice")
+
+
 def shown_candidate(plan: pl.DataFrame) -> dict[str, Any]:
-    """Return the candidate to show beside the dense model, and to heal: the advised one, or the widest that is a tenth smaller."""
-    good = _tolerable_rows(plan)
-    narrow = _best_rows(plan)
-    smaller = [row for row in narrow if row["parameters"] <= TENTH * _dense(plan)["parameters"]]
-    return good[-1] if good else (smaller or narrow[-1:])[0]
+    """Return the candidate to show beside the dense model, and to heal.
+
+    Of the best basis it is the smallest that is within the tolerance on the windows of the choice, else the widest that is
+    a tenth smaller.
+    """
+    own = plan.filter((pl.col("method") == NARROW) & (pl.col("basis") == best_basis(plan))).with_columns(_choice_kl())
+    narrow = own.sort("parameters", descending=True).rows(named=True)
+    limit = _dense(plan)["parameters"]
+    good = [row for row in narrow if row["parameters"] < limit and row["choice"] <= TOLERANCE.kl]
+    smaller = [row for row in narrow if row["parameters"] <= TENTH * limit]
+    shown = good[-1] if good else (smaller or narrow[-1:])[0]
+    return {name: shown[name] for name in plan.columns}
 
 
 def _dense(plan: pl.DataFrame) -> dict[str, Any]:
     return plan.filter(pl.col("method") == DENSE).row(0, named=True)
 
 
-def _best_rows(plan: pl.DataFrame) -> list[dict[str, Any]]:
-    """Return the candidates of the best basis, the largest first."""
-    own = plan.filter((pl.col("method") == NARROW) & (pl.col("basis") == best_basis(plan)))
-    return own.sort("parameters", descending=True).rows(named=True)
+# ---- advice ----------------------------------------------------------------------------------------------------------
 
 
-def _smaller_rows(plan: pl.DataFrame) -> list[dict[str, Any]]:
-    limit = _dense(plan)["parameters"]
-    return [row for row in _best_rows(plan) if row["parameters"] < limit]
+@dataclass(frozen=True, slots=True)
+class TextRead:
+    """The text that a plan was evaluated on.
+
+    Attributes:
+        names: Names of the texts.
+        n_windows: Windows of the evaluation.
+        entropy: Unigram entropy of the text, in nats per token; None where it is not known.
+    """
+
+    names: Sequence[str] = ()
+    n_windows: int = 0
+    entropy: float | None = None
 
 
-def _better_rows(plan: pl.DataFrame) -> list[dict[str, Any]]:
-    """Return those that are smaller than the dense model, and lose less than dropping layers to their size."""
-    return [row for row in _smaller_rows(plan) if row["kl_dropping"] is None or row["kl"] < row["kl_dropping"]]
+def advice(plan: pl.DataFrame, text: TextRead) -> list[str]:
+    """Return what to do with this model, in a few sentences: a title, then one answer for each goal, then the evidence.
 
-
-def _tolerable_rows(plan: pl.DataFrame) -> list[dict[str, Any]]:
-    return [row for row in _better_rows(plan) if row["loss_rise"] <= TOLERATED]
-
-
-def advice(plan: pl.DataFrame) -> list[str]:
-    """Return what to do with this model, in a few sentences: the first is the advice, the others give the reasons."""
-    dense, basis = _dense(plan), best_basis(plan)
-    smaller = _smaller_rows(plan)
-    compared = [t for t in (_rounded(plan),) if t]
-    if not smaller:
+    Args:
+        plan: The table of the plan.
+        text: What it was evaluated on.
+    """
+    dense = _dense(plan)
+    loss = Interval(dense["loss"], None, None, dense["loss_high"], text.n_windows)
+    if text.entropy is not None and not reads_context(loss, text.entropy):
         return [
-            "Do not narrow this model",
-            "No width makes it smaller: two tables have more parameters than one.",
-            *compared,
+            f"This text cannot tell what a cut costs: the dense model reads it no better than its unigrams (loss "
+            f"{dense['loss']:.3g} nats per token, unigram entropy {text.entropy:.3g})",
+            "Pass a text that the model predicts.",
         ]
-    compared = [_compared(plan, basis, dense["parameters"], smaller[0]), *compared]
-    better, good = _better_rows(plan), _tolerable_rows(plan)
-    healed = plan.filter(pl.col("method") == HEALED)
-    best_healed = healed.row(0, named=True) if healed.height else None
-    if (
-        best_healed
-        and best_healed["loss_rise"] <= TOLERATED
-        and (not good or best_healed["parameters"] <= good[-1]["parameters"])
-    ):
-        return [
-            f"Narrow it to {best_healed['width']} and heal it: {_gain(best_healed, dense)}",
-            _tolerable(plan, best_healed),
-            *compared,
-        ]
-    if good:
-        return [f"Narrow it to {good[-1]['width']}: {_gain(good[-1], dense)}", _tolerable(plan, good[-1]), *compared]
-    if better and best_healed is None:
-        why = f"Every smaller width costs more than {TOLERATED:g} nats of loss. Healing may lower that."
-        return ["Do not narrow this model without healing it", why, *compared]
-    if better and best_healed is not None:
-        why = f"Healed at {best_healed['width']}: {_gain(best_healed, dense)}; the limit is {TOLERATED:g} nats."
-        return ["Do not narrow this model: even after healing it loses too much", why, *compared]
-    return ["Do not narrow this model: dropping layers loses less", *compared]
+    answers = {goal: _pick(plan, goal) for goal in GOALS}
+    title = "; ".join(f"{goal}: {_short(row)}" for goal, row in answers.items())
+    details = [f"{sentence(goal)}: {_detail(plan, goal, row)}" for goal, row in answers.items()]
+    return [sentence(title), *details, _how_judged(text), *_compared(plan)]
 
 
-def _gain(row: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
-    return f"{1 - row['parameters'] / dense['parameters']:.0%} fewer parameters, {row['loss_rise']:+.3f} nats of loss"
+GOALS = {"fewest bytes": "bytes", "fewest parameters": "parameters", "fastest": "prefill_ratio"}
 
 
-def _tolerable(plan: pl.DataFrame, row: Mapping[str, Any]) -> str:
-    return f"A rise of the loss by up to {TOLERATED:g} nats (5% of perplexity) counts as tolerable.{_faster(plan, row)}"
+def _better(plan: pl.DataFrame, goal: str) -> pl.DataFrame:
+    """Return the candidates that are better than the dense model by a goal, the best first; a speed in every round."""
+    column, dense = GOALS[goal], _dense(plan)
+    others = plan.with_columns(_choice_kl()).filter(pl.col("method") != DENSE)
+    if column == "prefill_ratio":
+        faster = others.filter(pl.coalesce("prefill_ratio_low", "prefill_ratio") > 1)
+        return faster.sort("prefill_ratio", "choice", descending=[True, False], maintain_order=True)
+    return others.filter(pl.col(column) < dense[column]).sort(column, "choice", maintain_order=True)
 
 
-def _rounded(plan: pl.DataFrame) -> str | None:
-    rows = plan.filter(pl.col("method") == ROUND)
-    if rows.is_empty():
-        return None
-    row, dense = rows.row(0, named=True), _dense(plan)
+def _pick(plan: pl.DataFrame, goal: str) -> dict[str, Any] | None:
+    """Return the best candidate by a goal of those within the tolerance on the windows of the choice, if there is one."""
+    rows = _better(plan, goal).filter(pl.col("choice") <= TOLERANCE.kl)
+    return rows.row(0, named=True) if rows.height else None
+
+
+def _short(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "keep the dense model"
+    doubt = {"within": "", "undecided": " (not certain)", "above": " (not confirmed)"}[judge(_judged(row))]
+    return f"{candidate_name(row)}{doubt}"
+
+
+def _detail(plan: pl.DataFrame, goal: str, row: Mapping[str, Any] | None) -> str:
+    """Return what the pick for a goal saves and costs, or why there is none."""
+    if row is None:
+        better = _better(plan, goal)
+        if better.is_empty():
+            return f"no candidate is better than the dense model{' in every round' if goal == 'fastest' else ''}."
+        nearest = better.sort("choice", maintain_order=True).row(0, named=True)
+        return (
+            f"keep the dense model; the nearest candidate is {candidate_name(nearest)}, {compared(_judged(nearest))}."
+        )
+    chance = (
+        "" if row["judged_within"] is None else f"; it is within with a probability of {_percent(row['judged_within'])}"
+    )
+    return f"{candidate_name(row)}, {_gain(row, _dense(plan), goal)}: {compared(_judged(row))}{chance}."
+
+
+def _percent(probability: float) -> str:
+    return "more than 99%" if probability > 0.99 else "less than 1%" if probability < 0.01 else f"{probability:.0%}"
+
+
+def _gain(row: Mapping[str, Any], dense: Mapping[str, Any], goal: str) -> str:
+    if goal == "fastest":
+        return f"which reads a prompt {times(row, 'prefill')} as fast"
+    column = GOALS[goal]
+    return f"{row[column] / dense[column]:.0%} of the {column}"
+
+
+def times(row: Mapping[str, Any], name: str) -> str:
+    """Return a speed relative to the dense model with its range over the rounds: "1.20 times (1.15 to 1.24)"."""
+    low, high = row[f"{name}_ratio_low"], row[f"{name}_ratio_high"]
+    spread = "" if low is None else f" ({low:.2f} to {high:.2f})"
+    return f"{row[f'{name}_ratio']:.2f} times{spread}"
+
+
+def _judged(row: Mapping[str, Any]) -> Interval:
+    """Return the KL on the windows that judge; that on all windows, without an interval, where there is one window."""
+    if row["judged_kl"] is None:
+        return Interval(row["kl"], None, None, None, 1)
+    return Interval(row["judged_kl"], None, row["judged_kl_low"], row["judged_kl_high"], 1)
+
+
+def _how_judged(text: TextRead) -> str:
+    names = listed(list(text.names)) or "the text"
+    if text.n_windows < 2 * LEAST_JUDGED:
+        return f"{sentence(count(text.n_windows, 'window'))} of {names} cannot judge a choice: pass a longer text, or more `windows`."
+    judged = text.n_windows // 2
     return (
-        f"To save bytes only, round the weights to {row['bits']} bits: {row['bytes'] / dense['bytes']:.0%} of the bytes, and the "
-        f"loss changes by {row['loss_rise']:+.4f} nats."
+        f"Candidates were chosen on {count(text.n_windows - judged, 'window')} of {names}, and judged on {judged} others; the "
+        f"KL of a choice has to be within {TOLERANCE.kl:g} nats at the upper end of its interval."
     )
 
 
-def _faster(plan: pl.DataFrame, row: Mapping[str, Any]) -> str:
-    """Return how fast a candidate reads, and whether dropping layers costs less at the same speed."""
-    if row["prefill_ratio"] is None:
-        return ""
-    dropping = _at(plan, DROP, None, "kl", row["prefill_ratio"], "prefill_ratio")
-    cheaper = dropping is not None and dropping < row["kl"]
-    rest = (
-        f"; dropping layers to the same speed costs less ({dropping:.3f} nats of KL, not {row['kl']:.3f})"
-        if cheaper
-        else ""
-    )
-    return f" A prompt is read {row['prefill_ratio']:.2f} times as fast{rest}."
+LEAST_JUDGED = 2  # windows, for an interval
 
 
-def _compared(plan: pl.DataFrame, basis: str, parameters: int, first: Mapping[str, Any]) -> str:
-    """Compare narrowing with dropping layers at a tenth fewer parameters, or at the size of the widest candidate."""
+def _compared(plan: pl.DataFrame) -> list[str]:
+    """Compare narrowing with dropping layers at a tenth fewer parameters, or at the size of the widest smaller candidate."""
+    parameters, basis = _dense(plan)["parameters"], best_basis(plan)
+    own = plan.filter((pl.col("method") == NARROW) & (pl.col("basis") == basis) & (pl.col("parameters") < parameters))
+    if own.is_empty():
+        return ["No width makes this model smaller: two tables have more parameters than one."]
     size = TENTH * parameters
-    own, dropping = _at(plan, NARROW, basis, "loss_rise", size), _at(plan, DROP, None, "loss_rise", size)
-    if own is None:
-        size, own = first["parameters"], first["loss_rise"]
-        dropping = _at(plan, DROP, None, "loss_rise", size)
-    other = "" if dropping is None else f", dropping layers by {dropping:+.3f}"
-    return f"With {1 - size / parameters:.0%} fewer parameters, narrowing ({basis}) changes the loss by {own:+.3f} nats{other}."
+    narrowing = _at(plan, NARROW, basis, "kl", size)
+    if narrowing is None:
+        first = own.sort("parameters", descending=True).row(0, named=True)
+        size, narrowing = first["parameters"], first["kl"]
+    dropping = _at(plan, DROP, None, "kl", size)
+    other = "" if dropping is None else f", and dropping layers one of {dropping:.3f}"
+    return [
+        f"With {1 - size / parameters:.0%} fewer parameters, narrowing ({basis}) has a KL of {narrowing:.3f} nats{other}, on all "
+        "windows."
+    ]

@@ -20,10 +20,11 @@ from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
 from dimscope.evaluation.generation import Decoding, generate
 from dimscope.evaluation.prompts import Prompt, prepare_prompt
+from dimscope.evaluation.unigrams import unigram_entropy
 from dimscope.narrowing.bases import LEARNED, check_basis
 from dimscope.narrowing.target import Target, check_width, resolve_target
 from dimscope.storage import Store
-from dimscope.studies.narrowing.advice import advice, shown_candidate, with_equal_size
+from dimscope.studies.narrowing.advice import TextRead, advice, shown_candidate, with_equal_size
 from dimscope.studies.narrowing.facts import NarrowingFacts, ShownCandidate
 from dimscope.studies.narrowing.plan_rows import (
     PlanRun,
@@ -101,7 +102,9 @@ def _facts(
 ) -> NarrowingFacts:
     windows, target = session.windows, session.target
     return NarrowingFacts(
-        advice=advice(plan),
+        advice=advice(
+            plan, TextRead(list(session.texts), len(windows.evaluation), unigram_entropy(windows.evaluation))
+        ),
         shown=ShownCandidate(shown["basis"], shown["width"]),
         texts=list(session.texts),
         window_length=session.length,

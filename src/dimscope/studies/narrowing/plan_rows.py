@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from dimscope.checkpoints.tensors import DTYPES
-from dimscope.evaluation.throughput import throughput
+from dimscope.evaluation.evaluate import evaluation_of
+from dimscope.evaluation.throughput import speed_ratio, throughput
+from dimscope.evaluation.yardstick import probability_within
 from dimscope.narrowing.bases import LEARNED
 from dimscope.storage import Store
 from dimscope.studies.narrowing.advice import DENSE, DROP, HEALED, NARROW, ROUND, SCHEMA, SPEEDS
@@ -19,10 +21,12 @@ from dimscope.studies.narrowing.candidates import heal_candidate, make_candidate
 from dimscope.studies.narrowing.session import LENGTH, NarrowingSession, evaluate_model, session_recipe
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 BITS = 8
-EVALUATED = ("loss", "loss_rise", "loss_rise_stderr", "kl", "kl_stderr", "top_1")
+EVALUATED = ("loss", "loss_rise", "kl", "top_1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,26 +149,45 @@ def _stored_row(run: PlanRun, row: _Row) -> pl.DataFrame:
 
 
 def _compute_row(session: NarrowingSession, row: _Row) -> pl.DataFrame:
-    model, dense = row.make(), session.dense()
+    model = row.make()
     evaluation = evaluate_model(session, model)
-    speeds: dict[str, float] = {}
-    if row.timed:
-        # Beside the dense model in the same minute: machines get busy and idle again.
-        both = throughput({"dense": dense, row.name: model}, read=min(LENGTH, session.length))
-        own, base = both[row.name], both["dense"]
-        values = (own.prefill, own.decode, own.prefill / base.prefill, own.decode / base.decode)
-        speeds = dict(zip(SPEEDS, values, strict=True))
+    speeds = _speeds(session, row.name, model) if row.timed else {}
     parameters = sum(p.numel() for p in model.parameters())
-    session.monitor.announce(f"{row.name}: {parameters / 1e6:.1f}M parameters, KL {evaluation.kl:.4f}")
+    intervals = {name: getattr(evaluation, name) for name in EVALUATED}
+    session.monitor.announce(f"{row.name}: {parameters / 1e6:.1f}M parameters, KL {evaluation.kl.value:.4f}")
     columns = {
         **row.identity,
         "parameters": parameters,
         "bytes": _stored_bytes(session, model, row.bits),
-        **{name: getattr(evaluation, name) for name in EVALUATED},
+        **{name: intervals[name].value for name in EVALUATED},
+        "loss_high": intervals["loss"].high,
+        **{f"{name}_stderr": intervals[name].stderr for name in EVALUATED},
+        **(_halves(evaluation.sums) if len(evaluation.sums) > 1 else {}),
         **speeds,
         "n_tokens": evaluation.n_positions,
     }
     return pl.DataFrame([columns], schema=SCHEMA)
+
+
+def _speeds(session: NarrowingSession, name: str, model: PreTrainedModel) -> dict[str, float]:
+    """Time a model beside the dense one in the same minute: machines get busy and idle again."""
+    both = throughput({"dense": session.dense(), name: model}, read=min(LENGTH, session.length))
+    own = both[name]
+    ratio = speed_ratio(own, both["dense"])
+    ratios = (ratio.prefill, ratio.decode)
+    values = (
+        own.prefill.median, own.decode.median, *(r.median for r in ratios), *(r.low for r in ratios), *(r.high for r in ratios)
+    )  # fmt: skip
+    return dict(zip(SPEEDS, values, strict=True))
+
+
+def _halves(sums: Float[Tensor, "g 7"]) -> dict[str, float | None]:
+    """Return the KL on every other window, to choose by, and on those between, to judge the choice."""
+    choice, judged = (evaluation_of(sums[start::2]).kl for start in (0, 1))
+    return {
+        "choice_kl": choice.value, "choice_kl_high": choice.high, "judged_kl": judged.value, "judged_kl_low": judged.low,
+        "judged_kl_high": judged.high, "judged_within": probability_within(judged),
+    }  # fmt: skip
 
 
 def _stored_bytes(session: NarrowingSession, model: PreTrainedModel, bits: int | None) -> int:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -17,7 +17,7 @@ from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dimscope.checkpoints.model import load_model, place
 from dimscope.errors import InvalidArgument
 from dimscope.evaluation.metrics import BITS, KL, LOSS, TOP_1
-from dimscope.evaluation.throughput import throughput
+from dimscope.evaluation.throughput import Spread, throughput
 from dimscope.narrowing.assembly import Account, account_of, assemble, stored_model, write_narrowing
 from dimscope.narrowing.bases import FROM_TABLE, LEARNED, check_basis, make_basis
 from dimscope.narrowing.card import NarrowFacts, model_card
@@ -29,6 +29,7 @@ from dimscope.studies.narrowing.candidates import heal_candidate, make_candidate
 from dimscope.studies.narrowing.session import LENGTH, NarrowingSession, evaluate_model, open_session, table_summary
 from dimscope.studies.narrowing.settings import NarrowSettings
 from dimscope.studies.study import SILENT, Monitor
+from dimscope.texts.window_sums import Interval
 from dimscope.texts.windows import Window
 from dimscope.units import readable_bytes
 
@@ -48,7 +49,8 @@ class NarrowResult:
     Attributes:
         model: An ordinary `PreTrainedModel` in the stored dtype of the dense one; `save_pretrained` writes it.
         account: Parameters and bytes of the dense and of the narrow model.
-        measured: One row per number: `metric`, `dense`, `narrow`; None without `evaluate`.
+        measured: One row per number: `metric`, `dense`, `narrow`, and the 95% interval of the latter, `low` to `high`: over
+            windows, or over rounds for a speed; null where there is none. None without `evaluate`.
         training: KL on held-out text while it was trained; None where nothing was trained.
         facts: How it was made.
     """
@@ -304,13 +306,29 @@ def _measure(session: NarrowingSession, small: PreTrainedModel, account: Account
     dense, narrow = evaluate_model(session, session.dense()), evaluate_model(session, small)
     speed = throughput({"dense": session.dense(), "narrow": small}, read=min(LENGTH, session.length))
     rows = [
-        ("parameters", account.dense_parameters, account.narrow_parameters),
-        ("bytes", account.dense_bytes, account.narrow_bytes),
-        *((title, getattr(dense, name), getattr(narrow, name)) for name, title in EVALUATED.items()),
-        *((title, getattr(speed["dense"], name), getattr(speed["narrow"], name)) for name, title in TIMED.items()),
+        ("parameters", account.dense_parameters, account.narrow_parameters, None, None),
+        ("bytes", account.dense_bytes, account.narrow_bytes, None, None),
+        *(_evaluated(title, getattr(dense, name), getattr(narrow, name)) for name, title in EVALUATED.items()),
+        *(
+            _timed(title, *(getattr(speed[side], name) for side in ("dense", "narrow")))
+            for name, title in TIMED.items()
+        ),
     ]
-    schema = {"metric": pl.String, "dense": pl.Float64, "narrow": pl.Float64}
+    schema = {
+        "metric": pl.String, "dense": pl.Float64, "narrow": pl.Float64, "low": pl.Float64, "high": pl.Float64,
+    }  # fmt: skip
     return pl.DataFrame(rows, schema=schema, orient="row", strict=False)
+
+
+_Row = tuple[str, float, float, float | None, float | None]
+
+
+def _evaluated(title: str, dense: Interval, narrow: Interval) -> _Row:
+    return title, dense.value, narrow.value, narrow.low, narrow.high
+
+
+def _timed(title: str, dense: Spread, narrow: Spread) -> _Row:
+    return title, dense.median, narrow.median, narrow.low, narrow.high
 
 
 def _card_rows(measured: pl.DataFrame | None) -> list[dict[str, str]]:
@@ -318,7 +336,12 @@ def _card_rows(measured: pl.DataFrame | None) -> list[dict[str, str]]:
     if measured is None:
         return []
     rows = [row for row in measured.iter_rows(named=True) if row["metric"] not in ("parameters", "bytes")]
-    return [{"metric": r["metric"], "dense": f"{r['dense']:.4g}", "narrow": f"{r['narrow']:.4g}"} for r in rows]
+    return [{"metric": r["metric"], "dense": f"{r['dense']:.4g}", "narrow": _with_interval(r)} for r in rows]
+
+
+def _with_interval(row: Mapping[str, Any]) -> str:
+    interval = "" if row["low"] is None else f" ({row['low']:.4g} to {row['high']:.4g})"
+    return f"{row['narrow']:.4g}{interval}"
 
 
 def _described(session: NarrowingSession, windows: Sequence[Window]) -> str:

@@ -1,11 +1,13 @@
 """Sections about narrowing: what every width would cost, and a narrow model beside the dense one."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
 
+from dimscope.evaluation.yardstick import SCALE_NOTE
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, table
-from dimscope.page.wording import count, number, share
+from dimscope.page.wording import count, listed, share
 from dimscope.studies.narrowing import figures
 from dimscope.studies.narrowing.advice import DENSE, HEALED, ROUND, candidate_name
 from dimscope.studies.narrowing.facts import NarrowingFacts, narrowing_facts
@@ -33,16 +35,22 @@ def plan_section(tables: Tables, facts: Facts) -> Section | None:
             "Every point is a smaller model, not trained after it was cut: further right it is smaller, or faster; further down "
             "its predictions are nearer to the dense model's. Coloured lines are ways to choose the directions that are kept. "
             "Grey is dropping whole layers, the simplest way to a smaller standard checkpoint. Compare at the same number of "
-            f"parameters, along a vertical line.{star}"
+            f"parameters, along a vertical line.{star} {SCALE_NOTE}"
         ),
         caveat=(
-            f"Evaluated on {count(own.n_windows['evaluation'], 'window')} of {own.window_length} tokens, on which nothing was "
-            "calibrated, by the KL to the dense model's predictions, not by tasks. Speeds are those of this machine, one sequence "
-            "at a time. The basis hardly changes the speed, so it is measured once per width. The speed of rounded weights "
-            "depends on the engine, and is not measured."
+            f"Evaluated on {count(own.n_windows['evaluation'], 'window')} of {own.window_length} tokens of {listed(own.texts)}, "
+            f"where the dense model has a loss of {_dense_loss(plan)} nats per token, and on which nothing was calibrated, by the "
+            "KL to the dense model's predictions, not by tasks. Speeds are those of this machine, one sequence at a time, in "
+            "rounds beside the dense model: a range that includes 1 shows no difference. The basis hardly changes the speed, so "
+            "it is measured once per width. The speed of rounded weights depends on the engine, and is not measured."
         ),
         tables=("plan",),
     )  # fmt: skip
+
+
+def _dense_loss(plan: pl.DataFrame) -> str:
+    dense = plan.filter(pl.col("method") == DENSE).row(0, named=True)
+    return _with_error(dense["loss"], dense["loss_stderr"], ".3f")
 
 
 def _candidates(plan: pl.DataFrame) -> Grid:
@@ -50,7 +58,7 @@ def _candidates(plan: pl.DataFrame) -> Grid:
     rows = tuple(
         (
             candidate_name(row), f"{row['parameters']:,}", f"{row['parameters'] / dense['parameters'] - 1:+.0%}",
-            readable_bytes(row["bytes"]), _times(row["prefill_ratio"]), _times(row["decode_ratio"]), f"{row['loss']:.3f}",
+            readable_bytes(row["bytes"]), _times(row, "prefill"), _times(row, "decode"), f"{row['loss']:.3f}",
             "–" if row["method"] == DENSE else _with_error(row["loss_rise"], row["loss_rise_stderr"], "+.3f"),
             "–" if row["method"] == DENSE else _with_error(row["kl"], row["kl_stderr"], ".4f"), share(row["top_1"]),
             "–" if row["method"] in (DENSE, ROUND) or row["kl_dropping"] is None else f"{row['kl_dropping']:.4f}",
@@ -62,9 +70,9 @@ def _candidates(plan: pl.DataFrame) -> Grid:
         "KL of dropping layers",
     )  # fmt: skip
     caption = (
-        "All candidates. Reading and writing: speed relative to the dense model. Loss and KL in nats per token, ± one standard "
-        "error if positions were independent: a lower bound. Same choice: positions with the same top prediction. Last column: "
-        "dropping layers to the same size."
+        "All candidates. Reading and writing: speed relative to the dense model, a median and the range of its rounds. Loss and "
+        "KL in nats per token, ± one standard error over the windows. Same choice: positions with the same top prediction. "
+        "Last column: dropping layers to the same size."
     )
     return Grid(caption, header, rows, frozenset(range(1, len(header))))
 
@@ -74,8 +82,11 @@ def _with_error(value: float, stderr: float | None, form: str) -> str:
     return f"{value:{form}}" if stderr is None else f"{value:{form}} ± {stderr:{form.lstrip('+')}}"
 
 
-def _times(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.2f}×"
+def _times(row: Mapping[str, Any], name: str) -> str:
+    if (ratio := row[f"{name}_ratio"]) is None:
+        return "–"
+    low, high = row[f"{name}_ratio_low"], row[f"{name}_ratio_high"]
+    return f"{ratio:.2f}×" if low is None else f"{ratio:.2f}× ({low:.2f} to {high:.2f})"
 
 
 def before_after_section(tables: Tables, facts: Facts) -> Section | None:
@@ -125,13 +136,13 @@ def _comparison(before: dict[str, Any], after: dict[str, Any], own: NarrowingFac
         ("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", change("parameters")),
         ("bytes of weights", f"{before['bytes']:,}", f"{after['bytes']:,}", change("bytes")),
         ("KV cache, bytes per token", cache, cache, "unchanged"),
-        ("loss (nats per token)", number(before["loss"]), number(after["loss"]), f"{after['loss_rise']:+.3f}"),
+        ("loss (nats per token)", f"{before['loss']:.3f}", f"{after['loss']:.3f}", f"{after['loss_rise']:+.3f}"),
         ("KL to the dense model (nats)", "0", f"{after['kl']:.4f}", ""),
         ("same top prediction", "100%", share(after["top_1"]), ""),
     ]  # fmt: skip
     for name, title in (("prefill", "tokens of a prompt read per second"), ("decode", "tokens generated per second")):
         speed, ratio = after[f"{name}_tokens_per_s"], after[f"{name}_ratio"]
         if speed is not None:  # beside the dense model of the same minute
-            rows.append((title, f"{speed / ratio:,.0f}", f"{speed:,.0f}", _times(ratio)))
+            rows.append((title, f"{speed / ratio:,.0f}", f"{speed:,.0f}", _times(after, name)))
     header = ("", f"dense, {own.dim}", f"narrow, {after['width']}", "change")
     return Grid("The dense and the narrow model", header, tuple(rows), frozenset({1, 2, 3}))

@@ -1,0 +1,92 @@
+"""One scale for what a change of a model costs: the KL from the unchanged model, beside that of rounding its weights.
+
+The marks are the KL of Llama-3-8B with rounded weights to itself in full precision, on WikiText-2, from the README of the
+perplexity tool of llama.cpp: q8_0 0.0014, q4_K_M 0.031, q2_K 0.445 nats. Other models lie elsewhere on this scale.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dimscope.texts.window_sums import Interval
+
+Judgement = Literal["within", "above", "undecided"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A KL in nats, and the rounding of weights that costs as much."""
+
+    kl: float
+    name: str
+
+
+MARKS = (Mark(0.0015, "rounding to 8 bits"), Mark(0.03, "rounding to 4 bits"), Mark(0.45, "rounding to 2 bits"))
+TOLERANCE = MARKS[1]
+"""What every study calls harmless: a KL of no more than this, at the upper end of its 95% interval."""
+
+SCALE_NOTE = (
+    "The scale is the KL of Llama-3-8B with rounded weights (llama.cpp, WikiText-2): "
+    + ", ".join(f"{mark.kl:g} nats for {mark.name}" for mark in MARKS)
+    + ". Other models lie elsewhere on it."
+)
+
+
+def judge(kl: Interval, mark: Mark = TOLERANCE) -> Judgement:
+    """Return whether a KL is within a mark, above it, or undecided: its 95% interval has to be on one side.
+
+    Without an interval (one window, or one seed of a random change) it is undecided; a KL that is no number is above.
+
+    >>> judge(Interval(0.02, 0.002, 0.015, 0.025, 8)), judge(Interval(0.02, 0.01, 0.0, 0.04, 8))
+    ('within', 'undecided')
+    """
+    if not math.isfinite(kl.value):
+        return "above"
+    if kl.low is None or kl.high is None:
+        return "undecided"
+    return "within" if kl.high <= mark.kl else "above" if kl.low > mark.kl else "undecided"
+
+
+def probability_within(kl: Interval, mark: Mark = TOLERANCE) -> float | None:
+    """Return the probability that the mean KL on the text is within a mark, by Student's t; None for one window.
+
+    >>> round(probability_within(Interval(0.02, 0.005, 0.004, 0.036, 4)), 3)
+    0.930
+    """
+    from scipy.special import stdtr
+
+    if kl.stderr is None or not math.isfinite(kl.value):
+        return None
+    if kl.stderr == 0:
+        return float(kl.value <= mark.kl)
+    return float(stdtr(kl.n_groups - 1, (mark.kl - kl.value) / kl.stderr))
+
+
+def upper_end(kl: Interval) -> float:
+    """Return the upper end of the interval of a KL; the KL itself where there is none, infinite where it is no number."""
+    if not math.isfinite(kl.value):
+        return math.inf
+    return kl.value if kl.high is None else kl.high
+
+
+def with_interval(kl: Interval) -> str:
+    """Return a KL with its interval in words.
+
+    >>> with_interval(Interval(0.0212, 0.002, 0.0181, 0.0243, 8))
+    'KL 0.021 nats (95% interval 0.018 to 0.024)'
+    """
+    if not math.isfinite(kl.value):
+        return "KL not finite"
+    if kl.low is None or kl.high is None:
+        return f"KL {kl.value:.2g} nats (no interval: one window, or one seed)"
+    return f"KL {kl.value:.2g} nats (95% interval {max(kl.low, 0.0):.2g} to {kl.high:.2g})"
+
+
+def compared(kl: Interval, mark: Mark = TOLERANCE) -> str:
+    """Return a KL with its interval, compared with a mark.
+
+    >>> compared(Interval(0.0212, 0.002, 0.0181, 0.0243, 8))
+    'KL 0.021 nats (95% interval 0.018 to 0.024), within the 0.03 of rounding to 4 bits'
+    """
+    words = {"within": "within", "above": "above", "undecided": "neither clearly within nor above"}
+    return f"{with_interval(kl)}, {words[judge(kl, mark)]} the {mark.kl:g} of {mark.name}"
