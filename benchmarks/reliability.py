@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dimscope.activations.collection import Collection, collect, empty_collection
 from dimscope.activations.sites import find_sites
-from dimscope.api import as_checkpoint
+from dimscope.api import as_checkpoint, perturbation
 from dimscope.checkpoints.model import load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.evaluation.evaluate import baseline, evaluate
@@ -210,15 +210,12 @@ class Pool:
         self.damage = torch.stack(list(self._damage(model, checkpoint)))
 
     def _damage(self, model: torch.nn.Module, checkpoint: object) -> Iterator[Tensor]:
-        from dimscope.api import perturbation
-
         bases = [baseline(model, [window]) for window in self.windows]
         with perturbed(model, perturbation("truncate", checkpoint, 64)):
             for base in bases:
                 of = evaluate(model, base)
-                yield torch.tensor(
-                    [of.kl * of.n_positions, of.n_positions, of.loss_rise * of.n_predicted, of.n_predicted]
-                )
+                kl, rise = of.kl.value * of.n_positions, of.loss_rise.value * of.n_predicted
+                yield torch.tensor([kl, of.n_positions, rise, of.n_predicted])
 
     def intervals(self, chosen: np.ndarray) -> dict[str, Interval]:
         """Return every interval of the page that comes from the windows of one text."""

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow  # whole commands
 
 CAUSAL = ["gpt2", "opt", "qwen2", "llama", "gemma", "gpt_neox"]  # sites of every family: tests/activations
 ROTARY = CAUSAL[2:]  # the others add a vector per position to the embeddings
-TABLES = {"layers", "scree", "texts", "confidence", "predictions", "similarity"}
+TABLES = {"layers", "scree", "type_spectra", "texts", "confidence", "predictions", "similarity"}
 SITES = {0: "embeddings", 1: "block 1", 2: "block 2, before final norm", 3: "after final norm"}
 TINY = ("--length", "16", "--windows", "3")
 SMALL = (*TINY, "--shuffles", "2", "--seed", "7")  # the seed of the checkpoints is 0

@@ -327,14 +327,22 @@ def test_spread_of_equal_draws_is_nothing() -> None:
 
 
 def test_confidence_has_probabilities_and_the_price_of_shuffling(one: Tables) -> None:
-    predictions = one["predictions"].with_columns(
-        value=pl.col("metric").replace_strict({"max log-softmax": math.log(0.25), "loss": 2.0}, default=1.0)
-        - pl.when(pl.col("condition") == "shuffled").then(math.log(2)).otherwise(0.0)
+    predictions = (
+        one["predictions"]
+        .with_columns(
+            value=pl.col("metric").replace_strict({"max log-softmax": math.log(0.25), "loss": 2.0}, default=1.0)
+            - pl.when(pl.col("condition") == "shuffled").then(math.log(2)).otherwise(0.0)
+        )
+        .with_columns(low=pl.col("value") - 0.1, high=pl.col("value") + 0.1)
     )
     section = _section(contrasts.confidence_section({**one, "predictions": predictions}, _facts()))
     assert _numbers(section.title) == [25.0, 12.5, 25.0]  # percent: real, shuffled, random weights
     assert "lowers" in section.findings[0]
-    assert _numbers(section.findings[0]) == [0.693, 2, 1.31]
+    assert _numbers(section.findings[0]) == [0.693, 2, 95, 1.9, 2.1, 1.31, 95, 1.21, 1.41]
+    # Margins of 0.5 add up to 0.71, which is more than the difference.
+    wide = predictions.with_columns(low=pl.col("value") - 0.5, high=pl.col("value") + 0.5)
+    findings = _section(contrasts.confidence_section({**one, "predictions": wide}, _facts())).findings
+    assert "does not clearly change the loss" in findings[0]
     alone = predictions.filter(pl.col("condition") == "real")
     section = _section(contrasts.confidence_section({**one, "predictions": alone}, _facts()))
     assert _numbers(section.title) == [25.0]

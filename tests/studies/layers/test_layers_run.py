@@ -55,8 +55,8 @@ def same(left, right, **tolerance):
         assert_frame_equal(left[name], right[name], **(tolerance or {"check_exact": True}))
 
 
-def value(frame, metric, **where):
-    (found,) = frame.filter(metric=metric, preprocess="raw", centred=True, **where)["value"]
+def value(frame, metric, preprocess="raw", **where):
+    (found,) = frame.filter(metric=metric, preprocess=preprocess, centred=True, **where)["value"]
     return found
 
 
@@ -114,9 +114,8 @@ def test_the_tables_are_those_of_the_passes_one_below_the_other(whole):
         parts = [pl.read_parquet(p) for p in sorted((folder / "tables/passes").glob(f"*.{name}.parquet"))]
         assert_frame_equal(pl.concat(parts), table, check_row_order=False, check_exact=True)
         assert_frame_equal(pl.read_parquet(folder / f"tables/{name}.parquet"), table, check_exact=True)
-        of = table if name != "similarity" else None
-        if of is not None:
-            order = of.select("condition", "seed").unique(maintain_order=True).rows()
+        if name not in ("similarity", "type_spectra"):
+            order = table.select("condition", "seed").unique(maintain_order=True).rows()
             assert order == [
                 c for c in CONDITIONS if not c[1] or name in ("layers", "texts", "confidence", "predictions")
             ]
@@ -147,9 +146,11 @@ def test_every_site_of_every_pass_is_in_the_table_under_its_name(whole):
 def test_further_draws_have_raw_numbers_only(whole):
     _, _, tables = whole("llama")
     further = tables["layers"].filter(pl.col("seed") > 0)
-    assert set(further["preprocess"]) == {"raw"}
+    assert set(further["preprocess"]) == {"raw", "one state per type"}
     uncentred = further.filter(~pl.col("centred"))["metric"]
-    assert set(uncentred) == {"mean cosine", "massive activations", "largest activation", "median norm"}
+    assert set(uncentred) == {
+        "mean cosine", "massive activations", "largest activation", "median norm", "same-token nearest neighbors"
+    }  # fmt: skip
     for name in ("scree", "similarity", "curve"):
         assert set(tables[name].get_column("seed", default=pl.Series([0]))) <= {0, None}
 
@@ -456,7 +457,7 @@ def test_another_seed_in_the_same_folder_gives_the_tables_of_a_fresh_one(tiny, t
 def test_tables_of_an_earlier_run_that_this_one_does_not_have_are_gone(tiny, tmp_path):
     study(tiny(), tmp_path, curve=True, shuffles=0, random_weights=False, shuffles_across=0)
     _, tables = study(tiny(), tmp_path, logits=False, shuffles=0, random_weights=False, shuffles_across=0)
-    assert list(tables) == ["layers", "scree", "texts", "similarity"]
+    assert list(tables) == ["layers", "scree", "type_spectra", "texts", "similarity"]
     assert {p.stem for p in (tmp_path / "tables").glob("*.parquet")} == set(tables)
 
 
@@ -675,7 +676,7 @@ def test_the_summary_is_the_table_layer_by_layer(whole):
         )
         assert row["rank"] == value(of, "numerical rank", condition="real")
         assert row["ratio"] == value(of, "participation ratio, corrected", condition="real")
-        assert row["TwoNN"] == value(of, "TwoNN, maximum likelihood", condition="real")
+        assert row["TwoNN"] == value(of, "TwoNN, maximum likelihood", condition="real", preprocess="one state per type")
         assert row["N"] == 128
 
 
