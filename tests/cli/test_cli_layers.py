@@ -46,7 +46,8 @@ TINY = ("--length", "16", "--windows", "3")
 SMALL = (*TINY, "--shuffles", "2", "--seed", "7")  # the seed of the checkpoints is 0
 BARE = ("--shuffles", "0", "--shuffles-across", "0", "--no-random-weights")
 LAYERS = ["model", "text", "condition", "seed", "site", "layer", "preprocess", "centred", "metric", "scale", "value",
-          "stderr", "null", "share_of_dim", "share_of_rank", "share_of_null", "n_tokens", "n_dropped", "dim"]  # fmt: skip
+          "stderr", "low", "high", "halves", "null", "gaussian",
+          "share_of_dim", "share_of_rank", "share_of_null", "n_tokens", "n_dropped", "dim"]  # fmt: skip
 
 AGAIN = {"rel_tol": 1e-6, "abs_tol": 1e-6}
 """float32 states of a model that was loaded anew, wherever in memory it lies."""

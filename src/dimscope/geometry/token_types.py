@@ -88,13 +88,13 @@ def variance_between_types(
         groups: The group of each, for the error; see `half_samples`.
     """
     centred = rows.double() - rows.double().mean(dim=0)
-
-    def share(chosen: Int[np.ndarray, " m"]) -> float:
-        return _epsilon_squared(centred[torch.from_numpy(chosen)], types[chosen])
-
-    halves = [tuple(share(np.flatnonzero(half)) for half in pair) for pair in half_samples(groups)]
-    differences = [one - two for one, two in halves]
-    return Replicated(share(np.arange(len(rows))), tuple(differences) if np.isfinite(differences).all() else ())
+    value = _epsilon_squared(centred, types)
+    halves = [
+        [_epsilon_squared(centred[torch.from_numpy(half)], types[half]) for half in pair]
+        for pair in half_samples(groups)
+    ]
+    differences = tuple(one - two for one, two in halves)
+    return Replicated(value, differences if np.isfinite(differences).all() else ())
 
 
 def _epsilon_squared(rows: Float[Tensor, "n d"], types: Int[np.ndarray, " n"]) -> float:

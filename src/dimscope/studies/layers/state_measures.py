@@ -87,20 +87,25 @@ def state_rows(states: States, layer: int) -> Iterator[dict[str, Any]]:
     if len(rows) < FEWEST:
         return
     yield from _norms(rows)
-    across = participation_ratio_across(rows, states.groups)
-    n = int(np.count_nonzero(states.groups >= 0))
-    dim = rows.shape[1]
-    yield with_error(dimension_row(PARTICIPATION_RATIO_ACROSS, across.value, n, dim, float(dim)), across)
-    neighbors = same_type_neighbors(rows, states.sample.tokens)
-    yield row(SAME_TOKEN_NEIGHBORS, neighbors.share, len(rows), dim, null=neighbors.by_chance, centred=False)
     between = variance_between_types(rows, states.sample.tokens, states.groups)
-    yield with_error(row(BETWEEN_TYPES, between.value, len(rows), dim, null=0.0), between)
+    yield with_error(row(BETWEEN_TYPES, between.value, *rows.shape, null=0.0), between)
     yield from _intrinsic_rows(rows, states, ONE_PER_TYPE, states.one_per_type)
     if states.first:
-        yield from _intrinsic_rows(rows, states, RAW, np.arange(len(rows)))
+        yield from _first_rows(rows, states)
     if states.real:
         within = _without_type_means(rows, states.sample.tokens)
         yield from _intrinsic_rows(within, states, WITHIN_TYPES, states.repeated)
+
+
+def _first_rows(rows: Float[Tensor, "n d"], states: States) -> Iterator[dict[str, Any]]:
+    """Yield the measures that further draws do not have."""
+    n, dim = rows.shape
+    across = participation_ratio_across(rows, states.groups)
+    n_grouped = int(np.count_nonzero(states.groups >= 0))
+    yield with_error(dimension_row(PARTICIPATION_RATIO_ACROSS, across.value, n_grouped, dim, float(dim)), across)
+    neighbors = same_type_neighbors(rows, states.sample.tokens)
+    yield row(SAME_TOKEN_NEIGHBORS, neighbors.share, n, dim, null=neighbors.by_chance, centred=False)
+    yield from _intrinsic_rows(rows, states, RAW, np.arange(n))
 
 
 def _norms(rows: Float[Tensor, "n d"]) -> Iterator[dict[str, Any]]:
@@ -128,9 +133,16 @@ def _intrinsic_rows(
     chosen, dim = rows[torch.from_numpy(positions)], rows.shape[1]
     errors = states.real or (states.first and preprocess == ONE_PER_TYPE)
     estimates = intrinsic_dimensions(chosen, groups=states.groups[positions], errors=errors)
-    surrogate = gaussian_dimension(chosen[distinct_rows(chosen)]) if estimates and states.real else {}
+    # The leading states of real text have all comparisons; each takes as long as the estimates themselves.
+    leading = states.real and preprocess == ONE_PER_TYPE
+    surrogate = {}
+    if estimates and leading:
+        whole = estimates[0].n_used == len(chosen)
+        surrogate = gaussian_dimension(chosen if whole else chosen[distinct_rows(chosen)])
+    with_null = estimates and (leading or preprocess == RAW)
+    white = white_noise_dimension(estimates[0].n_used, dim) if with_null else {}
     for e in estimates:
-        null = white_noise_dimension(e.n_used, dim).get((e.metric, e.scale))
+        null = white.get((e.metric, e.scale))
         measured = dimension_row(
             e.metric, e.value, e.n_used, dim, null, preprocess=preprocess, n_dropped=len(rows) - e.n_used, scale=e.scale,
             gaussian=surrogate.get((e.metric, e.scale)),
