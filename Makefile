@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 COVERED := geometry vectors interventions evaluation narrowing
+SHAPED := dimscope.geometry,dimscope.vectors,dimscope.texts,dimscope.activations,dimscope.interventions,dimscope.evaluation,dimscope.narrowing
+THOROUGH := --cov --cov-report= --jaxtyping-packages=$(SHAPED),typechecking.checked
 PACKAGES := checkpoints texts vectors activations geometry interventions evaluation narrowing page studies cli
 
 .PHONY: report test coverage test-fast check bench clean
@@ -16,10 +18,11 @@ test test-fast: export OMP_NUM_THREADS = 1
 test test-fast: export PYTHONDONTWRITEBYTECODE =
 
 test: .venv/dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(if $(COVERAGE),--cov --cov-report=)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(if $(COVERAGE),$(THOROUGH))
 	$(if $(COVERAGE),@$(MAKE) --no-print-directory coverage)
 
-# Measuring coverage takes a third longer: `make test COVERAGE=1`, as the checks of a change do.
+# Measuring coverage, and checking every array against its annotated shape, takes as long again: `make test COVERAGE=1`,
+# as the checks of a change do.
 coverage:
 	@echo "lines covered in this process and its workers (commands in subprocesses are not counted)"
 	@for package in $(PACKAGES); do \

@@ -1,6 +1,6 @@
 """The type checker of the tests: beartype, with int for float as PEP 484 has it.
 
-pytest runs it on every annotation of the package: --jaxtyping-packages=dimscope,typechecking.checked
+`make test COVERAGE=1` has pytest run it on every annotation of the packages that compute.
 """
 
 from beartype import BeartypeConf, beartype

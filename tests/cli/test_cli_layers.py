@@ -175,7 +175,8 @@ def test_every_causal_family_is_studied_and_left_as_it_was(studied, text, family
         assert conditions(tables[name]) == expected, name
     assert conditions(tables["scree"]) == {name: [0] for name in expected}
     assert set(tables["similarity"]["comparison"]) == {"between layers", "real and shuffled", "real and random weights"}
-    assert set(layers["preprocess"]) == {"raw", "without first token", "without massive tokens", "z-scored"}
+    whole = {"raw", "without first token", "without massive tokens", "z-scored"}
+    assert set(layers["preprocess"]) == whole | {"one state per type", "type means", "type mean removed"}
     for percent in (80, 90, 95, 99):
         assert len(spectral(layers, f"variance count {percent}%")) == 5 * len(SITES)
     assert set(rows(layers, metric="stable rank", preprocess="raw")["n_tokens"]) == {48}

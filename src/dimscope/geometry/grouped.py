@@ -92,12 +92,13 @@ def _off_diagonal(matrix: Float[Tensor, "g g"]) -> Float[Tensor, "g g"]:
 
 
 def _distinct(n: Float[Tensor, " g"], k: int) -> Float[Tensor, ""]:
-    """Return the number of ordered choices of k rows from k different groups: k! times an elementary symmetric sum."""
-    sums = [torch.ones((), dtype=torch.float64)] + [torch.zeros((), dtype=torch.float64)] * k
-    for size in n:
-        for i in range(k, 0, -1):
-            sums[i] = sums[i] + sums[i - 1] * size
-    return sums[k] * float(np.prod(np.arange(1, k + 1)))
+    """Return the number of ordered choices of k = 2, 3 or 4 rows from k different groups of n rows, by power sums."""
+    p1, p2, p3, p4 = (n.pow(i).sum() for i in range(1, 5))
+    return {
+        2: p1**2 - p2,
+        3: p1**3 - 3 * p1 * p2 + 2 * p3,
+        4: p1**4 - 6 * p1**2 * p2 + 3 * p2**2 + 8 * p1 * p3 - 6 * p4,
+    }[k]
 
 
 def variance_counts(

@@ -251,16 +251,13 @@ def _gride(logs: Float[np.ndarray, "n k"], n1: int) -> float:
     or less at N / sum L, so it has one root. Ties (L = 0) enter as the limit L -> 0.
     """
     from scipy.optimize import brentq
+    from scipy.special import exprel  # (e^x - 1) / x, exact near 0 and inf where it overflows
 
     log_mu = logs[:, 2 * n1 - 1] - logs[:, n1 - 1]
     n, total = len(log_mu), float(log_mu.sum())
-    return brentq(_gride_score, n / total / n1 / 2, 2 * n / total, args=(log_mu, n1))
-
-
-def _gride_score(d: float, log_mu: Float[np.ndarray, " n"], n1: int) -> float:
-    from scipy.special import exprel  # (e^x - 1) / x, exact near 0 and inf where it overflows
-
-    return len(log_mu) + (n1 - 1) * (1 / exprel(d * log_mu)).sum() - n1 * d * log_mu.sum()
+    return brentq(
+        lambda d: n + (n1 - 1) * (1 / exprel(d * log_mu)).sum() - n1 * d * total, n / total / n1 / 2, 2 * n / total
+    )
 
 
 def _levina_bickel(logs: Float[np.ndarray, "n k"], k: int) -> float:
