@@ -89,7 +89,7 @@ def builtin(tmp_path_factory):
     """Return the facts and tables of one window of both built-in texts, in the notebook's setting but for the thresholds."""
     return study(
         "builtin", tmp_path_factory.mktemp("builtin"), texts=("builtin:prose", "builtin:html"), windows=1, length=None,
-        shuffles=1, random_weights=False,
+        shuffles=1, random_weights=False, reservoir=256,
     )  # fmt: skip
 
 

@@ -180,6 +180,9 @@ def correlation_section(tables: Tables, facts: Facts) -> Section | None:
         anchor="correlation",
         name="Correlation",
         title=_correlation_finding(groups, row),
+        findings=()
+        if groups is None or groups.is_empty()
+        else (_in_picture(groups, matrix["id"].to_list(), row, ids),),
         blocks=tuple(blocks),
         how_to_read=(
             f"Each cell compares two of the {ids} {first} to {last}: red pairs rise and fall together over the "
@@ -206,6 +209,15 @@ def _correlation_finding(groups: pl.DataFrame | None, row: str) -> str:
         return f"One block of {largest:,} {row}s is almost perfectly correlated (r of {lowest:.3f} or more)"
     bound = f"(r of {lowest:.3f} or more)"
     return f"{n:,} blocks of {row}s are almost perfectly correlated, the largest of {largest:,} {bound}"
+
+
+def _in_picture(groups: pl.DataFrame, shown: list[int], row: str, ids: str) -> str:
+    """Say how much of the largest block is in the picture, which shows part of the table."""
+    largest = groups.filter(pl.col("size") == pl.col("size").max())
+    largest = largest.filter(pl.col("block") == largest["block"][0])
+    inside = largest.filter(pl.col("id").is_in(shown)).height
+    where = f"the {ids} {shown[0]} to {shown[-1]} of the picture"
+    return f"Of the {count(largest.height, row)} of the largest block, {inside:,} are among {where}."
 
 
 GROUPS_SHOWN = 10

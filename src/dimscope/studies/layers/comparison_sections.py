@@ -11,6 +11,7 @@ from dimscope.geometry.dimension import percent
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, finite, table
 from dimscope.page.wording import listed, number, sentence, share
 from dimscope.studies.layers import figures, state_figures
+from dimscope.studies.layers.comparisons import beyond, margin
 from dimscope.studies.layers.context import (
     Selection,
     location,
@@ -304,16 +305,14 @@ def _texts_finding(groups: dict[str, pl.DataFrame], metric: str, selection: Sele
 
 
 def _texts_order(groups: dict[str, pl.DataFrame], names: dict[int, str]) -> tuple[str, ...]:
-    """Compare the first text with each of the others: where it needs more, and where fewer components."""
+    """Compare the first text with each of the others: where it clearly needs more, and where fewer components."""
     (first, own), *others = groups.items()
     findings = []
     for text, points in others:
-        both = own.join(points, on="layer", suffix="_other").sort("layer")
-        gap = pl.col("value") - pl.col("value_other")
-        sides = (("more", both.filter(gap >= 0.5)), ("fewer", both.filter(gap <= -0.5)))
-        parts = [
-            f"{word} components {locations(side['layer'].to_list(), names)}" for word, side in sides if side.height
-        ]
-        same = f"The texts {first} and {text} need equally many components at every layer."
-        findings.append(f"Compared with {text}, {first} needs {' and '.join(parts)}." if parts else same)
+        fewer, more = beyond(own, points)
+        sides = (("more", more), ("fewer", fewer))
+        parts = [f"{word} components {locations(layers, names)}" for word, layers in sides if layers]
+        same = f"{sentence(first)} does not clearly need more or fewer components than {text}"
+        told = f"Compared with {text}, {first} needs {' and '.join(parts)}" if parts else same
+        findings.append(f"{told} ({margin(own, points)}).")
     return tuple(findings)
