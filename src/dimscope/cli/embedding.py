@@ -295,14 +295,14 @@ def spectrum(
         First of these seeds.
     """
     from dimscope.studies.embedding.populations import row_sets
-    from dimscope.studies.embedding.spectrum_tables import dimensions_frame, spectrum_frame
+    from dimscope.studies.embedding.spectrum_tables import dimensions_frame, spectra_frame
 
     if permutations < 1:
         raise InvalidArgument(f"`permutations` must be 1 or more, got {permutations}")
     source = which.open(model, common)
     table = source.table
     populations = [rows for rows in row_sets(source) if rows.table_name == source.side]
-    values = pl.concat(spectrum_frame(rows, permutations, seed) for rows in populations)
+    values = spectra_frame(populations, permutations, seed)
     family = pl.concat(dimensions_frame(rows, values) for rows in populations)
     facts = {**_source_facts(source), "rows": table.n_used, "dim": table.dim, "seed": seed}
     common.show(

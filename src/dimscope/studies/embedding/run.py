@@ -24,7 +24,7 @@ from dimscope.studies.embedding.populations import RowSet, influence_frame, per_
 from dimscope.studies.embedding.row_tables import duplicates_table, tokens_table
 from dimscope.studies.embedding.settings import EmbeddingSettings
 from dimscope.studies.embedding.source import EmbeddingSource, open_source
-from dimscope.studies.embedding.spectrum_tables import dimensions_frame, spectrum_frame
+from dimscope.studies.embedding.spectrum_tables import dimensions_frame, spectra_frame
 from dimscope.studies.study import Monitor, RunOutput
 from dimscope.vectors.table import VectorTable
 
@@ -88,7 +88,7 @@ def units_of(source: EmbeddingSource, settings: EmbeddingSettings, done: Mapping
     return [
         *model_only,
         Unit("duplicates", TABLE, lambda: duplicates_table(source)),
-        Unit("spectrum", NULL, lambda: spectrum_table(populations(), settings)),
+        Unit("spectrum", NULL, lambda: spectra_frame(populations(), settings.permutations, settings.seed)),
         Unit("dimensions", NULL, lambda: dimensions_table(populations(), done["spectrum"])),
         Unit("influence", TABLE, lambda: influence_frame(source, done["duplicates"])),
         Unit("tokens", TABLE, lambda: tokens_with_groups(source, done["duplicates"])),
@@ -98,11 +98,6 @@ def units_of(source: EmbeddingSource, settings: EmbeddingSettings, done: Mapping
         Unit("hubs", GRAPH, lambda: hubs_table(source, settings, done["knn"])),
         Unit("measures", GRAPH, lambda: measures_table(source, settings, populations(), done["hubs"])),
     ]
-
-
-def spectrum_table(populations: Sequence[RowSet], settings: EmbeddingSettings) -> pl.DataFrame:
-    """Return the singular values of each population of rows beside their nulls."""
-    return per_population(populations, lambda rows: spectrum_frame(rows, settings.permutations, settings.seed))
 
 
 def dimensions_table(populations: Sequence[RowSet], spectra: pl.DataFrame) -> pl.DataFrame:
