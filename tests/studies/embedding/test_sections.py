@@ -8,6 +8,7 @@ import pytest
 from dimscope.page.section import Facts, Section, Tables
 from dimscope.studies.embedding import spectrum_sections as directions
 from dimscope.studies.embedding import token_sections as rows
+from dimscope.studies.embedding.correlation_sections import correlation_section
 from dimscope.studies.embedding.study import EMBEDDING
 
 embedding_sections = EMBEDDING.load().make_sections
@@ -171,7 +172,7 @@ def test_correlation_blocks_for_none_one_and_many(tables: Tables, facts: Facts) 
     frame = tables["correlation_blocks"]
     two = pl.concat([frame, frame.with_columns(block=pl.lit(1, dtype=pl.Int64), size=pl.lit(3, dtype=pl.Int64))])
     titles = [
-        _section(rows.correlation_section({**tables, "correlation_blocks": blocks}, facts)).title
+        _section(correlation_section({**tables, "correlation_blocks": blocks}, facts)).title
         for blocks in (frame.clear(), frame, two)
     ]
     assert titles == [

@@ -109,14 +109,14 @@ class Losses:
         """
         rows = self.windows.filter((pl.col("kind") == kind) & pl.col("strength").is_not_null())
         rows = rows.sort("strength", "seed", "window")
-        found = []
+        series = []
         for (strength, kept_share), of_strength in rows.group_by("strength", "kept_share", maintain_order=True):
             by_seed = of_strength.partition_by("seed", maintain_order=True)
             seeds = tuple(of_seed["seed"][0] for of_seed in by_seed)
             draws = Draws(kind, strength, kept_share, seeds, torch.stack([window_sums(of_seed) for of_seed in by_seed]))
             if overflown or draws.mean("kl").seeds:
-                found.append(draws)
-        return found
+                series.append(draws)
+        return series
 
     def error(self, draws: Draws) -> float | None:
         """Return the relative error of the tables that a change makes, averaged over the seeds."""

@@ -5,7 +5,7 @@ from dimscope.studies.study import Study, StudyCode
 
 
 def _load() -> StudyCode:
-    from dimscope.studies.embedding import spectrum_sections, token_sections
+    from dimscope.studies.embedding import correlation_sections, spectrum_sections, token_sections
     from dimscope.studies.embedding.page_data import page_data
     from dimscope.studies.embedding.run import run_embedding
     from dimscope.studies.embedding.summary import highlights, summarise
@@ -16,7 +16,7 @@ def _load() -> StudyCode:
         token_sections.map_section,
         token_sections.id_range_section,
         token_sections.neighbours_section,
-        token_sections.correlation_section,
+        correlation_sections.correlation_section,
         token_sections.duplicates_section,
         token_sections.untrained_section,
         spectrum_sections.spectrum_section,

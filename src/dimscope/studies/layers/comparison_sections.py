@@ -313,6 +313,6 @@ def _texts_order(groups: dict[str, pl.DataFrame], names: dict[int, str]) -> tupl
         sides = (("more", more), ("fewer", fewer))
         parts = [f"{word} components {locations(layers, names)}" for word, layers in sides if layers]
         same = f"{sentence(first)} does not clearly need more or fewer components than {text}"
-        told = f"Compared with {text}, {first} needs {' and '.join(parts)}" if parts else same
-        findings.append(f"{told} ({margin(own, points)}).")
+        compared = f"Compared with {text}, {first} needs {' and '.join(parts)}" if parts else same
+        findings.append(f"{compared} ({margin(own, points)}).")
     return tuple(findings)

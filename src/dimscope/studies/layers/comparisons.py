@@ -18,11 +18,11 @@ def replicated(row: dict[str, Any]) -> Replicated:
 def differences(real: pl.DataFrame, other: pl.DataFrame) -> dict[int, Interval]:
     """Return how far a profile is above another one, at each layer that both have, with intervals for all at once."""
     both = real.join(other, on="layer", suffix="_other").sort("layer")
-    found = {}
+    gaps = {}
     for row in both.iter_rows(named=True):
         there = {"value": row["value_other"], "halves": row.get("halves_other")}
-        found[row["layer"]] = replicated(row).minus(replicated(there)).interval(both.height)
-    return found
+        gaps[row["layer"]] = replicated(row).minus(replicated(there)).interval(both.height)
+    return gaps
 
 
 def beyond(real: pl.DataFrame, other: pl.DataFrame) -> tuple[list[int], list[int]]:
