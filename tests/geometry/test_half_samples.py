@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from dimscope.geometry.half_samples import Replicated, groups_of, half_samples, random_groups, t_quantile
+from dimscope.geometry.half_samples import Replicated, groups_of, half_samples, random_groups
+from dimscope.texts.window_sums import t_quantile
 
 
 def mean_of(values, groups):
@@ -27,7 +28,7 @@ def test_the_error_of_a_mean_is_that_of_the_means_of_the_groups():
 def test_several_intervals_at_once_are_wider():
     number = Replicated(1.0, (0.2,) * 7)
     assert number.interval(10).high == pytest.approx(1 + student.ppf(1 - 0.025 / 10, 7) * 0.1)
-    assert t_quantile() == pytest.approx(student.ppf(0.975, 7))
+    assert t_quantile(7) == pytest.approx(student.ppf(0.975, 7))
 
 
 def test_what_two_numbers_share_cancels_in_their_difference():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from dimscope.texts.window_sums import CONFIDENCE, Interval, jackknife
+from dimscope.texts.window_sums import Interval, jackknife, student_interval
 
 Seeds = tuple[int | None, ...]
 
@@ -51,12 +51,8 @@ class Replicates:
         variances = (windows.stderr**2, float(self.values.var()) / n)
         if not (total := sum(variances)) > 0:
             return windows
-        from scipy.special import stdtrit
-
         freedom = total**2 / (variances[0] ** 2 / (windows.n_groups - 1) + variances[1] ** 2 / (n - 1))
-        stderr = math.sqrt(total)
-        margin = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * stderr
-        return Interval(windows.value, stderr, windows.value - margin, windows.value + margin, windows.n_groups)
+        return student_interval(windows.value, math.sqrt(total), freedom, windows.n_groups)
 
     def minus(self, other: Replicates) -> Replicates | None:
         """Return the difference, window by window, and seed by seed where both are random; None without a common seed."""

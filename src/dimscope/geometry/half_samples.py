@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int
 
-from dimscope.texts.window_sums import CONFIDENCE, Interval
+from dimscope.texts.window_sums import Interval, student_interval
 
 UNITS = 8  # into which groups are merged, so that each half has four
 FEWEST_ROWS = 64  # of a sample that is divided
@@ -61,13 +61,6 @@ def half_samples(groups: Int[np.ndarray, " n"]) -> Iterator[tuple[Bool[np.ndarra
         yield sides > 0, sides < 0
 
 
-def t_quantile(n_statements: int = 1) -> float:
-    """Return how many standard errors from half-samples a 95% interval reaches to each side, for so many intervals at once."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(UNITS - 1, 1 - (1 - CONFIDENCE) / 2 / n_statements))
-
-
 @dataclass(frozen=True, slots=True)
 class Replicated:
     """A number, and its differences between the two halves of each division; none where there are too few rows."""
@@ -90,5 +83,4 @@ class Replicated:
         if not n:
             return Interval(self.value, None, None, None, 0)
         stderr = math.sqrt(sum(d * d for d in self.differences) / n) / 2
-        margin = t_quantile(n_statements) * stderr
-        return Interval(self.value, stderr, self.value - margin, self.value + margin, UNITS)
+        return student_interval(self.value, stderr, UNITS - 1, UNITS, n_statements)

@@ -98,14 +98,19 @@ def variance_between_types(
 
 
 def _epsilon_squared(rows: Float[Tensor, "n d"], types: Int[np.ndarray, " n"]) -> float:
-    _, groups, counts = np.unique(types, return_inverse=True, return_counts=True)
-    n, n_types = len(rows), len(counts)
+    n, n_types = len(rows), len(np.unique(types))
     if n == n_types:
         return float("nan")
-    means = _means(rows, torch.from_numpy(groups), torch.from_numpy(counts))
-    within = float((rows - means[torch.from_numpy(groups)]).square().sum()) / (n - n_types)
+    within = float(without_type_means(rows, types).square().sum()) / (n - n_types)
     whole = float((rows - rows.mean(dim=0)).square().sum()) / (n - 1)
     return 1 - within / whole if whole > 0 else float("nan")
+
+
+def without_type_means(rows: Float[Tensor, "n d"], types: Int[np.ndarray, " n"]) -> Float[Tensor, "n d"]:
+    """Return rows in float64 minus the mean of the rows of their type."""
+    _, groups, counts = np.unique(types, return_inverse=True, return_counts=True)
+    exact, index = rows.double(), torch.from_numpy(groups)
+    return exact - _means(exact, index, torch.from_numpy(counts))[index]
 
 
 def _means(rows: Float[Tensor, "n d"], groups: Int[Tensor, " n"], counts: Int[Tensor, " t"]) -> Float[Tensor, "t d"]:

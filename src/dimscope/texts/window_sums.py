@@ -88,6 +88,19 @@ class Interval:
     n_groups: int
 
 
+def t_quantile(freedom: float, n_statements: int = 1) -> float:
+    """Return how many standard errors a 95% interval reaches to each side, where so many intervals hold at once (Bonferroni)."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 1 - (1 - CONFIDENCE) / 2 / n_statements))
+
+
+def student_interval(value: float, stderr: float, freedom: float, n_groups: int, n_statements: int = 1) -> Interval:
+    """Return the 95% interval of a number by Student's t with these degrees of freedom."""
+    margin = t_quantile(freedom, n_statements) * stderr
+    return Interval(value, stderr, value - margin, value + margin, n_groups)
+
+
 def jackknife(value: float, without: Float[Tensor, " g"]) -> Interval:
     """Return the interval of a number from its values without each of g groups.
 
@@ -96,15 +109,12 @@ def jackknife(value: float, without: Float[Tensor, " g"]) -> Interval:
     >>> jackknife(2.0, torch.tensor([2.5, 2.0, 1.5])).stderr  # the mean of 1, 2 and 3
     0.5773502691896257
     """
-    from scipy.special import stdtrit
-
     g = len(without)
     if g < 2:
         return Interval(value, None, None, None, g)
     values = without.double()
     stderr = float(((g - 1) / g * (values - values.mean()).square().sum()).sqrt())
-    margin = float(stdtrit(g - 1, (1 + CONFIDENCE) / 2)) * stderr
-    return Interval(value, stderr, value - margin, value + margin, g)
+    return student_interval(value, stderr, g - 1, g)
 
 
 def interval(sums: Float[Tensor, "g w"], number: Callable[[Float[Tensor, "... w"]], Float[Tensor, " ..."]]) -> Interval:

@@ -4,8 +4,8 @@ from typing import Any
 
 import polars as pl
 
-from dimscope.geometry.half_samples import UNITS, Replicated, t_quantile
-from dimscope.texts.window_sums import Interval
+from dimscope.geometry.half_samples import UNITS, Replicated
+from dimscope.texts.window_sums import Interval, t_quantile
 
 HALF = 0.5  # a component: smaller differences of counts are not told
 
@@ -66,4 +66,4 @@ def clearly_below(points: pl.DataFrame, column: str) -> list[int]:
     """
     gap = pl.col(column) - pl.col("value")
     error = pl.col("stderr") * (1 + (pl.col(column) / pl.col("value")) ** 2).sqrt()
-    return points.filter(gap > t_quantile(points.height) * error)["layer"].to_list()
+    return points.filter(gap > t_quantile(UNITS - 1, points.height) * error)["layer"].to_list()

@@ -33,7 +33,13 @@ from dimscope.geometry.metrics import (
 )
 from dimscope.geometry.nulls import white_noise_spectrum
 from dimscope.geometry.spectrum import spectrum_of
-from dimscope.geometry.token_types import one_of_each, same_type_neighbors, type_spectra, variance_between_types
+from dimscope.geometry.token_types import (
+    one_of_each,
+    same_type_neighbors,
+    type_spectra,
+    variance_between_types,
+    without_type_means,
+)
 from dimscope.studies.layers.rows import FEWEST, RAW, Pass, Preprocessed, dimension_row, row, with_error
 
 ONE_PER_TYPE, TYPE_MEANS, WITHIN_TYPES = "one state per type", "type means", "type mean removed"
@@ -93,7 +99,7 @@ def state_rows(states: States, layer: int) -> Iterator[dict[str, Any]]:
     if states.first:
         yield from _first_rows(rows, states)
     if states.real:
-        within = _without_type_means(rows, states.sample.tokens)
+        within = without_type_means(rows, states.sample.tokens)
         yield from _intrinsic_rows(within, states, WITHIN_TYPES, states.repeated)
 
 
@@ -117,13 +123,6 @@ def _norms(rows: Float[Tensor, "n d"]) -> Iterator[dict[str, Any]]:
     yield dimension_row(
         EFFECTIVE_RANK_UNIT_ROWS, effective_rank(spectrum_of(unit, centred=False), of_lambda=True), n, dim, null
     )
-
-
-def _without_type_means(rows: Float[Tensor, "n d"], tokens: Int[np.ndarray, " n"]) -> Float[Tensor, "n d"]:
-    _, groups, counts = np.unique(tokens, return_inverse=True, return_counts=True)
-    groups, exact = torch.from_numpy(groups), rows.double()
-    means = torch.zeros(len(counts), rows.shape[1], dtype=torch.float64).index_add_(0, groups, exact)
-    return exact - (means / torch.from_numpy(counts)[:, None])[groups]
 
 
 def _intrinsic_rows(
