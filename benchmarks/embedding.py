@@ -27,10 +27,17 @@ from benchmarks.measure import (
     qwen_sized_checkpoint,
     timed,
 )
+from dimscope.api import as_source
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.geometry.neighbors import build_index
 from dimscope.geometry.pairs import LEADING, pairs_within
 from dimscope.geometry.spectrum import moments_of, principal_components, spectrum
+from dimscope.studies.embedding.measures import measures_frame
+from dimscope.studies.embedding.populations import influence_frame, row_sets
+from dimscope.studies.embedding.run import units_of
+from dimscope.studies.embedding.settings import EmbeddingSettings
+from dimscope.studies.embedding.source import open_source
+from dimscope.studies.embedding.spectrum_tables import dimensions_frame, spectrum_frame
 from dimscope.vectors.embedding import open_table
 from dimscope.vectors.moments import Moments
 
@@ -114,6 +121,24 @@ def bench_neighbors(ids: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
     return result | {"faiss_seconds": seconds, "ratio": seconds / ours, "found": found.numel()}
 
 
+def bench_populations(folder: Path) -> dict[str, float]:
+    """What all rows and one row per group of copies, beside the trained rows, add to the embedding study."""
+    source, settings, done = open_source(as_source(folder), "input", both=True), EmbeddingSettings(), {}
+    whole = 0.0
+    for unit in units_of(source, settings, done):
+        seconds, done[unit.name] = timed(unit.compute)
+        whole += seconds
+
+    def others() -> None:
+        influence_frame(source, done["duplicates"])
+        for rows in row_sets(source, done["duplicates"])[1:]:
+            dimensions_frame(rows, spectrum_frame(rows, 0, settings.seed))
+            measures_frame(rows)
+
+    added, _ = timed(others)
+    return {"study_seconds": whole, "added_seconds": added, "added_share": added / (whole - added)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer files to put beside the table")
@@ -133,6 +158,8 @@ def main() -> None:
     results["neighbors"] = bench_neighbors(ids, rows)
     print(json.dumps(results["neighbors"], indent=1))
     del rows
+    results["populations"] = bench_populations(folder)
+    print(json.dumps(results["populations"], indent=1))
     results["report"] = in_child(REPORT + PEAK, str(folder), str(work / "report"))
     results["report"]["page_mb"] = (work / "report/index.html").stat().st_size / 1e6
     print(json.dumps(results["report"], indent=1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dimscope.geometry.chance import chance_edge
+from dimscope.geometry.chance import chance_edge, chance_participation_ratio
 
 TABLES = 10  # structureless tables of each kind; one in twenty is expected to exceed the edge
 
@@ -104,3 +104,30 @@ def test_planted_directions_are_above_it_whatever_the_norms() -> None:
 
 def test_a_table_of_zeros_has_none() -> None:
     assert chance_edge(torch.zeros(5), torch.zeros(3)) == 0
+
+
+def participation_ratio(rows: Tensor) -> float:
+    return float(rows.square().sum() ** 2 / (rows.T @ rows).square().sum())
+
+
+def by_chance(rows: Tensor) -> float:
+    return chance_participation_ratio(rows.square().sum(dim=1), rows.square().mean(dim=0), float(rows.pow(4).sum()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_without_structure_have_the_participation_ratio_of_chance(kind: Callable[..., Tensor]):
+    tables = [kind(600, 40, torch.Generator().manual_seed(seed)) for seed in range(TABLES)]
+    ratios = [participation_ratio(rows) / by_chance(rows) for rows in tables]
+    # The heaviest tails scatter by 0.015 at this size.
+    assert median(ratios) == pytest.approx(1, abs=0.02)
+    assert max(abs(ratio - 1) for ratio in ratios) < 0.08
+
+
+def test_the_participation_ratio_of_chance_is_that_of_random_signs():
+    g = torch.Generator().manual_seed(0)
+    rows = heavy_tailed_entries(12, 5, g)
+    signs = torch.randint(0, 2, (20_000, 12, 5), generator=g) * 2.0 - 1
+    products = torch.linalg.matrix_norm((signs * rows).mT @ (signs * rows)).square()
+    error = float(products.std()) / len(products) ** 0.5
+    expected = float(rows.square().sum()) ** 2 / by_chance(rows)
+    assert abs(float(products.mean()) - expected) < 4 * error

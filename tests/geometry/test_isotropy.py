@@ -11,7 +11,7 @@ from matrices import DTYPES, PROPERTY, gaussian, orthogonal, table_without
 from scipy.special import logsumexp
 from sklearn.metrics.pairwise import cosine_similarity
 
-from dimscope.geometry.isotropy import mean_cosine, partition_isotropy, row_norms
+from dimscope.geometry.isotropy import partition_isotropy, row_norms, row_statistics
 from dimscope.vectors import table as table_module
 from dimscope.vectors.moments import moments
 from dimscope.vectors.table import table_from_tensor
@@ -22,6 +22,11 @@ def all_pairs(x):
     similarity = cosine_similarity(x.double().numpy())
     n = len(similarity)
     return (similarity.sum() - np.trace(similarity)) / (n * (n - 1))
+
+
+def mean_cosine(table, centre=None):
+    (found,) = row_statistics(table, torch.zeros(table.dim) if centre is None else centre)
+    return found.mean_cosine
 
 
 # ---- mean cosine ---------------------------------------------------------------------------------------------------
@@ -97,7 +102,11 @@ def test_norms_are_those_of_numpy_in_float64(dtype):
     np.testing.assert_allclose(found.numpy(), np.linalg.norm(x.double().numpy(), axis=1), rtol=1e-12)
     for centre in (x.double().mean(dim=0), x.float().mean(dim=0)):
         expected = np.linalg.norm(x.double().numpy() - centre.double().numpy(), axis=1)
-        np.testing.assert_allclose(row_norms(table_from_tensor(x), centre).numpy(), expected, rtol=1e-12)
+        origin, from_centre = row_statistics(table_from_tensor(x), torch.zeros(7), centre)
+        np.testing.assert_allclose(origin.norms.numpy(), found.numpy(), rtol=1e-12)
+        np.testing.assert_allclose(from_centre.norms.numpy(), expected, rtol=1e-12)
+        assert origin.fourth_powers == pytest.approx(float(x.double().pow(4).sum()), rel=1e-12)
+        assert from_centre.fourth_powers == pytest.approx(float((x.double() - centre.double()).pow(4).sum()), rel=1e-12)
 
 
 # ---- partition function --------------------------------------------------------------------------------------------
@@ -105,8 +114,8 @@ def test_norms_are_those_of_numpy_in_float64(dtype):
 
 def isotropy(x, *, centred):
     table = table_from_tensor(x)
-    mean = x.double().mean(dim=0) if centred else None
-    norm = float(row_norms(table, mean).mean())
+    (about_mean,) = row_statistics(table, x.double().mean(dim=0))
+    norm = float((about_mean.norms if centred else row_norms(table)).mean())
     return partition_isotropy(table, moments([x], dtype=torch.float64), norm, centred=centred)
 
 
@@ -168,7 +177,7 @@ def test_the_table_is_left_as_it_was():
     centre = x.mean(dim=0).double()
     kept = centre.clone()
     isotropy(x, centred=True)
-    mean_cosine(table_from_tensor(x), centre)
-    row_norms(table_from_tensor(x), centre)
+    row_statistics(table_from_tensor(x), centre)
+    row_norms(table_from_tensor(x))
     assert torch.equal(x, before)
     assert torch.equal(centre, kept)

@@ -1,4 +1,4 @@
-"""How large the largest singular value of a table without structure is: rows of unequal norm, columns of unequal variance.
+"""What a table without structure reads: the largest singular value, and the participation ratio.
 
 A table without structure has independent entries whose variances are r_i c_j: it explains the norm of every row and the
 variance of every column, and nothing else. With n rows, the eigenvalues of X^T X / n have a deterministic limit (Paul &
@@ -13,6 +13,7 @@ density gives. The formula takes the place of random draws: at 128,256 x 4,096 e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -58,6 +59,32 @@ def chance_edge(squared_norms: Float[Tensor, " n"], variances: Float[Tensor, " d
     amplitude = abs(slope) * (2 / max(curvature, torch.finfo(torch.float64).tiny)) ** 0.5
     scale = (len(columns) * amplitude) ** (-2 / 3) if amplitude > 0 else 0.0
     return ((z + TRACY_WIDOM_95 * scale) * unit * n) ** 0.5
+
+
+def chance_participation_ratio(
+    squared_norms: Float[Tensor, " n"], variances: Float[Tensor, " d"], fourth_powers: float
+) -> float:
+    """Compute the participation ratio of a table whose entries have random signs and keep their sizes.
+
+    It keeps every row norm and every column variance. The expectation of the sum of squared products of all pairs of rows is
+    sum_i s_i^2 + sum_j c_j^2 - sum x_ij^4, with s_i and c_j the sums of squares of each row and column: the products of
+    different rows keep the terms of equal columns alone.
+
+    Args:
+        squared_norms: The squared norm of every centred row.
+        variances: The mean square of every centred column.
+        fourth_powers: The sum of the fourth powers of all entries.
+
+    Returns:
+        NaN for a table of zeros.
+
+    >>> signs = torch.ones(1000, 50)
+    >>> round(chance_participation_ratio(signs.sum(dim=1), signs.mean(dim=0), 50_000.0), 2)  # 1 / (1/50 + 1/1000 - 1/50,000)
+    47.66
+    """
+    rows, columns = squared_norms.double(), variances.double() * len(squared_norms)
+    products = float(rows.square().sum() + columns.square().sum()) - fourth_powers
+    return float(rows.sum()) ** 2 / products if products > 0 else math.nan
 
 
 def _point(rows: Float[Tensor, " n"], columns: Float[Tensor, " d"], n: int, a: float) -> tuple[float, float]:

@@ -41,6 +41,7 @@ SPIKES = "spikes above the edge"
 GAVISH_DONOHO_RANK = "Gavish-Donoho rank"
 CHANCE_EDGE = "chance edge"
 DIRECTIONS_ABOVE_CHANCE = "directions above chance"
+CHANCE_PARTICIPATION_RATIO = "participation ratio by chance"
 
 HUBNESS = "hubness skewness"
 SAME_TOKEN_NEIGHBORS = "same-token nearest neighbors"
@@ -139,6 +140,10 @@ _NOISE = (
         "Paul & Silverstein 2009; Couillet & Hachem 2014",
     ),
     _metric(DIRECTIONS_ABOVE_CHANCE, COUNT, "centred singular values above the chance edge"),
+    _metric(
+        CHANCE_PARTICIPATION_RATIO, DIMENSIONS,
+        "participation ratio expected of entries of the same sizes and random signs",
+    ),
     _metric(GAVISH_DONOHO_RANK, DIMENSIONS, "singular values above omega(beta) times their median", "Gavish & Donoho 2014"),
 )  # fmt: skip
 _OTHERS = (

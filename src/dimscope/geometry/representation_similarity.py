@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -70,24 +71,34 @@ def leading_subspace(rows: Float[Tensor, "n d"], k: int) -> Float[Tensor, "d k"]
 
 @dataclass(frozen=True, slots=True)
 class SubspaceOverlap:
-    """How much of the smaller of two subspaces lies in the other, beside the same of random subspaces of those widths."""
+    """How much of the smaller of two subspaces lies in the other, beside the same of random subspaces of those widths.
+
+    Attributes:
+        overlap: The share of the smaller that lies in the other.
+        null: The expected overlap of random subspaces.
+        null_sd: Its standard deviation.
+        k: Columns of the smaller.
+    """
 
     overlap: float
     null: float
-    k: int  # columns of the smaller
+    null_sd: float
+    k: int
 
 
 def subspace_overlap(left: Float[Tensor, "d k"], right: Float[Tensor, "d j"]) -> SubspaceOverlap:
     """Compute the mean squared cosine of the principal angles between the spans of orthonormal columns: ||L^T R||_F^2 / min(k, j).
 
     0 for orthogonal subspaces, 1 where one holds the other. A random j-dimensional projector is (j / d) I in
-    expectation, so ||L^T R||_F^2 is k j / d, and the null is max(k, j) / d.
+    expectation, so ||L^T R||_F^2 is k j / d, and the null is max(k, j) / d. Its variance under random rotations is
+    2 k (d - k) j (d - j) / (d^2 (d - 1) (d + 2)) (from the fourth moments of their entries: Collins & Sniady 2006).
     NaN where either has no columns. Bjorck & Golub 1973.
     """
     small, large = sorted((left.double(), right.double()), key=lambda basis: basis.shape[1])
-    d, k = small.shape
+    (d, k), j = small.shape, large.shape[1]
     cosines = torch.linalg.svdvals(large.T @ small).clamp(max=1)
-    return SubspaceOverlap(float(cosines.square().mean()), large.shape[1] / d, k)
+    null_sd = math.sqrt(2 * (d - k) * j * (d - j) / max(k * (d - 1) * (d + 2), 1)) / d
+    return SubspaceOverlap(float(cosines.square().mean()), j / d, null_sd, k)
 
 
 def _centred(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:

@@ -37,18 +37,16 @@ def magnitude(n: int) -> str:
     return f"{n:,}"
 
 
-def against(value: float, null: float | None, unit: str = "") -> str:
+def against(value: float, null: float | None, of: str = "a random table") -> str:
     """Compare a measurement with its null in words: "far fewer than the 889 of a random table"."""
     if null is None or not math.isfinite(null) or null <= 0:
         return "no random table to compare with"
-    ratio, reference = value / null, f"{number(null)}{unit}"
+    ratio, reference = value / null, f"the {number(null)} of {of}"
     if ratio < 0.5:
-        return f"far fewer than the {reference} of a random table"
+        return f"far fewer than {reference}"
     if ratio < 0.97:
-        return f"fewer than the {reference} of a random table"
-    if ratio <= 1.03:
-        return f"about as many as the {reference} of a random table"
-    return f"more than the {reference} of a random table"
+        return f"fewer than {reference}"
+    return f"about as many as {reference}" if ratio <= 1.03 else f"more than {reference}"
 
 
 def sentence(text: str) -> str:

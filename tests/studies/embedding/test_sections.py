@@ -117,6 +117,12 @@ def test_dimension_is_compared_with_its_null(tables: Tables, facts: Facts, value
     assert words in _section(directions.dimension_section({**tables, "dimensions": frame}, facts)).title
 
 
+def test_the_null_of_the_title_keeps_norms_and_column_variances(tables: Tables, facts: Facts) -> None:
+    of_trained = {**tables, "measures": tables["measures"].with_columns(rows=pl.lit("trained"))}
+    title = _section(directions.dimension_section(of_trained, facts)).title
+    assert "fewer than the 3 of a random table with the same norms and column variances" in title  # 2.4 of 4
+
+
 def test_a_random_table_is_not_called_structured(tables: Tables, facts: Facts) -> None:
     frame = tables["dimensions"].with_columns(value="null_gaussian")
     title = _section(directions.dimension_section({**tables, "dimensions": frame}, facts)).title
@@ -130,6 +136,12 @@ def test_norms_rise_fall_or_neither(tables: Tables, facts: Facts, rho: float, wo
     title = _section(directions.isotropy_section(changed, facts)).title
     assert words in title
     assert "mean cosine is 0.31 (0.00 after centring)" in title
+
+
+def test_a_few_rows_show_no_relation_of_norm_and_id(tables: Tables, facts: Facts) -> None:
+    few = _measured(tables, "norm-rank correlation", 0.5)
+    few = {**few, "measures": few["measures"].with_columns(stderr=pl.lit(0.3))}
+    assert "do not follow" in _section(directions.isotropy_section(few, facts)).title
 
 
 def _with_queries(facts: Facts, n: int) -> Facts:

@@ -261,7 +261,7 @@ def _pair(plan: Plan, comparison: str, one: Side, two: Side, text: str, conditio
         "comparison": comparison, "model": model.name, "text": text, "site": site, "layer": layer,
         "other_model": other.name, "other_text": text, "other_condition": condition, "other_site": other_site,
         "other_layer": other_layer, "cka": cka, "cka_null_sd": 1 / plan.n_tokens, "overlap": 0.1 + 0.8 * cka if same else None,
-        "overlap_null": 16 / model.dim if same else None, "k": 16, "n_tokens": plan.n_tokens,
+        "overlap_null": 16 / model.dim if same else None, "overlap_null_sd": 0.02 if same else None, "k": 16, "n_tokens": plan.n_tokens,
     }  # fmt: skip
 
 

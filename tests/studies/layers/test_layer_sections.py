@@ -97,22 +97,29 @@ def test_any_table_may_be_missing_or_empty(two: Tables, gone: str, empty: bool) 
 def test_title_has_the_widest_layer_its_count_and_that_of_the_noise(one: Tables) -> None:
     tables = _planted(one, {"real": [[10, 20, 12, 14, 9]]})
     title = _section(layers.profile_section(tables, _facts())).title
-    assert "Block 1" in title
-    assert _numbers(title) == [1, 20, 32, 95, 30]
+    assert "Block 1 uses the most" in title
+    assert _numbers(title) == [1, 20, 32, 95, 9, 30]  # at last the fewest, and those of the noise
 
 
 @pytest.mark.parametrize(
     ("values", "place", "numbers"),
     [
-        ([20, 1, 1, 1, 1], "The embeddings use", [20, 32, 95]),
-        ([1, 1, 1, 1, 20], "after the final norm uses", [20, 32, 95]),
-        ([7, 7, 7, 7, 7], "All 5 layers use", [5, 7, 32, 95]),
+        ([20, 1, 1, 1, 1], "The embeddings use the most", [20, 32, 95, 1]),
+        ([1, 1, 1, 1, 20], "after the final norm uses the most", [20, 32, 95, 1, 3]),
+        ([7, 7, 7, 7, 7], "All layers use 7 of", [7, 32, 95]),
     ],
 )
 def test_title_for_every_place(one: Tables, values: list[float], place: str, numbers: list[float]) -> None:
     title = _section(layers.profile_section(_planted(one, {"real": [values]}, null=None), _facts())).title
     assert place in title
     assert _numbers(title) == numbers
+
+
+def test_layers_that_do_not_clearly_differ_are_a_range(one: Tables) -> None:
+    tables = _planted(one, {"real": [[7, 8, 7, 7, 7]]}, null=None)
+    without = tables["layers"].with_columns(halves=pl.lit(None, dtype=pl.List(pl.Float64)))
+    title = _section(layers.profile_section({**tables, "layers": without}, _facts())).title
+    assert "Layers use 7 (after the final norm) to 8 (in block 1) of 32" in title
 
 
 def test_several_texts_have_a_captioned_figure_each(two: Tables) -> None:
@@ -349,27 +356,27 @@ def test_confidence_has_probabilities_and_the_price_of_shuffling(one: Tables) ->
     assert section.findings == ()
 
 
-def test_similarity_names_the_largest_step(one: Tables) -> None:
+def test_similarity_names_the_step_of_lowest_cka(one: Tables) -> None:
     broken = (pl.min_horizontal("layer", "other_layer") <= 1) & (pl.max_horizontal("layer", "other_layer") >= 2)
     cka = pl.when(broken).then(0.31).otherwise(0.97)
     pairs = one["similarity"].with_columns(cka=cka)
     title = _section(contrasts.similarity_section({**one, "similarity": pairs}, _facts())).title
     assert "from block 1 to block 2" in title
-    assert _numbers(title) == [1, 2, 0.31, 0.31]  # the last is that of the first and the last layer
+    assert _numbers(title) == [0.31, 1, 2, 0.97, 0.31]  # the last is that of the first and the last layer
     alike = one["similarity"].with_columns(cka=pl.lit(0.99))
     title = _section(contrasts.similarity_section({**one, "similarity": alike}, _facts())).title
-    assert "nearly the same" in title
+    assert "from" not in title
     assert _numbers(title) == [0.99, 0.99]
 
 
 def test_alignment_with_shuffled_else_with_random_weights(one: Tables) -> None:
     title = _section(contrasts.alignment_section(one, _facts())).title
-    assert "after the final norm" in title
-    assert _numbers(title) == [16, 0.54, 0.5]  # components, their overlap, chance
+    assert "0.54 (after the final norm)" in title
+    assert _numbers(title) == [16, 0.54, 0.9, 0.5]  # components, their lowest and highest overlap, chance
     random = one["similarity"].filter(pl.col("other_condition") != "shuffled")
     section = _section(contrasts.alignment_section({**one, "similarity": random}, _facts()))
-    assert _numbers(section.title) == [0.17]
-    assert "in blocks 1 to 3 and after the final norm" in section.findings[0]
+    assert _numbers(section.title) == [0.17, 1]
+    assert section.findings == ("The overlap with random weights is above chance at the embeddings and in block 1.",)
 
 
 def test_texts_side_by_side(one: Tables, two: Tables) -> None:

@@ -4,8 +4,9 @@ from typing import Any
 
 import polars as pl
 
-from dimscope.geometry.metrics import PARTICIPATION_RATIO
+from dimscope.geometry.metrics import CHANCE_PARTICIPATION_RATIO, PARTICIPATION_RATIO
 from dimscope.page.section import Tables
+from dimscope.page.wording import against
 
 NAMES = {"input": "input table", "output": "output table", "vectors": "vectors"}
 """What the page calls each table, in the order in which it shows them."""
@@ -34,6 +35,18 @@ def dimension(tables: Tables, metric: str, table: str | None = None, rows: str |
         return None
     frame = tables["dimensions"].filter(preprocess="centred", metric=metric)
     return _first(of_rows(of_table(frame, table), rows))
+
+
+def participation_ratio_against(tables: Tables, row: dict[str, Any]) -> str:
+    """Compare a participation ratio, given as its row of dimensions.parquet, with the strictest null that was measured."""
+    chance = None
+    if "measures" in tables:
+        chance = _first(
+            tables["measures"].filter(metric=CHANCE_PARTICIPATION_RATIO, table=row["table"], rows=row["rows"])
+        )
+    if chance is None:
+        return against(row["value"], row["null_gaussian"])
+    return against(row["value"], chance["value"], "a random table with the same norms and column variances")
 
 
 def _first(frame: pl.DataFrame) -> dict[str, Any] | None:

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dimscope.geometry import metrics
-from dimscope.geometry.chance import chance_edge
+from dimscope.geometry.chance import chance_edge, chance_participation_ratio
 from dimscope.geometry.dimension import isoscore
-from dimscope.geometry.isotropy import mean_cosine, partition_isotropy, row_norms
+from dimscope.geometry.isotropy import RowStatistics, partition_isotropy, row_statistics
 from dimscope.geometry.neighbors import build_index, hubness
 from dimscope.geometry.nulls import gavish_donoho_rank, noise_edge, noise_scale
 from dimscope.geometry.spectrum import Spectrum, spectrum
@@ -48,13 +48,13 @@ def measures_frame(population: RowSet) -> pl.DataFrame:
     table, moments = population.table, population.moments
     share = float(table.n_used * moments.mean.square().sum() / moments.gram.trace())
     energy = Measure(metrics.ENERGY_OF_MEAN, RAW, share, null=1 / table.n_used, note="share of the sum of squares")
-    centred, norms, centred_norms = spectrum(moments, centred=True), row_norms(table), row_norms(table, moments.mean)
+    centred, (raw, about_mean) = spectrum(moments, centred=True), row_statistics(table, moments.mean * 0, moments.mean)
     rows = [
         energy,
         *noise_measures(centred),
-        *chance_measures(centred, moments, centred_norms),
-        *isotropy_measures(population, centred, float(norms.mean()), float(centred_norms.mean())),
-        *norm_measures(table, norms),
+        *chance_measures(centred, moments, about_mean),
+        *isotropy_measures(population, centred, raw, about_mean),
+        *norm_measures(table, raw.norms),
     ]
     return _frame(population.table_name, population.rows, rows, table.n_used)
 
@@ -73,41 +73,58 @@ def noise_measures(centred: Spectrum) -> list[Measure]:
     ]
 
 
-def chance_measures(centred: Spectrum, moments: Moments, centred_norms: Float[Tensor, " n"]) -> list[Measure]:
-    """Count the directions that are wider than the widest one of 95% of tables without structure."""
-    variances = moments.scatter(centred=True).diagonal() / moments.count
-    edge = chance_edge(centred_norms.square(), variances.clamp_min(0))
+def chance_measures(centred: Spectrum, moments: Moments, about_mean: RowStatistics) -> list[Measure]:
+    """Count the directions wider than the widest one of 95% of tables without structure, and return what these tables read."""
+    squares, variances = (
+        about_mean.norms.square(),
+        moments.scatter(centred=True).diagonal().clamp_min(0) / moments.count,
+    )
+    edge = chance_edge(squares, variances)
+    of_signs = chance_participation_ratio(squares, variances, about_mean.fourth_powers)
     edge_note = "singular value; entries are independent, rows keep their norms and columns their variances"
     above = float((centred.singular_values > edge).sum())
     return [
         Measure(metrics.CHANCE_EDGE, CENTRED, edge, note=edge_note),
         Measure(metrics.DIRECTIONS_ABOVE_CHANCE, CENTRED, above, null=0.0, note="count"),
+        Measure(
+            metrics.CHANCE_PARTICIPATION_RATIO, CENTRED, of_signs, note="entries keep their sizes, signs are random"
+        ),
     ]
 
 
-def isotropy_measures(population: RowSet, centred: Spectrum, raw_norm: float, centred_norm: float) -> list[Measure]:
+def isotropy_measures(
+    population: RowSet, centred: Spectrum, raw: RowStatistics, about_mean: RowStatistics
+) -> list[Measure]:
     """Measure how evenly the rows point in all directions, before and after the mean row is removed.
 
     Args:
         population: The rows.
         centred: Their centred spectrum.
-        raw_norm: The mean norm of the rows.
-        centred_norm: The mean norm of the centred rows.
+        raw: What a pass tells about the rows as they are.
+        about_mean: The same of the centred rows.
     """
-    table, moments = population.table, population.moments
-    n, d = table.n_used, table.dim
+    n, d = population.table.n_used, population.table.dim
     cosine_sd = math.sqrt(2 / (n * (n - 1) * d)) if n > 1 else None
     cosine, of_isotropic = metrics.MEAN_COSINE, "stderr: of isotropic rows"
-    partition, scaled = metrics.PARTITION_ISOTROPY, "rows scaled to mean norm 1"
     return [
-        Measure(cosine, RAW, mean_cosine(table), cosine_sd, 0.0, of_isotropic),
-        Measure(cosine, CENTRED, mean_cosine(table, moments.mean), cosine_sd, 0.0, of_isotropic),
-        Measure(partition, RAW, partition_isotropy(table, moments, raw_norm, centred=False), null=1.0, note=scaled),
-        Measure(
-            partition, CENTRED, partition_isotropy(table, moments, centred_norm, centred=True), null=1.0, note=scaled
-        ),
+        Measure(cosine, RAW, raw.mean_cosine, cosine_sd, 0.0, of_isotropic),
+        Measure(cosine, CENTRED, about_mean.mean_cosine, cosine_sd, 0.0, of_isotropic),
+        *partition_measures(population, raw, about_mean),
         Measure(metrics.ISOSCORE, CENTRED, isoscore(centred), null=isoscore(gaussian_like(centred))),
     ]
+
+
+def partition_measures(population: RowSet, raw: RowStatistics, about_mean: RowStatistics) -> list[Measure]:
+    """Return the partition isotropy of a population; none of the distinct rows, since two products of N x d x d are dear."""
+    if population.rows == "distinct":
+        return []
+    rows = {RAW: raw, CENTRED: about_mean}
+    values = {
+        how: partition_isotropy(population.table, population.moments, float(of.norms.mean()), centred=how == CENTRED)
+        for how, of in rows.items()
+    }
+    note = "rows scaled to mean norm 1"
+    return [Measure(metrics.PARTITION_ISOTROPY, how, value, null=1.0, note=note) for how, value in values.items()]
 
 
 def norm_measures(table: VectorTable, norms: Float[Tensor, " n"]) -> list[Measure]:

@@ -5,9 +5,18 @@ import polars as pl
 from dimscope.checkpoints.budget import embedding_share
 from dimscope.geometry import metrics
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, table
-from dimscope.page.wording import against, count, number, sentence, share
+from dimscope.page.wording import count, number, sentence, share
 from dimscope.studies.embedding import spectrum_figures, token_figures
-from dimscope.studies.embedding.context import NAMES, dimension, measure, of_rows, of_table, rows_phrase, table_sides
+from dimscope.studies.embedding.context import (
+    NAMES,
+    dimension,
+    measure,
+    of_rows,
+    of_table,
+    participation_ratio_against,
+    rows_phrase,
+    table_sides,
+)
 
 
 def intro_section(tables: Tables, facts: Facts) -> Section:
@@ -180,8 +189,7 @@ def _dimension_finding(tables: Tables, facts: Facts) -> str:
     row = dimension(tables, metrics.PARTICIPATION_RATIO)
     if row is None:
         return "The family of effective dimensions"
-    comparison = against(row["value"], row["null_gaussian"])
-    who = rows_phrase(tables)
+    comparison, who = participation_ratio_against(tables, row), rows_phrase(tables)
     return f"By the participation ratio {who} use {number(row['value'])} of {facts.dim:,} dimensions, {comparison}"
 
 
@@ -276,8 +284,8 @@ def _norm_finding(tables: Tables, number_name: str) -> str:
     row = measure(tables, metrics.NORM_RANK_CORRELATION)
     if row is None:
         return f"whether norms follow the {number_name} was not measured"
-    rho = row["value"]
-    if abs(rho) < 0.1:
+    rho, error = row["value"], row["stderr"] or 0.0
+    if abs(rho) < max(0.1, 2 * error):  # a weaker relation changes no reading of the figure
         return f"their norms do not follow the {number_name} (rank correlation {rho:.2f})"
     return f"their norms {'rise' if rho > 0 else 'fall'} with the {number_name} (rank correlation {rho:.2f})"
 

@@ -33,6 +33,6 @@ EMBEDDING = Study(
     EmbeddingSettings,
     _load,
     example="dimscope embedding builtin -o report",
-    definition=3,
+    definition=4,
     takes_vectors=True,
 )

@@ -5,8 +5,8 @@ import polars as pl
 from dimscope.checkpoints.budget import embedding_share
 from dimscope.geometry.metrics import PARTICIPATION_RATIO
 from dimscope.page.section import Facts, Tables
-from dimscope.page.wording import against, number, share
-from dimscope.studies.embedding.context import LEADING, dimension, rows_phrase
+from dimscope.page.wording import number, share
+from dimscope.studies.embedding.context import LEADING, dimension, participation_ratio_against, rows_phrase
 from dimscope.studies.embedding.facts import embedding_facts
 from dimscope.studies.study import Highlight, Summary
 
@@ -18,7 +18,7 @@ def highlights(tables: Tables, facts: Facts) -> list[Highlight]:
         highlights.append(("embedding share", share(embedding_share(tables["budget"])), "of all parameters"))
     row = dimension(tables, PARTICIPATION_RATIO)
     if row:
-        note = f"{against(row['value'], row['null_gaussian'])}; {rows_phrase(tables)}"
+        note = f"{participation_ratio_against(tables, row)}; {rows_phrase(tables)}"
         highlights.append(("effective dimension", number(row["value"]), note))
     return highlights
 
@@ -32,7 +32,7 @@ def summarise(tables: Tables, facts: Facts) -> Summary:
     if row:
         answer = (
             f"The participation ratio of {rows_phrase(tables, side)} of the {subject}, centred, is {number(row['value'])} of "
-            f"{facts.dim:,} dimensions: {against(row['value'], row['null_gaussian'])}.{_of_all_rows(tables, side)}"
+            f"{facts.dim:,} dimensions: {participation_ratio_against(tables, row)}.{_of_all_rows(tables, side)}"
         )
     columns = ("table", "rows", "metric", "preprocess", "value", "null_gaussian", "null_permuted")
     dimensions = tables["dimensions"].filter(pl.col("rows").is_in(LEADING)).select(columns)

@@ -11,7 +11,7 @@ from dimscope.geometry.dimension import percent
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, finite, table
 from dimscope.page.wording import listed, number, sentence, share
 from dimscope.studies.layers import figures, state_figures
-from dimscope.studies.layers.comparisons import beyond, margin
+from dimscope.studies.layers.comparisons import beyond, margin, normal_quantile
 from dimscope.studies.layers.context import (
     Selection,
     location,
@@ -177,11 +177,10 @@ def _similarity_finding(pairs: pl.DataFrame, selection: Selection) -> str:
     start = selection.prefix or ""
     ends = cells.get((order[0], order[-1]))
     far = f"; that of the first and the last layer is {ends:.2f}" if ends is not None and len(order) > 2 else ""
-    # This threshold chooses the words only; the figure shows the values.
-    if low >= 0.95:
-        return sentence(f"{start}every layer is nearly the same as the previous one: CKA {low:.2f} or more{far}")
     step = f"from {site_name(a, names[a])} to {site_name(b, names[b])}"
-    return sentence(f"{start}the states change most {step}: CKA {low:.2f}{far}")
+    high = max(steps.values())
+    reach = f"{low:.2f} ({step}) to {high:.2f}" if high - low >= 0.005 else f"{low:.2f}"
+    return sentence(f"{start}neighbouring layers have a CKA of {reach}{far}").replace("-0.00", "0.00")
 
 
 def alignment_section(tables: Tables, facts: Facts) -> Section | None:
@@ -222,36 +221,38 @@ def alignment_section(tables: Tables, facts: Facts) -> Section | None:
 
 
 def _alignment_finding(pairs: pl.DataFrame) -> str:
-    shuffled = pairs.filter((pl.col("other_condition") == "shuffled") & pl.col("overlap").is_not_null())
+    shuffled = pairs.filter(pl.col("other_condition") == "shuffled").drop_nulls("overlap")
     if shuffled.height:
-        row = shuffled.sort("overlap", maintain_order=True).row(0, named=True)
-        least = ", the least of all layers" if shuffled.height > 1 else ""
-        chance = f" (chance {row['overlap_null']:.2f})" if row["overlap_null"] is not None else ""
-        where = location(row["layer"], row["site"])
-        return f"The first {row['k']} components of real and shuffled text overlap by {row['overlap']:.2f} {where}{least}{chance}"
-    row = pairs.sort("cka", maintain_order=True).row(0, named=True)
-    what = (
-        "Random weights instead of trained ones"
-        if row["other_condition"] == "random weights"
-        else "Shuffled text instead of real text"
-    )
-    # Rounding to two digits hides what is above this.
-    if row["cka"] >= 0.995:
-        return f"{what}: the states hardly change at any layer, CKA {row['cka']:.2f} or more"
-    where = location(row["layer"], row["site"])
-    return f"{what}: the states change most {where}, CKA {row['cka']:.2f}".replace("-0.00", "0.00")
+        chance = f" (chance {shuffled['overlap_null'][0]:.2f})" if shuffled["overlap_null"][0] is not None else ""
+        of_overlap = f"The first {shuffled['k'][0]} components of real and shuffled text overlap by"
+        return f"{of_overlap} {_range(shuffled, 'overlap')}{chance}"
+    condition = pairs["other_condition"][0]
+    whom = "with random weights" if condition == "random weights" else "on shuffled text"
+    return f"The states of real text and those {whom} have a CKA of {_range(pairs, 'cka')}"
+
+
+def _range(pairs: pl.DataFrame, column: str) -> str:
+    """Return the lowest and the highest value of a column, with the layers that have them."""
+    ordered = pairs.sort(column, maintain_order=True)
+    ends = ordered.row(0, named=True), ordered.row(-1, named=True)
+    low, high = (f"{row[column]:.2f}".replace("-0.00", "0.00") for row in ends)
+    if low == high:
+        return low
+    there, where = (location(row["layer"], row["site"]) for row in ends)
+    return f"{low} ({there}) to {high} ({where})"
 
 
 def _chance_finding(pairs: pl.DataFrame) -> tuple[str, ...]:
-    """Name the layers where the overlap is no more than chance: at most a quarter above k/d."""
+    """Name the layers whose overlap is clearly above that of random spaces: in one case of 20 for all layers at once."""
     findings, names = [], sites(pairs)
     pairs = pairs.drop_nulls(["overlap", "overlap_null"])
     for condition in pairs["other_condition"].unique(maintain_order=True):
         rows = pairs.filter(pl.col("other_condition") == condition).sort("layer")
-        level = rows.filter(pl.col("overlap") <= 1.25 * pl.col("overlap_null"))["layer"].to_list()
+        edge = pl.col("overlap_null") + normal_quantile(rows.height) * pl.col("overlap_null_sd")
+        above = rows.filter(pl.col("overlap") > edge)["layer"].to_list()
         whom = "random weights" if condition == "random weights" else f"{condition} text"
-        where = f"is close to chance {locations(level, names)}" if level else "is above chance at every layer"
-        findings.append(f"The overlap with {whom} {where}.")
+        where = locations(above, names) if above else "at no layer"
+        findings.append(f"The overlap with {whom} is above chance {where}.")
     return tuple(findings)
 
 

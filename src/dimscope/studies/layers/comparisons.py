@@ -1,11 +1,12 @@
 """Which differences between profiles are beyond their errors: paired by windows, and all layers of a profile at once."""
 
+from statistics import NormalDist
 from typing import Any
 
 import polars as pl
 
 from dimscope.geometry.half_samples import UNITS, Replicated
-from dimscope.texts.window_sums import Interval, t_quantile
+from dimscope.texts.window_sums import CONFIDENCE, Interval, t_quantile
 
 HALF = 0.5  # a component: smaller differences of counts are not told
 
@@ -67,3 +68,8 @@ def clearly_below(points: pl.DataFrame, column: str) -> list[int]:
     gap = pl.col(column) - pl.col("value")
     error = pl.col("stderr") * (1 + (pl.col(column) / pl.col("value")) ** 2).sqrt()
     return points.filter(gap > t_quantile(UNITS - 1, points.height) * error)["layer"].to_list()
+
+
+def normal_quantile(n: int) -> float:
+    """Return how many standard deviations above its mean one of n normal numbers is in at most one case of 20 (Bonferroni)."""
+    return NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / n)

@@ -9,7 +9,7 @@ from dimscope.geometry.metrics import NUMERICAL_RANK
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, finite, table
 from dimscope.page.wording import count, listed, number, sentence, share
 from dimscope.studies.layers import figures, state_figures
-from dimscope.studies.layers.comparisons import beyond, margin
+from dimscope.studies.layers.comparisons import beyond, extremes, margin
 from dimscope.studies.layers.context import (
     Selection,
     figure_names,
@@ -159,20 +159,18 @@ def _profile_reading(rows: pl.DataFrame, metric: str) -> str:
 
 
 def _profile_finding(rows: pl.DataFrame, metric: str, selection: Selection) -> str:
-    real = profile(rows, metric)
-    peak = real.sort("value", descending=True, maintain_order=True).row(0, named=True)
-    who, ending = subject(peak["layer"], peak["site"])
-    what = f"{number(peak['value'])} of {peak['dim']:,}"
+    top, bottom, apart = extremes(profile(rows, metric))
     purpose = f"for {percent(metric):g}% of the variance"
-    noise = _noise(peak["null"])
-    if real.height == 1:
-        words = f"{who} use{ending} {what} dimensions {purpose}"
-    elif real["value"].n_unique() == 1:
-        words = f"All {real.height} layers use {what} dimensions {purpose}"
+    most, least = number(top["value"]), number(bottom["value"])
+    (who, ending), there = subject(top["layer"], top["site"]), location(bottom["layer"], bottom["site"])
+    if apart:
+        words = f"{who} use{ending} the most dimensions: {most} of {top['dim']:,} {purpose}, against {least} {there}"
     else:
-        words = f"{who} use{ending} the most dimensions: {what} {purpose}"
+        users = f"{who} use{ending}" if top == bottom else "All layers use" if most == least else "Layers use"
+        reach = most if most == least else f"{least} ({there}) to {most} ({location(top['layer'], top['site'])})"
+        words = f"{users} {reach} of {top['dim']:,} dimensions {purpose}"
     start = selection.prefix
-    return (start + words[0].lower() + words[1:] if start else words) + noise
+    return (start + words[0].lower() + words[1:] if start else words) + _noise(top["null"])
 
 
 def _noise(null: float | None) -> str:

@@ -21,7 +21,7 @@ SIMILARITY = {
     "comparison": pl.String, "model": pl.String, "text": pl.String, "site": pl.String, "layer": pl.Int64,
     "other_model": pl.String, "other_text": pl.String, "other_condition": pl.String, "other_site": pl.String,
     "other_layer": pl.Int64, "cka": pl.Float64, "cka_null_sd": pl.Float64, "overlap": pl.Float64,
-    "overlap_null": pl.Float64, "k": pl.Int64, "n_tokens": pl.Int64,
+    "overlap_null": pl.Float64, "overlap_null_sd": pl.Float64, "k": pl.Int64, "n_tokens": pl.Int64,
 }  # fmt: skip
 
 
@@ -90,5 +90,10 @@ def _overlap(left: Float[Tensor, "d k"], right: Float[Tensor, "e j"]) -> dict[st
     """Return the overlap of two subspaces, or nothing where they are subspaces of different spaces."""
     if left.shape[0] != right.shape[0] or 0 in (left.shape[1], right.shape[1]):
         return {}
-    overlap = subspace_overlap(left, right)
-    return {"overlap": overlap.overlap, "overlap_null": overlap.null, "k": overlap.k}
+    found = subspace_overlap(left, right)
+    return {
+        "overlap": found.overlap,
+        "overlap_null": found.null,
+        "overlap_null_sd": found.null_sd,
+        "k": found.k,
+    }

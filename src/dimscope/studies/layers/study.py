@@ -41,5 +41,5 @@ LAYERS = Study(
     _load,
     example="dimscope layers builtin --text book.txt page.html --shuffles 5 -o layers",
     presets=PRESETS,
-    definition=4,
+    definition=5,
 )
