@@ -5,7 +5,8 @@ python -m benchmarks.reliability [--repetitions 100]: about ten minutes on two c
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +22,26 @@ from dimscope.api import as_checkpoint, perturbation
 from dimscope.checkpoints.model import load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.evaluation.evaluate import baseline, evaluate
-from dimscope.geometry.chance import chance_edge
-from dimscope.geometry.grouped import participation_ratio_across
+from dimscope.geometry.grouped import participation_ratio_across, variance_counts
 from dimscope.geometry.half_samples import Replicated, groups_of
 from dimscope.geometry.intrinsic import gaussian_dimension, intrinsic_dimensions
 from dimscope.geometry.metrics import TWO_NN
-from dimscope.geometry.spectrum import spectrum_of
+from dimscope.geometry.representation_similarity import leading_subspace, subspace_overlap
+from dimscope.geometry.spectrum import decompose
 from dimscope.geometry.token_types import one_of_each, variance_between_types
 from dimscope.geometry.untrained import untrained_scores
 from dimscope.interventions.insertion import perturbed
-from dimscope.studies.layers.comparisons import beyond, clearly_below, extremes
+from dimscope.page.section import Facts, StudyFacts
+from dimscope.studies.embedding.correlation_sections import correlation_section
+from dimscope.studies.embedding.measures import measures_frame
+from dimscope.studies.embedding.populations import row_sets
+from dimscope.studies.embedding.row_tables import duplicates_table, tokens_table
+from dimscope.studies.embedding.run import blocks_table, dimensions_table, first_correlations
+from dimscope.studies.embedding.source import open_source
+from dimscope.studies.embedding.spectrum_sections import dimension_section, isotropy_section, spectrum_section
+from dimscope.studies.embedding.spectrum_tables import spectra_frame
+from dimscope.studies.embedding.token_sections import duplicates_section
+from dimscope.studies.layers.comparisons import above_chance, beyond, clearly_below, extremes, intervals_apart
 from dimscope.studies.layers.tables import raw_spectra
 from dimscope.studies.reading import named_texts
 from dimscope.texts.window_sums import Interval, interval
@@ -72,17 +83,39 @@ def heavy(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
 TABLES = {"white noise": white, "30% of rows near zero": near_zero, "lognormal norms": lognormal, "rows of t3": heavy}
 
 
-def has_direction_above_chance(rows: np.ndarray) -> bool:
-    """Whether a direction of a table is told to be wider than chance."""
-    centred = torch.from_numpy(rows - rows.mean(axis=0))
-    edge = chance_edge(centred.square().sum(dim=1), centred.square().mean(dim=0))
-    return bool(spectrum_of(centred).singular_values[0] > edge)
+def table_findings(rows: np.ndarray) -> dict[str, bool]:
+    """Return which findings the page tells about a table."""
+    source = open_source(table_from_tensor(torch.from_numpy(rows).float()))
+    populations = row_sets(source)
+    spectra = spectra_frame(populations, 0, 0)
+    tables = {
+        "spectrum": spectra,
+        "dimensions": dimensions_table(populations, spectra),
+        "measures": pl.concat([measures_frame(population) for population in populations]),
+        "correlation": first_correlations(source, 50),
+        "correlation_blocks": blocks_table(source),
+        "duplicates": duplicates_table(source),
+        "tokens": tokens_table(source),
+    }
+    study = StudyFacts({"side": "vectors", "radius": source.near}, tuple(tables))
+    facts = Facts("noise", *rows.shape, studies={"embedding": study})
+    sections = (spectrum_section, dimension_section, isotropy_section, correlation_section, duplicates_section)
+    titles = [section.title for make in sections if (section := make(tables, facts)) is not None]
+    untrained = untrained_scores(source.table, torch.empty(0, dtype=torch.int64))
+    return {
+        "directions wider than chance": not titles[0].startswith("None"),
+        "more or fewer dimensions than a random table": "about as many" not in titles[1],
+        "rows share a direction": titles[2].startswith("Rows share"),
+        "norms follow the row number": "do not follow" not in titles[2],
+        "rows are almost perfectly correlated": not titles[3].startswith("No two"),
+        "rows are copies of each other": not titles[4].startswith("No two"),
+        "rows look untrained": untrained.threshold is not None
+        and bool((np.asarray(untrained.scores) <= untrained.threshold).any()),
+    }
 
 
-def has_untrained_rows(rows: np.ndarray) -> bool:
-    """Whether rows of a table are told to look untrained."""
-    found = untrained_scores(table_from_tensor(torch.from_numpy(rows).float()), torch.empty(0, dtype=torch.int64))
-    return found.threshold is not None and bool((np.asarray(found.scores) <= found.threshold).any())
+TRUE = {("30% of rows near zero", name) for name in ("rows are copies of each other", "rows look untrained")}
+"""What is no noise: rows that are nearly zero lie near each other, and look untrained."""
 
 
 def profile_frame(numbers: list[Replicated], **columns: list[float]) -> pl.DataFrame:
@@ -107,19 +140,29 @@ def random_model(family: str, seed: int) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def shuffling_matters(family: str, rng: np.random.Generator, seed: int) -> bool:
-    """Whether real and shuffled text are told to differ where the real text is one of independent tokens."""
+def text_findings(family: str, rng: np.random.Generator, seed: int) -> dict[str, bool]:
+    """Return which findings a random model is told to show on texts of independent tokens, shuffled and beside another."""
     model = random_model(family, seed)
+    real, another = (random_windows(rng) for _ in range(2))
+    texts = (real, [shuffle_within(w, seed, 0) for w in real], another)
+    collections = [collection(model, windows) for windows in texts]
+    counts, shuffled, of_another = (
+        profile_frame([raw.counts["variance count 95%"] for raw in raw_spectra(of, (0.95,)).values()])
+        for of in collections
+    )
+    losses = [interval(of.predictions.by_window.stacked(), lambda s: s[..., 1] / s[..., 0]) for of in collections]
+    return {
+        "real text needs more or fewer components than shuffled text": any(beyond(counts, shuffled)),
+        "a text needs more or fewer components than another": any(beyond(counts, of_another)),
+        "shuffling changes the loss": intervals_apart(asdict(losses[0]), asdict(losses[1])),
+    }
+
+
+def random_windows(rng: np.random.Generator) -> list[Window]:
+    """Return windows of independent tokens."""
     ids = torch.from_numpy(rng.zipf(1.5, size=(N_WINDOWS, LENGTH)) % 200)
-    real = [
-        Window(i, w, LENGTH * i + torch.arange(1, LENGTH + 1), torch.ones(LENGTH, dtype=torch.int64), 0)
-        for i, w in enumerate(ids)
-    ]
-    profiles = []
-    for windows in (real, [shuffle_within(w, seed, 0) for w in real]):
-        of = collection(model, windows)
-        profiles.append(profile_frame([raw.counts["variance count 95%"] for raw in raw_spectra(of, (0.95,)).values()]))
-    return any(beyond(*profiles))
+    ends = torch.arange(1, LENGTH + 1)
+    return [Window(i, w, LENGTH * i + ends, torch.ones(LENGTH, dtype=torch.int64), 0) for i, w in enumerate(ids)]
 
 
 def collection(model: torch.nn.Module, windows: list[Window], reservoir: int = 2048) -> Collection:
@@ -136,6 +179,24 @@ def some_layer_is_highest(rng: np.random.Generator) -> bool:
     layers = [torch.from_numpy(white(rng, 400, 10)) for _ in range(5)]
     windows = groups_of(np.repeat(np.arange(8), 50))
     return extremes(profile_frame([two_nn(rows, windows) for rows in layers]).with_columns(site=pl.lit("")))[2]
+
+
+def some_layer_uses_most(rng: np.random.Generator) -> bool:
+    """Whether a layer is told to use the most dimensions where all have independent states of the same spectrum."""
+    windows, counts = groups_of(np.repeat(np.arange(8), 50)), []
+    for _ in range(5):
+        rows = torch.from_numpy(white(rng, 400, 24) * np.linspace(3, 0.5, 24))
+        of = decompose(rows)
+        counts += variance_counts(rows, windows, of.axes, of.spectrum.singular_values.square(), (0.95,))
+    return extremes(profile_frame(counts).with_columns(site=pl.lit("")))[2]
+
+
+def spaces_overlap(rng: np.random.Generator) -> bool:
+    """Whether the widest components of independent clouds are told to overlap."""
+    clouds = [[torch.from_numpy(white(rng, 400, 64)) for _ in range(2)] for _ in range(5)]
+    rows = [asdict(subspace_overlap(*(leading_subspace(cloud, 16) for cloud in pair))) for pair in clouds]
+    names = {"null": "overlap_null", "null_sd": "overlap_null_sd"}
+    return bool(above_chance(pl.DataFrame(rows).rename(names).with_row_index("layer")))
 
 
 def some_layer_is_curved(rng: np.random.Generator) -> bool:
@@ -161,34 +222,30 @@ def tokens_matter(rng: np.random.Generator) -> bool:
 def false_findings(n: int) -> Iterator[tuple[str, str, float]]:
     """Yield each finding, the inputs without structure, and the share of these on which it is told."""
     for name, draw in TABLES.items():
-        tests: dict[str, Callable[[np.ndarray], bool]] = {
-            "directions wider than chance": has_direction_above_chance, "rows look untrained": has_untrained_rows,
-        }  # fmt: skip
-        for finding, test in tests.items():
-            if draw is near_zero and test is has_untrained_rows:
-                continue  # there the finding is true
-            rng = np.random.default_rng(1)
-            yield (
-                finding,
-                f"tables of 1,500 x 64: {name}",
-                np.mean([test(draw(rng, 1500, 64)) for _ in trange(n, desc=name)]),
-            )
+        rng = np.random.default_rng(1)
+        told = [table_findings(draw(rng, 1500, 64)) for _ in trange(n, desc=name)]
+        yield from shares(told, f"tables of 1,500 x 64: {name}", [finding for of, finding in TRUE if of == name])
     for family in ("Llama", "GPT-2"):
         rng = np.random.default_rng(2)
-        told = [shuffling_matters(family, rng, seed) for seed in trange(n, desc=family)]
-        yield (
-            "real text needs more or fewer components than shuffled text",
-            f"random {family}, independent tokens",
-            np.mean(told),
-        )
+        told = [text_findings(family, rng, seed) for seed in trange(n, desc=family)]
+        yield from shares(told, f"random {family}, independent tokens")
     states = {
+        "a layer uses the most dimensions": (some_layer_uses_most, "five layers of Gaussian states"),
         "a layer has the highest intrinsic dimension": (some_layer_is_highest, "five layers of white noise"),
         "states do not fill the space that they span": (some_layer_is_curved, "five layers of Gaussian states"),
         "vocabulary accounts for more at one layer than at another": (tokens_matter, "five layers, tokens at random"),
+        "components of real states and of others overlap": (spaces_overlap, "five pairs of clouds of white noise"),
     }
     for finding, (test, inputs) in states.items():
         rng = np.random.default_rng(3)
-        yield finding, inputs, np.mean([test(rng) for _ in trange(n, desc=finding)])
+        yield finding, inputs, float(np.mean([test(rng) for _ in trange(n, desc=finding)]))
+
+
+def shares(told: list[dict[str, bool]], inputs: str, true: Sequence[str] = ()) -> Iterator[tuple[str, str, float]]:
+    """Yield each finding with the share of inputs on which it was told; those that are true of the inputs are left out."""
+    for finding in told[0]:
+        if finding not in true:
+            yield finding, inputs, float(np.mean([of_input[finding] for of_input in told]))
 
 
 # ---- intervals ------------------------------------------------------------------------------------------------------

@@ -112,8 +112,9 @@ def measures() -> pl.DataFrame:
             ("mean cosine", "centred", -0.001, 0.0), ("norm-rank correlation", "none", 0.5, 0.0),
             ("untrained threshold", "centred", 0.4, None), ("seed rows", "none", 2.0, None)]  # fmt: skip
     frame = pl.DataFrame(rows, schema=["metric", "preprocess", "value", "null"], orient="row")
-    return frame.with_columns(table=pl.lit("input"), rows=pl.lit("all"), n_tokens=pl.lit(8, dtype=pl.Int64),
-                              stderr=pl.lit(0.05))
+    return frame.with_columns(
+        table=pl.lit("input"), rows=pl.lit("all"), n_tokens=pl.lit(8, dtype=pl.Int64), stderr=pl.lit(0.05)
+    )
 
 
 def correlation() -> pl.DataFrame:

@@ -27,7 +27,7 @@ def tokens_table(source: EmbeddingSource) -> pl.DataFrame:
 
 
 def duplicates_table(source: EmbeddingSource) -> pl.DataFrame:
-    """Return the groups of rows that are duplicates: within 1% of the mean row norm of each other."""
+    """Return the groups of rows that are duplicates: within 1% of the median row norm of each other."""
     ids, rows = source.loaded
     pairs = pairs_within(rows, _leading(source), source.near, progress=True)
     return tables.duplicates_frame(connected_groups(pairs, len(rows)), ids, rows, source.vocabulary, source.near)

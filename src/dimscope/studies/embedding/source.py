@@ -18,7 +18,7 @@ from dimscope.vectors.moments import Moments
 from dimscope.vectors.table import RowBlock, VectorTable, require_finite
 
 VECTORS = "vectors"  # the name of the table, and the category of its rows, where the source is no model
-NEAR = 0.01  # radius of duplicates in units of the mean row norm
+NEAR = 0.01  # radius of duplicates in units of the median row norm: one long row does not change it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,8 +97,8 @@ class EmbeddingSource:
 
     @property
     def near(self) -> float:
-        """Return the distance within which rows count as duplicates: 1% of the mean norm."""
-        return NEAR * float(self.loaded.rows.norm(dim=1).double().mean())
+        """Return the distance within which rows count as duplicates: 1% of the median norm."""
+        return NEAR * float(self.loaded.rows.norm(dim=1).double().median())
 
 
 def open_source(

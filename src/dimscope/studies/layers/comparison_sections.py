@@ -11,7 +11,7 @@ from dimscope.geometry.dimension import percent
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, finite, table
 from dimscope.page.wording import listed, number, sentence, share
 from dimscope.studies.layers import figures, state_figures
-from dimscope.studies.layers.comparisons import beyond, margin, normal_quantile
+from dimscope.studies.layers.comparisons import above_chance, beyond, intervals_apart, margin
 from dimscope.studies.layers.context import (
     Selection,
     location,
@@ -91,7 +91,7 @@ def _confidence_finding(predictions: pl.DataFrame | None) -> str:
 
 
 def _loss_finding(predictions: pl.DataFrame | None) -> tuple[str, ...]:
-    """Compare the loss on real and on shuffled text: different where the gap exceeds the intervals of both, added as errors."""
+    """Compare the loss on real and on shuffled text."""
     rows = {} if predictions is None else {
         row["condition"]: row for row in predictions.filter(pl.col("metric") == "loss").iter_rows(named=True)
     }  # fmt: skip
@@ -100,8 +100,7 @@ def _loss_finding(predictions: pl.DataFrame | None) -> tuple[str, ...]:
         return ()
     gap = other["value"] - real["value"]
     losses = f"{_with_interval(real)} on real text, {_with_interval(other)} on shuffled text"
-    margins = [(row["high"] - row["low"]) / 2 for row in (real, other) if row["low"] is not None]
-    if len(margins) == 2 and abs(gap) <= math.hypot(*margins):
+    if not intervals_apart(real, other):
         return (f"Shuffling does not clearly change the loss: {losses} (nats per token).",)
     return (f"Shuffling {'raises' if gap > 0 else 'lowers'} the loss by {number(abs(gap))} nats per token: {losses}.",)
 
@@ -248,8 +247,7 @@ def _chance_finding(pairs: pl.DataFrame) -> tuple[str, ...]:
     pairs = pairs.drop_nulls(["overlap", "overlap_null"])
     for condition in pairs["other_condition"].unique(maintain_order=True):
         rows = pairs.filter(pl.col("other_condition") == condition).sort("layer")
-        edge = pl.col("overlap_null") + normal_quantile(rows.height) * pl.col("overlap_null_sd")
-        above = rows.filter(pl.col("overlap") > edge)["layer"].to_list()
+        above = above_chance(rows)
         whom = "random weights" if condition == "random weights" else f"{condition} text"
         where = locations(above, names) if above else "at no layer"
         findings.append(f"The overlap with {whom} is above chance {where}.")

@@ -1,5 +1,7 @@
 """Which differences between profiles are beyond their errors: paired by windows, and all layers of a profile at once."""
 
+import math
+from collections.abc import Mapping
 from statistics import NormalDist
 from typing import Any
 
@@ -70,6 +72,23 @@ def clearly_below(points: pl.DataFrame, column: str) -> list[int]:
     return points.filter(gap > t_quantile(UNITS - 1, points.height) * error)["layer"].to_list()
 
 
-def normal_quantile(n: int) -> float:
-    """Return how many standard deviations above its mean one of n normal numbers is in at most one case of 20 (Bonferroni)."""
-    return NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / n)
+def above_chance(rows: pl.DataFrame) -> list[int]:
+    """Return the layers whose overlap is clearly above that of random spaces, for all layers at once (Bonferroni).
+
+    Args:
+        rows: One row for each layer of the table `similarity`.
+    """
+    quantile = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / 2 / max(rows.height, 1))
+    edge = pl.col("overlap_null") + quantile * pl.col("overlap_null_sd")
+    return rows.filter(pl.col("overlap") > edge)["layer"].to_list()
+
+
+def intervals_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rows with a `value`, `low` and `high` of independent samples differ by more than both margins, added as errors.
+
+    False where either has no interval.
+    """
+    if one["low"] is None or other["low"] is None:
+        return False
+    margins = [(row["high"] - row["low"]) / 2 for row in (one, other)]
+    return abs(one["value"] - other["value"]) > math.hypot(*margins)
