@@ -42,7 +42,7 @@ from dimscope.studies.embedding.spectrum_sections import dimension_section, isot
 from dimscope.studies.embedding.spectrum_tables import spectra_frame
 from dimscope.studies.embedding.token_sections import duplicates_section
 from dimscope.studies.layers.comparisons import above_chance, beyond, clearly_below, extremes, intervals_apart
-from dimscope.studies.layers.tables import raw_spectra
+from dimscope.studies.layers.tables import layer_spectra
 from dimscope.studies.reading import named_texts
 from dimscope.texts.window_sums import Interval, interval
 from dimscope.texts.windows import Window, shuffle_within, stream_windows
@@ -147,7 +147,7 @@ def text_findings(family: str, rng: np.random.Generator, seed: int) -> dict[str,
     texts = (real, [shuffle_within(w, seed, 0) for w in real], another)
     collections = [collection(model, windows) for windows in texts]
     counts, shuffled, of_another = (
-        profile_frame([raw.counts["variance count 95%"] for raw in raw_spectra(of, (0.95,)).values()])
+        profile_frame([raw.counts["variance count 95%"] for raw in layer_spectra(of, (0.95,)).values()])
         for of in collections
     )
     losses = [interval(of.predictions.by_window.stacked(), lambda s: s[..., 1] / s[..., 0]) for of in collections]

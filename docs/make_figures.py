@@ -11,6 +11,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 import polars as pl
 
+from dimscope.geometry.metrics import CHANCE_EDGE
 from dimscope.page import theme
 from dimscope.studies.damage import figures as damage_figures
 from dimscope.studies.damage.curves import damages
@@ -19,8 +20,9 @@ from dimscope.studies.layers import figures as layers_figures
 from dimscope.studies.narrowing import figures as narrowing_figures
 
 folder = Path(sys.argv[1])
-spectrum = pl.read_parquet(folder / "tables/spectrum.parquet").filter(preprocess="centred", rows="all")
-dimensions = pl.read_parquet(folder / "tables/dimensions.parquet").filter(preprocess="centred", rows="all")
+spectrum = pl.read_parquet(folder / "tables/spectrum.parquet").filter(preprocess="centred", rows="trained")
+dimensions = pl.read_parquet(folder / "tables/dimensions.parquet").filter(preprocess="centred", rows="trained")
+measures = pl.read_parquet(folder / "tables/measures.parquet").filter(rows="trained")
 layers = pl.read_parquet(folder / "tables/layers.parquet").filter(preprocess="raw", centred=True, text="builtin prose")
 damage = damages(pl.read_parquet(folder / "tables/damage.parquet"))[0]
 plan = pl.read_parquet(folder / "tables/plan.parquet")
@@ -54,13 +56,13 @@ images.mkdir(exist_ok=True)
 for name, figure, title in (
     (
         "spectrum",
-        spectrum_figures.spectrum(spectrum),
-        "Directions of the built-in model's table, widest first, beside chance",
+        spectrum_figures.spectrum(spectrum, edge=measures.filter(metric=CHANCE_EDGE)["value"].item()),
+        "Directions of the built-in model's trained rows, widest first, beside chance",
     ),
     (
         "dimensions",
         spectrum_figures.dimensions(dimensions, len(spectrum)),
-        "Ten ways to count its dimensions, each beside two nulls",
+        "Ten ways to count the dimensions of the trained rows, each beside two nulls",
     ),
     (
         "layers",

@@ -108,9 +108,9 @@ def dimensions() -> pl.DataFrame:
 def measures() -> pl.DataFrame:
     rows = [("chance edge", "centred", 2.0, None), ("directions above chance", "centred", 2.0, 0.0),
             ("participation ratio by chance", "centred", 3.0, None),
-            ("spikes above the edge", "centred", 1.0, None), ("mean cosine", "none", 0.31, 0.0),
-            ("mean cosine", "centred", -0.001, 0.0), ("norm-rank correlation", "none", 0.5, 0.0),
-            ("untrained threshold", "centred", 0.4, None), ("seed rows", "none", 2.0, None)]  # fmt: skip
+            ("spikes above the edge", "centred", 1.0, None), ("mean cosine", "uncentred", 0.31, 0.0),
+            ("mean cosine", "centred", -0.001, 0.0), ("norm-rank correlation", "uncentred", 0.5, 0.0),
+            ("untrained threshold", "centred", 0.4, None), ("seed rows", "uncentred", 2.0, None)]  # fmt: skip
     frame = pl.DataFrame(rows, schema=["metric", "preprocess", "value", "null"], orient="row")
     return frame.with_columns(
         table=pl.lit("input"), rows=pl.lit("all"), n_tokens=pl.lit(8, dtype=pl.Int64), stderr=pl.lit(0.05)

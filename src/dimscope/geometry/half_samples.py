@@ -50,15 +50,21 @@ def random_groups(n: int) -> Int[np.ndarray, " n"]:
     return np.random.default_rng(0).permutation(n) % UNITS
 
 
-def half_samples(groups: Int[np.ndarray, " n"]) -> Iterator[tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]]:
-    """Yield which rows are in one half, and which in the other, for seven divisions; none for fewer than 64 rows."""
+def divisions() -> list[Bool[np.ndarray, " 8"]]:
+    """Return which of the eight units are in the first half, for seven divisions."""
     from scipy.linalg import hadamard
 
-    if np.count_nonzero(groups >= 0) < FEWEST_ROWS:
+    return [signs > 0 for signs in hadamard(UNITS)[1:]]
+
+
+def half_samples(groups: Int[np.ndarray, " n"]) -> Iterator[tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]]:
+    """Yield which rows are in one half, and which in the other, for seven divisions; none for fewer than 64 rows."""
+    grouped = groups >= 0
+    if np.count_nonzero(grouped) < FEWEST_ROWS:
         return
-    for signs in hadamard(UNITS)[1:]:
-        sides = np.where(groups >= 0, signs[groups % UNITS], 0)
-        yield sides > 0, sides < 0
+    for units in divisions():
+        first = units[groups % UNITS]
+        yield grouped & first, grouped & ~first
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,10 @@ class _Tiles:
 
 def median_row(rows: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
     """Return the median of each coordinate over at most 1,024 evenly spaced rows, in float64; n is 1 or more."""
-    return rows[:: math.ceil(len(rows) / SAMPLE)].double().median(dim=0).values
+    columns = np.ascontiguousarray(rows[:: math.ceil(len(rows) / SAMPLE)].double().cpu().numpy().T)
+    middle = (columns.shape[1] - 1) // 2
+    # numpy partitions rows several times faster than torch finds a median.
+    return torch.from_numpy(np.partition(columns, middle, axis=1)[:, middle].copy()).to(rows.device)
 
 
 def _projection(

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dimscope.geometry.half_samples import Replicated, half_samples
+from dimscope.geometry.half_samples import FEWEST_ROWS, UNITS, Replicated, divisions
 from dimscope.geometry.spectrum import Spectrum, spectrum_of
 
 ROWS_AT_ONCE = 512  # rows whose distances to all others are computed at once
@@ -88,22 +88,41 @@ def variance_between_types(
         groups: The group of each, for the error; see `half_samples`.
     """
     centred = rows.double() - rows.double().mean(dim=0)
-    value = _epsilon_squared(centred, types)
-    halves = [
-        [_epsilon_squared(centred[torch.from_numpy(half)], types[half]) for half in pair]
-        for pair in half_samples(groups)
-    ]
-    differences = tuple(one - two for one, two in halves)
-    return Replicated(value, differences if np.isfinite(differences).all() else ())
+    # The plain way: where all rows of a type are equal, nothing is left of their variance, not even a rounding error.
+    within, whole = (float(part.square().sum()) for part in (without_type_means(centred, types), centred))
+    value = _epsilon_squared(len(rows), len(np.unique(types)), within, whole)
+    halves = _half_shares(centred, types, groups)
+    return Replicated(value, halves if np.isfinite(halves).all() else ())
 
 
-def _epsilon_squared(rows: Float[Tensor, "n d"], types: Int[np.ndarray, " n"]) -> float:
-    n, n_types = len(rows), len(np.unique(types))
-    if n == n_types:
-        return float("nan")
-    within = float(without_type_means(rows, types).square().sum()) / (n - n_types)
-    whole = float((rows - rows.mean(dim=0)).square().sum()) / (n - 1)
-    return 1 - within / whole if whole > 0 else float("nan")
+def _epsilon_squared(n: int, n_types: int, within: float, whole: float) -> float:
+    return 1 - within / (n - n_types) * (n - 1) / whole if n > n_types and whole > 0 else float("nan")
+
+
+def _half_shares(
+    centred: Float[Tensor, "n d"], types: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"]
+) -> tuple[float, ...]:
+    """Return the differences between half-samples, from sums over the rows of each type in each of eight units."""
+    grouped = groups >= 0
+    if np.count_nonzero(grouped) < FEWEST_ROWS:
+        return ()
+    rows, units = centred[torch.from_numpy(grouped)], groups[grouped] % UNITS
+    names, of_type = np.unique(types[grouped], return_inverse=True)
+    cells = torch.from_numpy(units * len(names) + of_type)
+    shape = (UNITS, len(names))
+    sums = torch.zeros(UNITS * len(names), rows.shape[1], dtype=torch.float64).index_add_(0, cells, rows)
+    sums, counts = sums.view(*shape, -1), torch.bincount(cells, minlength=UNITS * len(names)).view(shape)
+    squares = torch.zeros(UNITS, dtype=torch.float64).index_add_(0, torch.from_numpy(units), rows.square().sum(dim=1))
+
+    def share(half: Bool[np.ndarray, " 8"]) -> float:
+        chosen = torch.from_numpy(half)
+        of_types, of_counts, square = sums[chosen].sum(dim=0), counts[chosen].sum(dim=0), float(squares[chosen].sum())
+        present, n = of_counts > 0, int(of_counts.sum())
+        between = float((of_types[present].square().sum(dim=1) / of_counts[present]).sum())
+        whole = square - float(of_types.sum(dim=0).square().sum()) / max(n, 1)
+        return _epsilon_squared(n, int(present.sum()), square - between, whole)
+
+    return tuple(share(half) - share(~half) for half in divisions())
 
 
 def without_type_means(rows: Float[Tensor, "n d"], types: Int[np.ndarray, " n"]) -> Float[Tensor, "n d"]:

@@ -15,7 +15,7 @@ def share(part: float) -> str:
     """Return a share of 1 as a percentage that never rounds something to 0% or a part to 100%."""
     if 0 < part < 0.001:
         return "less than 0.1%"
-    if 0.999 < part < 1:
+    if 0.999 < part < 1 - 1e-9:  # what rounding leaves of 1 is 1
         return "more than 99.9%"
     return f"{part:.1%}"
 

@@ -33,7 +33,7 @@ def test_the_trained_rows_of_the_builtin_model_use_far_more_dimensions(result: S
     for measure in oracle.values():
         assert trained[measure.metric] == pytest.approx(measure.value, rel=1e-6)
     assert trained[metrics.PARTICIPATION_RATIO] > 70 > 20 > whole[metrics.PARTICIPATION_RATIO]
-    norms = numbers(result, "measures", "trained", "none")
+    norms = numbers(result, "measures", "trained", "uncentred")
     assert norms[metrics.MEAN_NORM] == pytest.approx(float(rows.double().norm(dim=1).mean()), rel=1e-6)
 
 

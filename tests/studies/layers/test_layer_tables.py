@@ -311,7 +311,7 @@ def collected(hidden, reservoir=4096, tokens=None):
 
 
 def frame_of(collection, of=REAL, thresholds=THRESHOLDS):
-    return measures.layers_frame(of, collection, measures.raw_spectra(collection, THRESHOLDS), thresholds)
+    return measures.layers_frame(of, collection, measures.layer_spectra(collection, THRESHOLDS), thresholds)
 
 
 def values(frame, preprocess="raw", centred=True):
@@ -595,7 +595,7 @@ def test_odd_states_have_tables_with_null_where_there_is_no_number(name):
     assert dict(layers.schema) == LAYERS
     no_nan(layers)
     assert (layers.filter(metric="numerical rank")["value"] >= 0).all()
-    no_nan(measures.scree_frame(REAL, collection, measures.raw_spectra(collection, THRESHOLDS)))
+    no_nan(measures.scree_frame(REAL, collection, measures.layer_spectra(collection, THRESHOLDS)))
     no_nan(measures.text_frame(REAL, collection, None))
     frame = measures.predictions_frame(REAL, collection.predictions)
     assert dict(frame.schema) == PREDICTIONS
@@ -637,7 +637,7 @@ def test_thresholds_name_their_rows():
 def test_the_scree_is_the_share_of_every_component_beside_white_noise():
     x = gaussian(60, 8) * torch.linspace(1, 3, 8)
     collection = collected(x.view(2, 30, 8))
-    frame = measures.scree_frame(REAL, collection, measures.raw_spectra(collection, THRESHOLDS))
+    frame = measures.scree_frame(REAL, collection, measures.layer_spectra(collection, THRESHOLDS))
     energy = np.linalg.svd(x.double().numpy() - x.double().numpy().mean(axis=0), compute_uv=False) ** 2
     np.testing.assert_allclose(frame["share"], energy / energy.sum(), rtol=1e-9)
     np.testing.assert_allclose(frame["cumulative"], np.cumsum(energy) / energy.sum(), rtol=1e-9)

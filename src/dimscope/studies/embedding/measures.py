@@ -28,7 +28,7 @@ SCHEMA = {
     "table": pl.String, "rows": pl.String, "metric": pl.String, "preprocess": pl.String, "value": pl.Float64, "stderr": pl.Float64,
     "null": pl.Float64, "n_tokens": pl.Int64, "note": pl.String,
 }  # fmt: skip
-RAW, CENTRED = "none", "centred"  # preprocessing
+UNCENTRED, CENTRED = "uncentred", "centred"  # preprocessing, as in the tables of spectra
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,9 @@ def measures_frame(population: RowSet) -> pl.DataFrame:
     """Return the noise fit, directions above chance, isotropy and norms of one population of rows."""
     table, moments = population.table, population.moments
     share = float(table.n_used * moments.mean.square().sum() / moments.gram.trace())
-    energy = Measure(metrics.ENERGY_OF_MEAN, RAW, share, null=1 / table.n_used, note="share of the sum of squares")
+    energy = Measure(
+        metrics.ENERGY_OF_MEAN, UNCENTRED, share, null=1 / table.n_used, note="share of the sum of squares"
+    )
     centred, (raw, about_mean) = spectrum(moments, centred=True), row_statistics(table, moments.mean * 0, moments.mean)
     rows = [
         energy,
@@ -107,7 +109,7 @@ def isotropy_measures(
     cosine_sd = math.sqrt(2 / (n * (n - 1) * d)) if n > 1 else None
     cosine, of_isotropic = metrics.MEAN_COSINE, "stderr: of isotropic rows"
     return [
-        Measure(cosine, RAW, raw.mean_cosine, cosine_sd, 0.0, of_isotropic),
+        Measure(cosine, UNCENTRED, raw.mean_cosine, cosine_sd, 0.0, of_isotropic),
         Measure(cosine, CENTRED, about_mean.mean_cosine, cosine_sd, 0.0, of_isotropic),
         *partition_measures(population, raw, about_mean),
         Measure(metrics.ISOSCORE, CENTRED, isoscore(centred), null=isoscore(gaussian_like(centred))),
@@ -118,7 +120,7 @@ def partition_measures(population: RowSet, raw: RowStatistics, about_mean: RowSt
     """Return the partition isotropy of a population; none of the distinct rows, since two products of N x d x d are dear."""
     if population.rows == "distinct":
         return []
-    rows = {RAW: raw, CENTRED: about_mean}
+    rows = {UNCENTRED: raw, CENTRED: about_mean}
     values = {
         how: partition_isotropy(population.table, population.moments, float(of.norms.mean()), centred=how == CENTRED)
         for how, of in rows.items()
@@ -137,8 +139,8 @@ def norm_measures(table: VectorTable, norms: Float[Tensor, " n"]) -> list[Measur
     correlation = float(spearmanr(used, norms.numpy()).statistic) if scatter > 0 else None
     sd, note = 1 / math.sqrt(max(n - 1, 1)), "Spearman, norm against token id"
     return [
-        Measure(metrics.MEAN_NORM, RAW, float(norms.mean()), scatter / math.sqrt(n) if n > 1 else None),
-        Measure(metrics.NORM_RANK_CORRELATION, RAW, correlation, sd, 0.0, note),
+        Measure(metrics.MEAN_NORM, UNCENTRED, float(norms.mean()), scatter / math.sqrt(n) if n > 1 else None),
+        Measure(metrics.NORM_RANK_CORRELATION, UNCENTRED, correlation, sd, 0.0, note),
     ]
 
 
@@ -146,8 +148,8 @@ def untrained_measures(side: str, untrained: UntrainedScores, n_tokens: int) -> 
     """Return the number of seed rows, and the threshold of the score (null where seed rows do not stand apart)."""
     seeds, threshold = float(untrained.n_seed), untrained.threshold
     rows = [
-        Measure(metrics.SEED_ROWS, RAW, seeds, note="rows beyond the tokenizer or unreachable"),
-        Measure(metrics.UNTRAINED_THRESHOLD, RAW, threshold, note="score at or below which a row is flagged"),
+        Measure(metrics.SEED_ROWS, UNCENTRED, seeds, note="rows beyond the tokenizer or unreachable"),
+        Measure(metrics.UNTRAINED_THRESHOLD, UNCENTRED, threshold, note="score at or below which a row is flagged"),
     ]
     return _frame(side, "all", rows, n_tokens)
 
@@ -155,7 +157,7 @@ def untrained_measures(side: str, untrained: UntrainedScores, n_tokens: int) -> 
 def hubness_measure(side: str, hubs: pl.DataFrame, null: float | None) -> pl.DataFrame:
     """Return the skewness of the in-degrees; `null` is that of Gaussian rows of the same shape, where it was computed."""
     note = "kNN graph among the rows counted; null: Gaussian rows of the same shape"
-    skewness = Measure(metrics.HUBNESS, RAW, hubness(hubs["in_degree"].to_numpy()), null=null, note=note)
+    skewness = Measure(metrics.HUBNESS, UNCENTRED, hubness(hubs["in_degree"].to_numpy()), null=null, note=note)
     return _frame(side, "all", [skewness], len(hubs))
 
 

@@ -271,7 +271,7 @@ _IDS_ARE_NOT_FREQUENCIES = (
 
 
 def _cosine_finding(tables: Tables) -> str:
-    raw, centred = (measure(tables, metrics.MEAN_COSINE, how) for how in ("none", "centred"))
+    raw, centred = (measure(tables, metrics.MEAN_COSINE, how) for how in ("uncentred", "centred"))
     if raw is None:
         return "How long the rows are"
     after = f" ({centred['value']:.2f} after centring)".replace("-0.00", "0.00") if centred else ""

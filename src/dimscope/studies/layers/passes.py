@@ -14,7 +14,7 @@ from dimscope.activations.reservoir import Reservoir, load_reservoir, save_reser
 from dimscope.activations.sites import find_sites
 from dimscope.checkpoints.model import load_model, randomly_initialised
 from dimscope.studies.layers.plan import LayersPlan, PlannedPass
-from dimscope.studies.layers.tables import RawSpectrum, raw_spectra
+from dimscope.studies.layers.tables import LayerSpectra, layer_spectra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,10 +94,10 @@ class PassRunner:
                 lambda windows: bar.update(sum(len(window.ids) for window in windows)),
             )  # fmt: skip
 
-    def spectra(self, planned: PlannedPass) -> dict[int, RawSpectrum]:
-        """Return the centred spectrum of every layer of a pass."""
+    def spectra(self, planned: PlannedPass) -> dict[int, LayerSpectra]:
+        """Return the spectra of every layer of a pass."""
         thresholds, first = self.plan.settings.thresholds, planned.identity.draw == 0
-        return self._spectra.get(planned.slug, lambda: raw_spectra(self.collection(planned), thresholds, errors=first))
+        return self._spectra.get(planned.slug, lambda: layer_spectra(self.collection(planned), thresholds, first=first))
 
     def real_sample(self, text: str) -> Reservoir:
         """Return the sampled states on real text, which are kept after their pass: the others are compared with them."""

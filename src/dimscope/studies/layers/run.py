@@ -18,7 +18,7 @@ from dimscope.checkpoints.loaded import as_checkpoint
 from dimscope.errors import InvalidArgument
 from dimscope.storage import STATE, Store, alone
 from dimscope.studies.estimate import estimate_passes
-from dimscope.studies.layers import state_measures, tables
+from dimscope.studies.layers import tables
 from dimscope.studies.layers.facts import LayersFacts
 from dimscope.studies.layers.passes import PassRunner
 from dimscope.studies.layers.plan import LayersPlan, PlannedPass, plan_layers
@@ -113,7 +113,7 @@ def _pass_table(runner: PassRunner, store: Store, planned: PlannedPass, name: st
         frames: Mapping[str, Callable[[], pl.DataFrame]] = {
             "layers": lambda: tables.layers_frame(identity, collection, runner.spectra(planned), thresholds),
             "scree": lambda: tables.scree_frame(identity, collection, runner.spectra(planned)),
-            "type_spectra": lambda: state_measures.type_spectra_frame(identity, collection),
+            "type_spectra": lambda: tables.type_spectra_frame(identity, collection, runner.spectra(planned)),
             "texts": lambda: tables.text_frame(identity, collection, planned.source.bos),
             "confidence": lambda: tables.confidence_frame(identity, collection.predictions),
             "predictions": lambda: tables.predictions_frame(identity, collection.predictions),

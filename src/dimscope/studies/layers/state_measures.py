@@ -8,12 +8,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dimscope.activations.collection import Collection
 from dimscope.activations.reservoir import Sample
 from dimscope.geometry.dimension import effective_rank
 from dimscope.geometry.grouped import participation_ratio_across
@@ -34,13 +32,13 @@ from dimscope.geometry.metrics import (
 from dimscope.geometry.nulls import white_noise_spectrum
 from dimscope.geometry.spectrum import spectrum_of
 from dimscope.geometry.token_types import (
+    TypeSpectra,
     one_of_each,
     same_type_neighbors,
-    type_spectra,
     variance_between_types,
     without_type_means,
 )
-from dimscope.studies.layers.rows import FEWEST, RAW, Pass, Preprocessed, dimension_row, row, with_error
+from dimscope.studies.layers.rows import FEWEST, RAW, Preprocessed, dimension_row, row, with_error
 
 ONE_PER_TYPE, TYPE_MEANS, WITHIN_TYPES = "one state per type", "type means", "type mean removed"
 
@@ -79,6 +77,11 @@ class States:
             if distinct.sum() > len(positions) / 2:
                 kept &= distinct
         return positions[kept]
+
+    @property
+    def leading(self) -> str:
+        """The population whose intrinsic dimensions have errors and comparisons, each of which takes as long as they do."""
+        return ONE_PER_TYPE if len(self.one_per_type) >= FEWEST else RAW
 
     @cached_property
     def repeated(self) -> Int[np.ndarray, " m"]:
@@ -130,11 +133,9 @@ def _intrinsic_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the intrinsic dimensions of the states at some positions, beside white noise and Gaussian states."""
     chosen, dim = rows[torch.from_numpy(positions)], rows.shape[1]
-    errors = states.real or (states.first and preprocess == ONE_PER_TYPE)
-    estimates = intrinsic_dimensions(chosen, groups=states.groups[positions], errors=errors)
-    # The leading states of real text have all comparisons; each takes as long as the estimates themselves.
-    leading = states.real and preprocess == ONE_PER_TYPE
-    surrogate = {}
+    leads = preprocess == states.leading
+    estimates = intrinsic_dimensions(chosen, groups=states.groups[positions], errors=leads and states.first)
+    leading, surrogate = leads and states.real, {}
     if estimates and leading:
         whole = estimates[0].n_used == len(chosen)
         surrogate = gaussian_dimension(chosen if whole else chosen[distinct_rows(chosen)])
@@ -149,31 +150,13 @@ def _intrinsic_rows(
         yield with_error(measured, e.replicated)
 
 
-def type_variants(states: States, layer: int) -> Iterator[Preprocessed]:
+def type_variants(states: States, layer: int, types: TypeSpectra | None) -> Iterator[Preprocessed]:
     """Yield the spectra of one state per type, of the means of the types, and of the states minus these."""
-    rows, tokens = states.sample.layers[layer], states.sample.tokens
+    rows = states.sample.layers[layer]
     n, n_one = len(rows), len(states.one_per_type)
     if n_one >= FEWEST:
         yield Preprocessed(ONE_PER_TYPE, spectrum_of(rows[torch.from_numpy(states.one_per_type)]), n - n_one)
-    spectra = type_spectra(rows, tokens)
-    if spectra.n_types >= FEWEST:
-        yield Preprocessed(TYPE_MEANS, spectra.between, 0)
-    if spectra.within.n_rows >= FEWEST:
-        yield Preprocessed(WITHIN_TYPES, spectra.within, 0)
-
-
-def type_spectra_frame(identity: Pass, collection: Collection) -> pl.DataFrame:
-    """Return the variance of every component of the type means and of the states minus these, of every site.
-
-    `share` is of the variance of all sampled states, so both parts of a layer add up to 1.
-    """
-    sample, frames = collection.reservoir.sample(), []
-    for layer, rows in sample.layers.items():
-        spectra = type_spectra(rows, sample.tokens)
-        whole = float(spectra.all_rows.singular_values.square().sum())
-        for part, spectrum in ((TYPE_MEANS, spectra.between), (WITHIN_TYPES, spectra.within)):
-            shares = spectrum.singular_values.square() / whole if whole > 0 else torch.zeros(0, dtype=torch.float64)
-            frame = pl.DataFrame({"index": np.arange(1, len(shares) + 1), "share": shares.numpy()})
-            columns = {"site": collection.sites[layer].name, "layer": layer, "part": part, "n_tokens": len(rows)}
-            frames.append(identity.with_columns(frame, **columns))
-    return pl.concat(frames)
+    if types is not None and types.n_types >= FEWEST:
+        yield Preprocessed(TYPE_MEANS, types.between, 0)
+    if types is not None and types.within.n_rows >= FEWEST:
+        yield Preprocessed(WITHIN_TYPES, types.within, 0)

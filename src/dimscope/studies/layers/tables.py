@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Float
@@ -30,6 +31,7 @@ from dimscope.geometry.metrics import (
 )
 from dimscope.geometry.nulls import white_noise_spectrum
 from dimscope.geometry.spectrum import Spectrum, decompose, spectrum_of
+from dimscope.geometry.token_types import TypeSpectra, type_spectra
 from dimscope.studies.layers.rows import (
     FEWEST,
     LAYERS,
@@ -43,7 +45,7 @@ from dimscope.studies.layers.rows import (
     row,
     with_error,
 )
-from dimscope.studies.layers.state_measures import States, state_rows, type_variants
+from dimscope.studies.layers.state_measures import TYPE_MEANS, WITHIN_TYPES, States, state_rows, type_variants
 from dimscope.texts.window_sums import interval
 from dimscope.vectors.moments import Moments, combined
 
@@ -51,40 +53,48 @@ SMALLEST = 64  # rows of the smallest sample of the curve over N
 
 
 @dataclass(frozen=True, slots=True)
-class RawSpectrum:
-    """The centred spectrum of all states of a layer, and the error of each variance count, from the sampled states.
+class LayerSpectra:
+    """The centred spectrum of all states of a layer, and what the sampled states add to it.
 
     Attributes:
         spectrum: The spectrum.
-        counts: The counts by their names; none where no error was computed.
+        counts: The variance counts by their names, with their errors; none where no error was computed.
+        types: The spectra between and within token types; None where they were not computed.
     """
 
     spectrum: Spectrum
-    counts: Mapping[str, Replicated]
+    counts: Mapping[str, Replicated] = field(default_factory=dict)
+    types: TypeSpectra | None = None
 
 
-def raw_spectra(
-    collection: Collection, thresholds: tuple[float, ...], *, errors: bool = True
-) -> dict[int, RawSpectrum]:
-    """Return the centred spectrum of every layer, with the errors of the counts of some shares of the variance."""
+def layer_spectra(
+    collection: Collection, thresholds: tuple[float, ...], *, first: bool = True
+) -> dict[int, LayerSpectra]:
+    """Return the spectra of every layer, with the errors of the counts of some shares of the variance.
+
+    Further draws of a shuffle (not `first`) have the spectrum of all states alone.
+    """
     sample = collection.reservoir.sample()
     groups = groups_of(sample.windows)
     spectra = {}
     for layer, sums in collection.sites.items():
-        everything = combined(sums.parts.values())
-        if not errors or len(sample.layers[layer]) < FEWEST_ROWS:
-            spectra[layer] = RawSpectrum(spectrum_of(everything), {})
+        everything, rows = combined(sums.parts.values()), sample.layers[layer]
+        if not first:
+            spectra[layer] = LayerSpectra(spectrum_of(everything))
+            continue
+        types = type_spectra(rows, sample.tokens) if len(rows) else None
+        if len(rows) < FEWEST_ROWS:
+            spectra[layer] = LayerSpectra(spectrum_of(everything), types=types)
             continue
         of = decompose(everything)
-        variances = of.spectrum.singular_values.square()
-        counts = variance_counts(sample.layers[layer], groups, of.axes, variances, thresholds)
+        counts = variance_counts(rows, groups, of.axes, of.spectrum.singular_values.square(), thresholds)
         names = map(variance_count_name, thresholds)
-        spectra[layer] = RawSpectrum(of.spectrum, dict(zip(names, counts, strict=True)))
+        spectra[layer] = LayerSpectra(of.spectrum, dict(zip(names, counts, strict=True)), types)
     return spectra
 
 
 def layers_frame(
-    identity: Pass, collection: Collection, spectra: Mapping[int, RawSpectrum], thresholds: tuple[float, ...]
+    identity: Pass, collection: Collection, spectra: Mapping[int, LayerSpectra], thresholds: tuple[float, ...]
 ) -> pl.DataFrame:
     """Return every measure of every site; a measure that does not exist is null.
 
@@ -93,7 +103,7 @@ def layers_frame(
     Args:
         identity: The pass.
         collection: Its collection.
-        spectra: The `raw_spectra` of the collection.
+        spectra: The `layer_spectra` of the collection.
         thresholds: Shares of the variance for which components are counted.
     """
     rows: list[dict[str, Any]] = []
@@ -103,7 +113,7 @@ def layers_frame(
         everything, raw = combined(sums.parts.values()), spectra[layer]
         variants = [Preprocessed(RAW, raw.spectrum)]
         if first:
-            variants += [*_variants(sums, everything, raw.spectrum), *type_variants(states, layer)]
+            variants += [*_variants(sums, everything, raw.spectrum), *type_variants(states, layer, raw.types)]
         of_layer: list[dict[str, Any]] = []
         for variant in variants:
             of_layer += _spectral_rows(variant, thresholds, one_window=one_window)
@@ -114,7 +124,7 @@ def layers_frame(
     return pl.DataFrame(rows, schema=LAYERS).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
-def _with_count_error(measured: dict[str, Any], raw: RawSpectrum) -> dict[str, Any]:
+def _with_count_error(measured: dict[str, Any], raw: LayerSpectra) -> dict[str, Any]:
     """Return a row; that of a variance count of the raw centred states gets its error. Counts grow with N: no interval."""
     if measured["preprocess"] != RAW or not measured["centred"] or measured["metric"] not in raw.counts:
         return measured
@@ -185,7 +195,27 @@ def _variances(rows: Rows) -> Float[Tensor, " d"]:
     return rows.double().var(dim=0, correction=0)
 
 
-def scree_frame(identity: Pass, collection: Collection, spectra: Mapping[int, RawSpectrum]) -> pl.DataFrame:
+def type_spectra_frame(identity: Pass, collection: Collection, spectra: Mapping[int, LayerSpectra]) -> pl.DataFrame:
+    """Return the variance of every component of the type means and of the states minus these, of every site.
+
+    `share` is of the variance of all sampled states, so both parts of a layer add up to 1.
+    """
+    frames = []
+    for layer, of_layer in spectra.items():
+        types = of_layer.types
+        if types is None:
+            continue
+        whole = float(types.all_rows.singular_values.square().sum())
+        for part, spectrum in ((TYPE_MEANS, types.between), (WITHIN_TYPES, types.within)):
+            shares = spectrum.singular_values.square() / whole if whole > 0 else torch.zeros(0, dtype=torch.float64)
+            frame = pl.DataFrame({"index": np.arange(1, len(shares) + 1), "share": shares.numpy()})
+            n_tokens = types.all_rows.n_rows
+            columns = {"site": collection.sites[layer].name, "layer": layer, "part": part, "n_tokens": n_tokens}
+            frames.append(identity.with_columns(frame, **columns))
+    return pl.concat(frames)
+
+
+def scree_frame(identity: Pass, collection: Collection, spectra: Mapping[int, LayerSpectra]) -> pl.DataFrame:
     """Return the share of the variance of every component of every site (centred, raw), beside white noise."""
     frames = []
     for layer, raw in spectra.items():
