@@ -18,18 +18,22 @@ from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+import dimscope
 from benchmarks.measure import PEAK, in_child, timed
 from dimscope.activations.collection import collect, empty_collection
 from dimscope.activations.sites import find_sites
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.checkpoints.model import load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
+from dimscope.geometry import half_samples
 from dimscope.geometry.dimension import linear_dimensions
 from dimscope.geometry.spectrum import spectrum_of
+from dimscope.studies.layers import tables
 from dimscope.studies.layers.tables import rank_tolerance
 from dimscope.texts.texts import Text, open_text
 from dimscope.texts.windows import stream_windows
@@ -143,6 +147,30 @@ def bench_stream(text: Text) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def bench_errors(work: Path, tokenizer: Path | None) -> dict[str, Any]:
+    """What the errors from half-samples of windows add to a study of 8 windows of 512 tokens, real, shuffled and untrained.
+
+    The model is GPT2-small with random weights, or the built-in one where there is no tokenizer for it.
+    """
+    model = "builtin"
+    if tokenizer is not None:
+        model = str(work / "gpt2")
+        in_child(MAKE + PEAK, model, "GPT2Config()")
+        for file in tokenizer.iterdir():
+            shutil.copy(file, model)
+
+    def study() -> object:
+        return dimscope.layers(model, texts=["builtin:prose"], windows=8, length=512, shuffles=2)
+
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    for _ in range(2):
+        seconds["with"].append(timed(study)[0])
+        with mock.patch.object(half_samples, "FEWEST_ROWS", 1 << 30), mock.patch.object(tables, "FEWEST_ROWS", 1 << 30):
+            seconds["without"].append(timed(study)[0])
+    best = {name: min(of_both) for name, of_both in seconds.items()}
+    return {"model": Path(model).name, **best, "ratio": best["with"] / best["without"]}
+
+
 def bench_large(work: Path, tokenizer: Path | None, text: Path, name: str) -> dict[str, Any]:
     """A random-weight model in bfloat16 on one window of 1,024 tokens, real and shuffled, through the command line."""
     folder = work / name
@@ -176,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", help="file or folder of texts to stream")
     parser.add_argument("--tokenizers", type=Path, help="folder with gpt2/ and gpt_neox/ for the large models")
-    parser.add_argument("--only", nargs="+", default=["measures", "stream", "large"])
+    parser.add_argument("--only", nargs="+", default=["measures", "stream", "errors", "large"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/layers.json"))
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp())
@@ -189,6 +217,8 @@ def main() -> None:
         if "stream" in args.only:
             results["stream"] = bench_stream(open_text(text))
             results["stream_memory"] = in_child(STREAM + PEAK, text, str(LENGTH), str(STREAMED // LENGTH))
+        if "errors" in args.only:
+            results["errors"] = bench_errors(work, args.tokenizers / "gpt2" if args.tokenizers else None)
         for name, folder in (("gpt2-xl", "gpt2"), ("pythia-2.8b", "gpt_neox")):
             if "large" in args.only and args.tokenizers:
                 results[name] = bench_large(work, args.tokenizers / folder, repeated_page(work), name)

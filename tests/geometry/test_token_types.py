@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from dimscope.geometry.half_samples import groups_of
+from dimscope.geometry.half_samples import groups_of, half_samples
 from dimscope.geometry.token_types import one_of_each, same_type_neighbors, type_spectra, variance_between_types
 
 
@@ -64,6 +64,17 @@ def test_equal_states_of_a_type_are_all_vocabulary_and_types_of_one_row_have_no_
     groups = np.zeros(len(types), dtype=np.int64)
     assert variance_between_types(rows, types, groups).value == pytest.approx(1)
     assert np.isnan(variance_between_types(rows, np.arange(len(rows)), groups).value)
+
+
+def test_halves_of_the_share_are_those_of_the_rows_of_each_half():
+    rows, types = planted()
+    groups = groups_of(np.repeat(np.arange(10), 40))
+
+    def share(half):
+        return variance_between_types(rows[torch.from_numpy(half)], types[half], groups[half]).value
+
+    expected = [share(one) - share(two) for one, two in half_samples(groups)]
+    np.testing.assert_allclose(variance_between_types(rows, types, groups).differences, expected, atol=1e-12)
 
 
 def test_neighbours_of_the_same_type_by_brute_force():

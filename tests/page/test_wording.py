@@ -12,7 +12,14 @@ def test_count(n: int, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("part", "words"),
-    [(0, "0.0%"), (0.0001, "less than 0.1%"), (0.27556, "27.6%"), (0.99999, "more than 99.9%"), (1, "100.0%")],
+    [
+        (0, "0.0%"),
+        (0.0001, "less than 0.1%"),
+        (0.27556, "27.6%"),
+        (0.99999, "more than 99.9%"),
+        (1 - 1e-13, "100.0%"),
+        (1, "100.0%"),
+    ],
 )
 def test_share_never_rounds_something_away(part: float, words: str) -> None:
     assert wording.share(part) == words
