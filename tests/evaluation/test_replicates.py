@@ -26,6 +26,16 @@ def test_the_variance_is_that_over_windows_plus_that_over_seeds():
     assert got.high == pytest.approx(2.5 + t.ppf(0.975, freedom) * stderr)
 
 
+@pytest.mark.parametrize("values", [[[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]], [[1.0, 2.0, 3.0]]])
+def test_intervals_that_hold_at_once_are_wider_by_the_quantiles(values):
+    """Of four statements each may be false for noise in 1.25% of samples: 0.625% to each side."""
+    one, four = of(np.array(values)).interval(), of(np.array(values)).interval(4)
+    windows, seeds = 1 / 3, np.var(np.mean(values, axis=1), ddof=1) / 2 if len(values) > 1 else 0.0
+    freedom = (windows + seeds) ** 2 / (windows**2 / 2 + seeds**2 / 1)
+    assert (one.value, one.stderr) == (four.value, four.stderr)
+    assert four.high - four.value == pytest.approx(t.ppf(1 - 0.00625, freedom) * math.sqrt(windows + seeds))
+
+
 def test_a_difference_is_paired_by_window_and_seed():
     noise = np.random.default_rng(0).standard_normal((3, 5))
     gap = of(noise + 1).minus(of(noise))

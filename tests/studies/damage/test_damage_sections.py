@@ -33,8 +33,25 @@ def _breaking(losses: planted.Losses = PLANTED) -> Section:
 
 
 def test_the_gentlest_kind_is_the_title():
-    better = {key: (2.01, 2.01) if key[0] == "project" else value for key, value in PLANTED.items()}
+    better = {key: (2.01, 2.01, 2.01) if key[0] == "project" else value for key, value in PLANTED.items()}
     assert _breaking(better).title == "Random projection does the least damage at every number of dimensions tried"
+
+
+def test_kinds_are_compared_at_all_numbers_of_dimensions_at_once():
+    """Alone the three seeds decide; among three pairs of kinds at three numbers they do not."""
+    pair = {("project", 75): (2.269, 3.2, 4.131), ("project-rescaled", 75): (2.0, 3.0, 4.0)}
+    assert _breaking(pair).title.startswith("Rescaled random projection does the least damage at every number")
+    others = {(kind, k): (3.0, 3.0, 3.0) for kind in ("project", "project-rescaled") for k in (50, 25)}
+    assert "least" not in _breaking(pair | others).title
+
+
+def test_dimensions_are_harmless_by_the_intervals_of_all_kinds_at_once():
+    alone = {("project", 75): (2.0654, 2.1, 2.1346)}
+    assert "is harmless" in _breaking(alone).findings[0]
+    both = _breaking(alone | {("truncate", 75): (9.0,)}).findings[0]
+    assert both.startswith("No tested removal of dimensions is clearly harmless: the gentlest is random projection")
+    assert "95% interval for all 2 at once" in both
+    assert "neither clearly within nor above" in both
 
 
 def test_one_kind_alone_is_not_called_the_gentlest():
@@ -63,7 +80,10 @@ def test_every_text_and_side_has_a_figure_of_its_own():
     section = _section(damage.breaking_section(planted.damage_tables(frame), planted.facts()))
     plots = [block for block in section.blocks if isinstance(block, Plot)]
     assert [plot.caption for plot in plots] == ["Prose", "Text that the model generated"]
-    assert "On text that the model generated (undamaged loss 1.5), the same kind is the gentlest" in section.findings[2]
+    assert (
+        "On text that the model generated (undamaged loss 1.5), the same kind is the gentlest at 1 of 3"
+        in section.findings[2]
+    )
 
 
 def test_beliefs_that_nothing_tests_are_no_section():

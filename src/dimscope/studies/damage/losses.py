@@ -47,14 +47,21 @@ class Draws:
 
     @property
     def kl(self) -> Interval:
+        """Return the mean KL over the seeds with its 95% interval."""
+        return self.kl_of()
+
+    def kl_of(self, n_statements: int = 1) -> Interval:
         """Return the mean KL over the seeds; infinite where the model overflows for one of them.
 
         One seed of a random change has no interval: it tells nothing about others.
+
+        Args:
+            n_statements: Intervals that have to hold at once.
         """
         of_seeds = self.mean("kl")
         if len(of_seeds.seeds) < len(self.seeds):
             return Interval(math.inf, None, None, None, self.sums.shape[1])
-        kl = of_seeds.interval()
+        kl = of_seeds.interval(n_statements)
         return kl if of_seeds.repeated else Interval(kl.value, None, None, None, kl.n_groups)
 
 
