@@ -14,8 +14,7 @@ from dimscope.evaluation.evaluate import Evaluation
 from dimscope.evaluation.replicates import Replicates
 from dimscope.interventions.perturbations import find_perturbation
 from dimscope.studies.damage.claims import CLAIMS, claims_frame, lower_at_once
-from dimscope.studies.damage.curves import damages
-from dimscope.studies.damage.losses import breaking_frame, texts_of
+from dimscope.studies.damage.losses import all_losses, breaking_frame, texts_of
 from dimscope.studies.damage.plan import Point
 from dimscope.studies.damage.summary import change_frames
 from dimscope.studies.damage.tables import DAMAGE, WINDOWS, Measurement
@@ -427,7 +426,7 @@ def test_a_text_named_like_a_table_is_a_text():
     assert texts_of(damage) == [named, "prose"]
     kl = {row["text"]: row["kl"] for row in breaking_frame(*rows).filter(pl.col("threshold") == 0.03).to_dicts()}
     assert kl == pytest.approx({named: 1.05, "prose": 0.075})
-    curves = {d.text: d.curve("loss", "truncate")["value"].to_list() for d in damages(damage)}
+    curves = {losses.text: losses.curve("loss", "truncate")["value"].to_list() for losses in all_losses(*rows)}
     assert curves == {named: [9.0], "prose": [2.5]}
     assert [f["text"][0] for f in change_frames(damage)] == [named, "prose"]
 

@@ -147,6 +147,43 @@ def test_the_page_holds_the_study_and_runs_no_text_of_the_model():
     assert html.count("<details") == 2
 
 
+def _errors(losses: planted.Losses) -> str:
+    return _section(errors.error_section(planted.damage_tables(planted.damage(losses)), planted.facts())).title
+
+
+def test_equal_error_is_unequal_damage_only_where_the_interval_of_a_pair_says_so():
+    """Noise and a shift of one strength make equal errors. Their loss was compared without any error."""
+    noise = {("noise", 0.5): (2.5, 2.5, 2.5)}
+    apart = _errors(noise | {("shift", 0.5): (2.7, 2.71, 2.69)})
+    assert "one shift for all tokens has a KL 0.03 nats above that of noise (95% interval " in apart
+    seeds = _errors(noise | {("shift", 0.5): (2.3, 2.7, 3.1)})  # KL differences of -0.03, 0.03 and 0.09
+    assert seeds == "At equal error no change clearly costs more than another"
+    assert (
+        _errors({("noise", 0.5): (2.5, 2.5), ("shift", 1.0): (3.0, 3.0)}) == "The error of the table, and what it costs"
+    )
+
+
+def test_pairs_of_equal_error_are_compared_at_once():
+    borderline = {("noise", 0.5): (2.0, 3.0, 4.0), ("shift", 0.5): (2.269, 3.2, 4.131)}
+    assert _errors(borderline).startswith("Equal error is not equal damage")
+    others = {(kind, strength): (3.0, 3.0, 3.0) for kind in ("noise", "shift") for strength in (1.0, 2.0)}
+    assert _errors(borderline | others) == "At equal error no change clearly costs more than another"
+
+
+def test_strengths_are_compared_with_the_tolerance_by_intervals():
+    """Its title was the rise of the loss, without any error."""
+    changes = {("noise", 0.5): (2.1, 2.1, 2.1), ("noise", 2.0): (9.0, 9.0, 9.0), ("scale", 0.5): (3.0,)}
+    undecided = changes | {("shift", 1.0): (2.0, 2.3, 2.6)}
+    section = _section(errors.strength_section(planted.damage_tables(planted.damage(undecided)), planted.facts()))
+    assert section.title == (
+        "Compared with rounding to 4 bits, noise of 0.5 sd costs no more; scaling by 0.5 costs more; one shift for all tokens "
+        "of 1 sd may cost more or less"
+    )
+    assert "noise of 0.5 sd: KL 0.015 nats (95% interval for all 3 at once" in section.findings[0].lower().replace(
+        "kl", "KL"
+    )
+
+
 def test_noise_of_nothing_alone_has_no_figure():
     tables = planted.damage_tables(planted.damage({("noise", 0.0): (2.0,), ("truncate", 50): (2.5,)}))
     assert errors.strength_section(tables, planted.facts()) is None

@@ -13,10 +13,9 @@ from dimscope.page.section import Facts, Grid, Plot, Section, Tables, table
 from dimscope.page.wording import count, listed, number, sentence, share
 from dimscope.studies.damage import figures
 from dimscope.studies.damage.claims import FAILS, HOLDS, PARTLY, UNDECIDED, UNTESTED, lower_at_once
-from dimscope.studies.damage.curves import Damage, kind_name, shown_damages, text_name
+from dimscope.studies.damage.curves import kind_name, shown_losses, text_name
 from dimscope.studies.damage.facts import damage_facts
-from dimscope.studies.damage.losses import THRESHOLDS, Draws, Losses, losses_on
-from dimscope.studies.damage.tables import LOSS
+from dimscope.studies.damage.losses import THRESHOLDS, Draws, Losses
 
 SIDES = {
     "input": "the input embedding table",
@@ -27,33 +26,29 @@ SIDES = {
 
 def breaking_section(tables: Tables, facts: Facts) -> Section | None:
     """Return how many dimensions can be removed within the tolerance, and which way is the gentlest."""
-    shown = [damage for damage in shown_damages(tables) if damage.kept_kinds()]
+    shown = [losses for losses in shown_losses(tables) if losses.kept_kinds()]
     breaking = table(tables, "breaking")
     if not shown:
         return None
     first = shown[0]
     plots = tuple(
-        Plot(f"damage-kept-{n}", figures.damage_by_kept(d), "loss by the share of dimensions kept", _caption(d, shown))
+        Plot(f"damage-kept-{n}", figures.damage_by_kept(d), "KL by the share of dimensions kept", _caption(d, shown))
         for n, d in enumerate(shown)
     )
     grids = () if breaking is None else tuple(g for d in shown if (g := _breaking_grid(d, breaking, shown)))
-    seeds = int(max(first.curve(LOSS, kind)["n_seeds"].to_numpy().max(initial=1) for kind in first.kept_kinds()))
-    windows = table(tables, "windows")
-    losses = [] if windows is None else [losses_on(tables["damage"], windows, d.text, d.side) for d in shown]
     return Section(
         anchor="damage",
         name="Damage",
-        title=_title(first, losses),
-        findings=_findings(losses, damage_facts(facts).window_length),
+        title=_title(first),
+        findings=_findings(shown, damage_facts(facts).window_length),
         blocks=(*plots, *grids),
         how_to_read=(
             f"Every point is the model after one change of {SIDES[first.side]}, evaluated on the same text. At the right "
-            "edge all dimensions are kept; further left fewer are. The upper panel shows the loss; its dashed line is the "
-            "undamaged model. The lower panel shows the share of positions at which the top prediction is that of the "
-            f"undamaged model. Bands are one standard deviation over {count(seeds, 'seed')} of a random change. "
-            "Damage is the KL from the undamaged model, with a 95% interval over windows (and seeds). A kind does the least damage "
-            "where the comparisons of all kinds at all numbers of dimensions, which hold at once in 95% of samples, say so. "
-            f"{SCALE_NOTE}"
+            "edge all dimensions are kept; further left fewer are. The upper panel shows the damage: the KL from the undamaged "
+            "model; its dashed lines are the KL of rounding weights to so many bits. The lower panel shows the share of positions "
+            "at which the top prediction is that of the undamaged model. Bands are 95% intervals over windows, and over seeds of a "
+            "random change. A kind of change does the least damage where the comparisons of all kinds at all numbers of "
+            f"dimensions, which hold at once in 95% of samples, say so. {SCALE_NOTE}"
         ),
         caveat=(
             "Nothing was trained after a change. The figure therefore shows what the model tolerates, not what a model "
@@ -80,19 +75,17 @@ def _findings(losses: Sequence[Losses], window_length: int | None) -> tuple[str,
 
 def answer(tables: Tables) -> str:
     """Return how many dimensions are enough on the first text, in one sentence."""
-    shown, windows = shown_damages(tables), table(tables, "windows")
-    with_dimensions = [damage for damage in shown if damage.kept_kinds()]
-    if with_dimensions and windows is not None:
-        first = with_dimensions[0]
-        return fewest_dimensions(losses_on(tables["damage"], windows, first.text, first.side))
+    shown = shown_losses(tables)
+    if with_dimensions := [losses for losses in shown if losses.kept_kinds()]:
+        return fewest_dimensions(with_dimensions[0])
     if not shown:
         return "The loss of the undamaged model is not a finite number."
-    return f"The loss of the undamaged model is {number(shown[0].base)} nats per token on {text_name(shown[0].text)}."
+    return f"The loss of the undamaged model is {number(shown[0].undamaged.loss.value)} nats per token on {text_name(shown[0].text)}."
 
 
-def _caption(damage: Damage, shown: Sequence[Damage]) -> str:
-    several = len({d.side for d in shown}) > 1
-    return sentence(text_name(damage.text)) + (f", change of {SIDES[damage.side]}" if several else "")
+def _caption(losses: Losses, shown: Sequence[Losses]) -> str:
+    several = len({other.side for other in shown}) > 1
+    return sentence(text_name(losses.text)) + (f", change of {SIDES[losses.side]}" if several else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +128,12 @@ def _gentlest_kind(losses: Losses, n_texts: int = 1) -> Gentlest | None:
     return Gentlest(*wins.most_common(1)[0], len(contests)) if wins else None
 
 
-def _title(damage: Damage, losses: Sequence[Losses]) -> str:
-    if losses and (unreadable := losses[0].unreadable) is not None:
+def _title(losses: Losses) -> str:
+    if (unreadable := losses.unreadable) is not None:
         return sentence(unreadable)
-    best = _gentlest_kind(losses[0]) if losses else None
+    best = _gentlest_kind(losses)
     if best is None:
-        return sentence(f"the loss after {listed([kind_name(kind) for kind in damage.kept_kinds()])}")
+        return sentence(f"the KL after {listed([kind_name(kind) for kind in losses.kept_kinds()])}")
     return sentence(f"{kind_name(best.kind)} does the least damage at {best.where}")
 
 
@@ -187,10 +180,6 @@ def _fewest(losses: Losses, kind: str, n_statements: int) -> Draws | None:
     return fewest
 
 
-def _rows_about(damage: Damage, breaking: pl.DataFrame) -> pl.DataFrame:
-    return breaking.filter((pl.col("text") == damage.text) & (pl.col("side") == damage.side))
-
-
 def _other_texts(losses: Sequence[Losses]) -> str | None:
     """Return whether the same kind of change is the gentlest on the other texts."""
     gentlest = _gentlest_kind(losses[0], len(losses)) if losses else None
@@ -205,8 +194,8 @@ def _other_texts(losses: Sequence[Losses]) -> str | None:
     return sentence(f"{listed(clauses)}.") if clauses else None
 
 
-def _breaking_grid(damage: Damage, breaking: pl.DataFrame, shown: Sequence[Damage]) -> Grid | None:
-    rows = _rows_about(damage, breaking)
+def _breaking_grid(losses: Losses, breaking: pl.DataFrame, shown: Sequence[Losses]) -> Grid | None:
+    rows = breaking.filter((pl.col("text") == losses.text) & (pl.col("side") == losses.side))
     if rows.is_empty():
         return None
     lines = []
@@ -219,7 +208,7 @@ def _breaking_grid(damage: Damage, breaking: pl.DataFrame, shown: Sequence[Damag
     header = ("change", *(f"not within the {mark.kl:g} of {mark.name} from" for mark in THRESHOLDS), "seeds")
     caption = (
         "The gentlest tested strength whose KL is not within a mark, with the upper end of its 95% interval. "
-        f"{_caption(damage, shown)}"
+        f"{_caption(losses, shown)}"
     )
     return Grid(caption, header, tuple(lines), frozenset({3}))
 
