@@ -129,7 +129,7 @@ def test_candidates_are_evaluated_on_windows_that_nothing_was_calibrated_on(mode
     dense, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     assert tokenizer is not None
     windows = middle_windows(open_text(str(prose)), tokenizer, length=16, count=4)
-    parts = split_windows(windows, 2, False, ["prose"])
+    parts = split_windows({"prose": windows}, 2, False)
     mean = {}
     for name, own in (("evaluation", parts.evaluation), ("calibration", parts.calibration)):
         ids = torch.stack([window.ids for window in own])
