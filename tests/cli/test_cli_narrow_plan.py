@@ -138,6 +138,15 @@ def test_candidates_are_evaluated_on_windows_that_nothing_was_calibrated_on(mode
     assert abs(mean["evaluation"] - mean["calibration"]) > 1e-3
 
 
+def test_two_texts_are_judged_one_by_one(model, plans, tmp_path):
+    letters = tmp_path / "letters.txt"
+    letters.write_text(" ".join("abcdefghijklmnopqrstuvwxyz" * 40))
+    plan = plans(model, tmp_path / "two", "--text", letters, "--width", 32, "--basis", "raw", "--windows", 8)
+    [narrow] = plan.of("narrow")
+    assert narrow["judged_text"] in ("prose.txt", "letters.txt")
+    assert narrow["judged_kl_low"] < narrow["judged_kl"] < narrow["judged_kl_high"]
+
+
 def test_the_basis_makes_no_difference_to_speed_and_that_of_rounded_weights_is_not_measured(usual):
     for width in (56, 48, 40, 32):
         [speeds] = {tuple(row[name] for name in SPEEDS) for row in usual.of("narrow", width=width)}
