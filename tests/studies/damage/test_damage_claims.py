@@ -179,9 +179,10 @@ def decided(gaps: Sequence[float], windows: Sequence[float] = SPREAD, n_statemen
     mean, n = np.mean(gaps), len(windows)
     over_windows = mean**2 * np.var(windows, ddof=1) / n
     over_seeds = np.var(gaps, ddof=1) / len(gaps)
-    total = over_windows + over_seeds
-    freedom = total**2 / (over_windows**2 / (n - 1) + over_seeds**2 / (len(gaps) - 1))
-    margin = t.ppf(1 - 0.025 / n_statements, freedom) * math.sqrt(total)
+    quantiles = (t.ppf(1 - 0.025 / n_statements, freedom) for freedom in (n - 1, len(gaps) - 1))
+    margin = math.hypot(
+        *(q * math.sqrt(variance) for q, variance in zip(quantiles, (over_windows, over_seeds), strict=True))
+    )
     return HOLDS if mean > margin else FAILS if mean < -margin else UNDECIDED
 
 
