@@ -1,6 +1,6 @@
 """How often noise makes the page tell a finding about damage or narrowing, on inputs in which there is nothing to find.
 
-python -m benchmarks.reliability_damage [--repetitions 100]: about three minutes on one core.
+python -m benchmarks.reliability_damage [--repetitions 100]: about four minutes on one core.
 """
 
 import argparse
