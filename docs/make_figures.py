@@ -14,7 +14,7 @@ import polars as pl
 from dimscope.geometry.metrics import CHANCE_EDGE
 from dimscope.page import theme
 from dimscope.studies.damage import figures as damage_figures
-from dimscope.studies.damage.curves import damages
+from dimscope.studies.damage.losses import all_losses
 from dimscope.studies.embedding import spectrum_figures
 from dimscope.studies.layers import figures as layers_figures
 from dimscope.studies.narrowing import figures as narrowing_figures
@@ -24,7 +24,7 @@ spectrum = pl.read_parquet(folder / "tables/spectrum.parquet").filter(preprocess
 dimensions = pl.read_parquet(folder / "tables/dimensions.parquet").filter(preprocess="centred", rows="trained")
 measures = pl.read_parquet(folder / "tables/measures.parquet").filter(rows="trained")
 layers = pl.read_parquet(folder / "tables/layers.parquet").filter(preprocess="raw", centred=True, text="builtin prose")
-damage = damages(pl.read_parquet(folder / "tables/damage.parquet"))[0]
+damage = all_losses(*(pl.read_parquet(folder / f"tables/{name}.parquet") for name in ("damage", "windows")))[0]
 plan = pl.read_parquet(folder / "tables/plan.parquet")
 measured = json.loads((Path(__file__).parents[1] / "benchmarks/results/narrowing.json").read_text())["quality"][
     "builtin"
@@ -69,7 +69,11 @@ for name, figure, title in (
         layers_figures.layer_profile(layers, "variance count 95%"),
         "The built-in model fills half to three quarters of the dimensions that noise would",
     ),
-    ("damage", damage_figures.damage_by_kept(damage), "Truncation does the least damage to the built-in model"),
+    (
+        "damage",
+        damage_figures.damage_by_kept(damage),
+        "What the built-in model loses by the share of dimensions kept, with 95% intervals",
+    ),
     (
         "narrowing",
         narrowing_figures.narrowing_plan(plan, "parameters"),

@@ -129,13 +129,22 @@ def test_candidates_are_evaluated_on_windows_that_nothing_was_calibrated_on(mode
     dense, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     assert tokenizer is not None
     windows = middle_windows(open_text(str(prose)), tokenizer, length=16, count=4)
-    parts = split_windows(windows, 2, False, ["prose"])
+    parts = split_windows({"prose": windows}, 2, False)
     mean = {}
     for name, own in (("evaluation", parts.evaluation), ("calibration", parts.calibration)):
         ids = torch.stack([window.ids for window in own])
         mean[name] = float(dense(ids, labels=ids).loss.detach())
     assert usual.of("dense")[0]["loss"] == pytest.approx(mean["evaluation"], abs=1e-4)
     assert abs(mean["evaluation"] - mean["calibration"]) > 1e-3
+
+
+def test_two_texts_are_judged_one_by_one(model, plans, tmp_path):
+    letters = tmp_path / "letters.txt"
+    letters.write_text(" ".join("abcdefghijklmnopqrstuvwxyz" * 40))
+    plan = plans(model, tmp_path / "two", "--text", letters, "--width", 32, "--basis", "raw", "--windows", 8)
+    [narrow] = plan.of("narrow")
+    assert narrow["judged_text"] in ("prose.txt", "letters.txt")
+    assert narrow["judged_kl_low"] < narrow["judged_kl"] < narrow["judged_kl_high"]
 
 
 def test_the_basis_makes_no_difference_to_speed_and_that_of_rounded_weights_is_not_measured(usual):

@@ -29,7 +29,7 @@ def test_each_model_reads_the_prompt_at_once_and_generates_one_by_one_in_turns(m
     assert all(speed.prefill.low > 0 < speed.decode.low for speed in speeds.values())
     turn = [(name, n) for name in ("one", "other") for n in (7, 1, 1, 1)]
     back = turn[4:] + turn[:4]
-    assert lengths == (back + turn) * (ROUNDS // 2) + back
+    assert lengths == ((back + turn) * ROUNDS)[: len(turn) * (ROUNDS + 1)]
     assert other.training
 
 
@@ -53,7 +53,12 @@ def test_a_ratio_is_taken_round_by_round():
     assert (ratio.prefill, ratio.decode) == (Spread(1.2, 1.2, 1.2), Spread(1.0, 0.9, 1.1))
 
 
-def test_the_median_lies_between_the_extremes_of_the_rounds_in_97_of_100_runs():
+def test_the_median_lies_between_the_extremes_of_the_rounds_in_99_of_100_runs():
     rounds = np.random.default_rng(0).lognormal(size=(2000, ROUNDS))  # the median is 1
     covered = np.mean((rounds.min(axis=1) <= 1) & (rounds.max(axis=1) >= 1))
-    assert covered == pytest.approx(1 - 2 / 2**ROUNDS, abs=0.015)
+    assert covered == pytest.approx(1 - 2 / 2**ROUNDS, abs=0.005)
+
+
+def test_of_eleven_models_as_fast_as_their_base_none_is_faster_in_every_round_in_19_of_20_plans():
+    ratios = np.random.default_rng(0).lognormal(size=(2000, 11, ROUNDS))
+    assert np.mean((ratios.min(axis=2) > 1).any(axis=1)) <= 0.05

@@ -69,24 +69,31 @@ def upper_end(kl: Interval) -> float:
     return kl.value if kl.high is None else kl.high
 
 
-def with_interval(kl: Interval) -> str:
-    """Return a KL with its interval in words.
+def with_interval(kl: Interval, n_statements: int = 1) -> str:
+    """Return a KL with its interval in words; `n_statements` says how many intervals hold at once.
 
     >>> with_interval(Interval(0.0212, 0.002, 0.0181, 0.0243, 8))
     'KL 0.021 nats (95% interval 0.018 to 0.024)'
+    >>> with_interval(Interval(0.0212, 0.002, 0.0171, 0.0253, 8), 3)
+    'KL 0.021 nats (95% interval for all 3 at once 0.017 to 0.025)'
     """
     if not math.isfinite(kl.value):
         return "KL not finite"
     if kl.low is None or kl.high is None:
         return f"KL {kl.value:.2g} nats (no interval: one window, or one seed)"
-    return f"KL {kl.value:.2g} nats (95% interval {max(kl.low, 0.0):.2g} to {kl.high:.2g})"
+    return f"KL {kl.value:.2g} nats ({interval_name(n_statements)} {max(kl.low, 0.0):.2g} to {kl.high:.2g})"
 
 
-def compared(kl: Interval, mark: Mark = TOLERANCE) -> str:
-    """Return a KL with its interval, compared with a mark.
+def interval_name(n_statements: int) -> str:
+    """Return what an interval is called that holds at once with others: "95% interval for all 3 at once"."""
+    return "95% interval" if n_statements == 1 else f"95% interval for all {n_statements} at once"
+
+
+def compared(kl: Interval, mark: Mark = TOLERANCE, *, n_statements: int = 1) -> str:
+    """Return a KL with its interval, compared with a mark; `n_statements` says how many intervals hold at once.
 
     >>> compared(Interval(0.0212, 0.002, 0.0181, 0.0243, 8))
     'KL 0.021 nats (95% interval 0.018 to 0.024), within the 0.03 of rounding to 4 bits'
     """
     words = {"within": "within", "above": "above", "undecided": "neither clearly within nor above"}
-    return f"{with_interval(kl)}, {words[judge(kl, mark)]} the {mark.kl:g} of {mark.name}"
+    return f"{with_interval(kl, n_statements)}, {words[judge(kl, mark)]} the {mark.kl:g} of {mark.name}"

@@ -33,11 +33,17 @@ def line(x: pl.Series, y: pl.Series, name: str, mark: Mark, *, markers: bool = T
 
 def band(x: pl.Series, y: pl.Series, spread: pl.Series, mark: Mark, **options: Any) -> list[go.Scatter]:
     """Return the area of one `spread` below and above a curve; nothing where no point has a spread."""
-    rows = pl.DataFrame({"x": x, "y": y, "spread": spread}).drop_nulls("spread")
+    return interval_band(x, y - spread, y + spread, mark, **options)
+
+
+def interval_band(x: pl.Series, low: pl.Series, high: pl.Series, mark: Mark, **options: Any) -> list[go.Scatter]:
+    """Return the area between the ends of intervals; nothing where no point has one."""
+    rows = pl.DataFrame({"x": x, "low": low, "high": high}).drop_nulls(["low", "high"])
     if rows.is_empty():
         return []
-    low, high = rows["y"] - rows["spread"], rows["y"] + rows["spread"]
-    outline = {"x": pl.concat([rows["x"], rows["x"].reverse()]), "y": pl.concat([high, low.reverse()])}
+    outline = {
+        "x": pl.concat([rows["x"], rows["x"].reverse()]), "y": pl.concat([rows["high"], rows["low"].reverse()])
+    }  # fmt: skip
     looks = {"mode": "lines", "line": {"width": 0}, "fill": "toself", "fillcolor": tint(mark.colour, 0.22)}
     points = {name: series.to_numpy() for name, series in outline.items()}
     return [go.Scatter(**points, **(looks | {"hoverinfo": "skip", "showlegend": False} | options))]

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from damage_tables import KL_PER_LOSS, SPREAD, Rows, evaluation, generations, joined, point_rows
 from scipy.stats import t
 
 from dimscope.evaluation.evaluate import Evaluation
+from dimscope.evaluation.replicates import Replicates
 from dimscope.interventions.perturbations import find_perturbation
-from dimscope.studies.damage.claims import CLAIMS, claims_frame
-from dimscope.studies.damage.curves import damages
-from dimscope.studies.damage.losses import breaking_frame, texts_of
+from dimscope.studies.damage.claims import CLAIMS, claims_frame, lower_at_once
+from dimscope.studies.damage.losses import all_losses, breaking_frame, texts_of
 from dimscope.studies.damage.plan import Point
 from dimscope.studies.damage.summary import change_frames
 from dimscope.studies.damage.tables import DAMAGE, WINDOWS, Measurement
@@ -173,14 +174,15 @@ def test_every_text_is_a_test_of_its_own():
     assert len(claims_frame(*joined(prose, code))) == 2 * len(CLAIMS)
 
 
-def decided(gaps: Sequence[float], windows: Sequence[float] = SPREAD) -> str:
+def decided(gaps: Sequence[float], windows: Sequence[float] = SPREAD, n_statements: int = 1) -> str:
     """Return the verdict on differences by seed, each of which varies over windows by the same shares of it."""
     mean, n = np.mean(gaps), len(windows)
     over_windows = mean**2 * np.var(windows, ddof=1) / n
     over_seeds = np.var(gaps, ddof=1) / len(gaps)
-    total = over_windows + over_seeds
-    freedom = total**2 / (over_windows**2 / (n - 1) + over_seeds**2 / (len(gaps) - 1))
-    margin = t.ppf(0.975, freedom) * math.sqrt(total)
+    quantiles = (t.ppf(1 - 0.025 / n_statements, freedom) for freedom in (n - 1, len(gaps) - 1))
+    margin = math.hypot(
+        *(q * math.sqrt(variance) for q, variance in zip(quantiles, (over_windows, over_seeds), strict=True))
+    )
     return HOLDS if mean > margin else FAILS if mean < -margin else UNDECIDED
 
 
@@ -209,6 +211,50 @@ def test_what_is_not_random_is_compared_with_the_mean_of_what_is(cut, spread, wa
     seeds = np.array([2.2 - spread, 2.2, 2.2 + spread])
     assert decided(cut - seeds) == wanted
     assert verdict(RANDOM_BEATS_SVD, {"truncate:600": cut, "project:600": seeds.tolist()}) == wanted
+
+
+def test_the_comparisons_of_a_belief_hold_at_once():
+    """Alone the difference of 600 dimensions is decided; beside that of 300 it has to be so in 39 of 40 samples."""
+    seeds = {"project:600": [2.269, 3.2, 4.131], "project-rescaled:600": [2.0, 3.0, 4.0]}
+    gaps = np.subtract(seeds["project:600"], seeds["project-rescaled:600"])
+    assert (decided(gaps), decided(gaps, n_statements=2)) == (HOLDS, UNDECIDED)
+    assert verdict(RESCALING_HELPS, seeds) == HOLDS
+    other = {"project:300": 3.0, "project-rescaled:300": 3.0}
+    assert verdict(RESCALING_HELPS, seeds | other) == UNDECIDED
+    assert "95% interval for all 2 at once" in evidence(RESCALING_HELPS, seeds | other)
+
+
+def test_pairs_that_are_decided_leave_fewer_to_be_compared():
+    """The borderline pair is decided alone, and beside one that is clear, but not beside one that is undecided."""
+
+    def costs(*of_seeds: float) -> Replicates:
+        return Replicates(
+            (0, 1, 2), torch.tensor(of_seeds).double(), torch.tensor(of_seeds).double()[:, None].expand(3, 5)
+        )
+
+    zero, borderline, clear, none = costs(0, 0, 0), costs(0.131, 0.2, 0.269), costs(5, 5.01, 5.02), costs(-1, 0, 1)
+    assert lower_at_once([(zero, borderline)]) == [True]
+    assert lower_at_once([(zero, borderline)], n_sets=2) == [None]
+    assert lower_at_once([(zero, borderline), (clear, zero)]) == [True, False]
+    assert lower_at_once([(zero, borderline), (zero, none)]) == [None, None]
+    assert lower_at_once([]) == []
+
+
+def test_noises_are_harmless_at_once_and_shifts_and_truncations_are_compared_at_once():
+    borderline = [2.0654, 2.1, 2.1346]  # upper end of the KL: 0.028 nats alone, 0.034 beside another one
+    assert verdict(NOISE_IS_HARMLESS, {"noise:1": borderline}) == HOLDS
+    assert verdict(NOISE_IS_HARMLESS, {"noise:0.5": 2.05, "noise:1": borderline}) == PARTLY
+    shift = {"noise:1": [3.0, 3.0, 3.0], "shift:1": [3.131, 3.2, 3.269]}
+    assert verdict(BIAS_HURTS, shift) == HOLDS
+    errors = {"noise:1": 0.8, "shift:1": 0.8, "truncate:300": 0.8}
+    undecided = {"truncate:300": (-0.3, 0.3, -0.1, 0.1, 0.0)}  # windows that disagree
+    assert verdict(BIAS_HURTS, shift | {"truncate:300": 3.0}, errors=errors, spread=undecided) == UNDECIDED
+
+
+def test_changes_that_keep_a_share_are_judged_at_once():
+    borderline = {"project:100": [2.0654, 2.1, 2.1346]}
+    assert verdict(A_NINTH, borderline) == HOLDS
+    assert verdict(A_NINTH, borderline | {"truncate:100": 9}) == UNDECIDED
 
 
 def test_one_seed_or_one_window_of_a_comparison_is_no_finding():
@@ -381,7 +427,7 @@ def test_a_text_named_like_a_table_is_a_text():
     assert texts_of(damage) == [named, "prose"]
     kl = {row["text"]: row["kl"] for row in breaking_frame(*rows).filter(pl.col("threshold") == 0.03).to_dicts()}
     assert kl == pytest.approx({named: 1.05, "prose": 0.075})
-    curves = {d.text: d.curve("loss", "truncate")["value"].to_list() for d in damages(damage)}
+    curves = {losses.text: losses.curve("loss", "truncate")["value"].to_list() for losses in all_losses(*rows)}
     assert curves == {named: [9.0], "prose": [2.5]}
     assert [f["text"][0] for f in change_frames(damage)] == [named, "prose"]
 

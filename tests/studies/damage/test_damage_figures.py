@@ -6,18 +6,19 @@ from typing import Any
 import damage_tables as made
 import numpy as np
 import plotly.graph_objects as go
-import polars as pl
 import pytest
-from damage_tables import BASE, PLANTED
+from damage_tables import BASE, KL_PER_LOSS, PLANTED
 
+from dimscope.evaluation.yardstick import TOLERANCE
 from dimscope.interventions.perturbations import PERTURBATIONS
 from dimscope.studies.damage import figures
-from dimscope.studies.damage.curves import Damage, damages, kind_mark
+from dimscope.studies.damage.curves import kind_mark
+from dimscope.studies.damage.losses import Losses, all_losses
 
 
 @pytest.fixture(scope="module")
-def found() -> Damage:
-    return damages(made.damage().damage)[0]
+def found() -> Losses:
+    return all_losses(*made.damage())[0]
 
 
 def _trace(fig: go.Figure, name: str, axis: str | None = None) -> Any:
@@ -30,14 +31,37 @@ def _means(kind: str) -> dict[float, float]:
     return {strength: float(np.mean(values)) for (name, strength), values in PLANTED.items() if name == kind}
 
 
-def test_the_loss_by_share_kept_is_the_mean_over_the_seeds_with_their_spread(found):
+def _kl(kind: str) -> dict[float, float]:
+    return {strength: KL_PER_LOSS * (loss - BASE) for strength, loss in _means(kind).items()}
+
+
+def test_the_kl_by_share_kept_is_the_mean_over_the_seeds_in_its_interval(found):
     fig = figures.damage_by_kept(found)
     line = _trace(fig, "project")
-    assert dict(zip(line.x, line.y, strict=True)) == pytest.approx({k / 100: v for k, v in _means("project").items()})
-    band = next(t for t in fig.data if t.fill == "toself" and t.yaxis is None and len(t.x) == 6 and t.y[0] > 5)
-    assert band.y[0] == pytest.approx(np.mean([5.0, 5.2, 4.8]) + np.std([5.0, 5.2, 4.8], ddof=1))
-    assert set(_trace(fig, "undamaged").y) == {BASE}
-    assert {t.name for t in fig.data if t.name} == {"undamaged", "truncate", "project", "project-rescaled"}
+    assert dict(zip(line.x, line.y, strict=True)) == pytest.approx({k / 100: v for k, v in _kl("project").items()})
+    band = next(t for t in fig.data if t.fill == "toself" and t.yaxis is None and max(t.y) > 0.45)
+    kl = next(draws.kl for draws in found.draws("project") if draws.strength == 25)
+    assert (band.y[0], band.y[-1]) == pytest.approx((kl.high, kl.low))
+    assert kl.low < KL_PER_LOSS * 3 < kl.high
+    assert {t.name for t in fig.data if t.showlegend is None} == {"truncate", "project", "project-rescaled"}
+
+
+def test_the_tolerance_is_a_line_on_every_axis_of_the_kl(found):
+    every = [
+        figures.damage_by_kept(found), figures.damage_by_error(found), figures.damage_by_strength(found, ["noise"], "factor"),
+    ]  # fmt: skip
+    for fig in every:
+        marks = {t.name: set(t.y) for t in fig.data if t.mode == "lines+text"}
+        assert marks[TOLERANCE.name] == {TOLERANCE.kl}
+        assert fig.layout.yaxis.type == "log"
+        low, high = (10**end for end in fig.layout.yaxis.range)
+        assert all(low < next(iter(kl)) < high for kl in marks.values())
+        assert all(low <= y <= high for t in fig.data if t.yaxis is None for y in t.y)
+
+
+def test_a_kl_of_zero_is_drawn_at_the_end_of_the_axis():
+    losses = all_losses(*made.damage({("truncate", 100.0): (BASE,), ("truncate", 50.0): (2.5,)}))[0]
+    assert list(_trace(figures.damage_by_kept(losses), "truncate").y) == pytest.approx([0.075, figures.LEAST_KL])
 
 
 def test_agreement_has_a_panel_of_its_own(found):
@@ -45,23 +69,24 @@ def test_agreement_has_a_panel_of_its_own(found):
     assert dict(zip(line.x, line.y, strict=True)) == pytest.approx({0.75: 0.95, 0.5: 0.7, 0.25: 0.0})
 
 
-def test_the_loss_by_error_is_sorted_by_the_error(found):
+def test_the_kl_by_error_is_sorted_by_the_error(found):
     line = _trace(figures.damage_by_error(found), "truncate")
     assert list(line.x) == pytest.approx([0.15, 0.3, 0.45])
-    assert list(line.y) == pytest.approx([2.1, 2.6, 4.0])
+    assert list(line.y) == pytest.approx([0.015, 0.09, 0.3])
     assert _trace(figures.damage_by_error(found), "scale").mode == "markers"
 
 
 def test_huge_errors_do_not_squeeze_the_rest():
-    found = damages(made.damage(dict(PLANTED) | {("scale", 50.0): (9.0,)}).damage)[0]
+    found = all_losses(*made.damage(dict(PLANTED) | {("scale", 50.0): (9.0,)}))[0]
     fig = figures.damage_by_error(found)
     assert fig.layout.xaxis.range[1] < 3.2
     assert max(_trace(fig, "scale").x) <= 3
 
 
-def test_a_factor_of_one_is_the_undamaged_model(found):
-    line = _trace(figures.damage_by_strength(found, ["scale"], "factor"), "scale")
-    assert dict(zip(line.x, line.y, strict=True)) == pytest.approx({0.5: 2.8, 1.0: BASE, 2.0: 2.1})
+def test_scaling_is_drawn_as_points_because_its_kl_is_zero_between_them(found):
+    points = _trace(figures.damage_by_strength(found, ["scale"], "factor"), "scale")
+    assert dict(zip(points.x, points.y, strict=True)) == pytest.approx({0.5: 0.12, 2.0: 0.015})
+    assert points.mode == "markers"
 
 
 def test_closed_forms_and_measured_errors_share_their_axes():
@@ -91,10 +116,9 @@ def test_every_kind_has_its_mark_and_a_chain_always_the_same():
 
 @pytest.mark.parametrize("losses", [{}, {("truncate", 50): (2.5,)}, {("scale", 2.0): (2.5,)}, {("noise", 0.0): (2.0,)}])
 def test_figures_of_little_are_drawn_all_the_same(losses):
-    frame = made.damage(losses).damage
-    for found in damages(frame):
+    rows = made.damage(losses)
+    for found in all_losses(*rows):
         figures.damage_by_kept(found)
         figures.damage_by_error(found)
         figures.damage_by_strength(found, found.kinds(), "factor")
-    assert isinstance(figures.closed_form(frame), go.Figure)
-    assert pl.Series(damages(made.damage().damage)[0].kinds()).to_list()[0] == "truncate"
+    assert isinstance(figures.closed_form(rows.damage), go.Figure)

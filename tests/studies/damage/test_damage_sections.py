@@ -33,8 +33,25 @@ def _breaking(losses: planted.Losses = PLANTED) -> Section:
 
 
 def test_the_gentlest_kind_is_the_title():
-    better = {key: (2.01, 2.01) if key[0] == "project" else value for key, value in PLANTED.items()}
+    better = {key: (2.01, 2.01, 2.01) if key[0] == "project" else value for key, value in PLANTED.items()}
     assert _breaking(better).title == "Random projection does the least damage at every number of dimensions tried"
+
+
+def test_kinds_are_compared_at_all_numbers_of_dimensions_at_once():
+    """Alone the three seeds decide; among three pairs of kinds at three numbers they do not."""
+    pair = {("project", 75): (2.269, 3.2, 4.131), ("project-rescaled", 75): (2.0, 3.0, 4.0)}
+    assert _breaking(pair).title.startswith("Rescaled random projection does the least damage at every number")
+    others = {(kind, k): (3.0, 3.0, 3.0) for kind in ("project", "project-rescaled") for k in (50, 25)}
+    assert "least" not in _breaking(pair | others).title
+
+
+def test_dimensions_are_harmless_by_the_intervals_of_all_kinds_at_once():
+    alone = {("project", 75): (2.0654, 2.1, 2.1346)}
+    assert "is harmless" in _breaking(alone).findings[0]
+    both = _breaking(alone | {("truncate", 75): (9.0,)}).findings[0]
+    assert both.startswith("No tested removal of dimensions is clearly harmless: the gentlest is random projection")
+    assert "95% interval for all 2 at once" in both
+    assert "neither clearly within nor above" in both
 
 
 def test_one_kind_alone_is_not_called_the_gentlest():
@@ -63,7 +80,10 @@ def test_every_text_and_side_has_a_figure_of_its_own():
     section = _section(damage.breaking_section(planted.damage_tables(frame), planted.facts()))
     plots = [block for block in section.blocks if isinstance(block, Plot)]
     assert [plot.caption for plot in plots] == ["Prose", "Text that the model generated"]
-    assert "On text that the model generated (undamaged loss 1.5), the same kind is the gentlest" in section.findings[2]
+    assert (
+        "On text that the model generated (undamaged loss 1.5), the same kind is the gentlest at 1 of 3"
+        in section.findings[2]
+    )
 
 
 def test_beliefs_that_nothing_tests_are_no_section():
@@ -125,6 +145,43 @@ def test_the_page_holds_the_study_and_runs_no_text_of_the_model():
     assert "&lt;script&gt;alert(1)" in html
     assert "&lt;b&gt;Once&lt;/b&gt;" in html
     assert html.count("<details") == 2
+
+
+def _errors(losses: planted.Losses) -> str:
+    return _section(errors.error_section(planted.damage_tables(planted.damage(losses)), planted.facts())).title
+
+
+def test_equal_error_is_unequal_damage_only_where_the_interval_of_a_pair_says_so():
+    """Noise and a shift of one strength make equal errors. Their loss was compared without any error."""
+    noise = {("noise", 0.5): (2.5, 2.5, 2.5)}
+    apart = _errors(noise | {("shift", 0.5): (2.7, 2.71, 2.69)})
+    assert "one shift for all tokens has a KL 0.03 nats above that of noise (95% interval " in apart
+    seeds = _errors(noise | {("shift", 0.5): (2.3, 2.7, 3.1)})  # KL differences of -0.03, 0.03 and 0.09
+    assert seeds == "At equal error no change clearly costs more than another"
+    assert (
+        _errors({("noise", 0.5): (2.5, 2.5), ("shift", 1.0): (3.0, 3.0)}) == "The error of the table, and what it costs"
+    )
+
+
+def test_pairs_of_equal_error_are_compared_at_once():
+    borderline = {("noise", 0.5): (2.0, 3.0, 4.0), ("shift", 0.5): (2.269, 3.2, 4.131)}
+    assert _errors(borderline).startswith("Equal error is not equal damage")
+    others = {(kind, strength): (3.0, 3.0, 3.0) for kind in ("noise", "shift") for strength in (1.0, 2.0)}
+    assert _errors(borderline | others) == "At equal error no change clearly costs more than another"
+
+
+def test_strengths_are_compared_with_the_tolerance_by_intervals():
+    """Its title was the rise of the loss, without any error."""
+    changes = {("noise", 0.5): (2.1, 2.1, 2.1), ("noise", 2.0): (9.0, 9.0, 9.0), ("scale", 0.5): (3.0,)}
+    undecided = changes | {("shift", 1.0): (2.0, 2.3, 2.6)}
+    section = _section(errors.strength_section(planted.damage_tables(planted.damage(undecided)), planted.facts()))
+    assert section.title == (
+        "Compared with rounding to 4 bits, noise of 0.5 sd costs no more; scaling by 0.5 costs more; one shift for all tokens "
+        "of 1 sd may cost more or less"
+    )
+    assert "noise of 0.5 sd: KL 0.015 nats (95% interval for all 3 at once" in section.findings[0].lower().replace(
+        "kl", "KL"
+    )
 
 
 def test_noise_of_nothing_alone_has_no_figure():

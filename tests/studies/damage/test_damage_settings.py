@@ -147,8 +147,8 @@ def test_the_sweep_of_the_common_kinds_where_nothing_is_asked():
     for kind in ("noise", "shift"):
         assert strengths(found, kind) == [0.1, 0.5, 1, 2]
     assert strengths(found, "scale") == [0.5, 2]
-    # truncate and scale once; four random kinds with three seeds
-    assert len(found) == 1 + 7 + 2 + 3 * (7 + 7 + 4 + 4)
+    # truncate and scale once; four random kinds with five seeds
+    assert len(found) == 1 + 7 + 2 + 5 * (7 + 7 + 4 + 4)
     assert len(found) == len(set(found))
     assert all(len(chain) == 1 for chain in DEFAULT_CHANGES)
 
@@ -352,7 +352,7 @@ def test_a_lone_string_is_one_change_never_its_letters():
         ({"length": 1}, "`length` must be 2 or more"), ({"draws": 0}, "`draws` must be"),
         ({"sides": ("middle",)}, "`sides` must be input, output or both, got 'middle'"), ({"texts": ()}, "`texts` takes"),
         ({"system": "Be brief.", "chat": False}, "`system` needs a chat template"), ({"seed": -1}, "`seed` must be"),
-        ({"decoding": "beam"}, "`decoding` must be greedy, sample or model"), ({"seed": 2**63 - 1}, "`draws` 3 exceeds"),
+        ({"decoding": "beam"}, "`decoding` must be greedy, sample or model"), ({"seed": 2**63 - 1}, "`draws` 5 exceeds"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_raise_at_once(values, message):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
+from scipy.stats import t
 
 from dimscope.checkpoints.checkpoint import open_checkpoint
 from dimscope.errors import InvalidArgument
+from dimscope.evaluation.evaluate import SUMS
 from dimscope.evaluation.yardstick import TOLERANCE
 from dimscope.narrowing.target import resolve_target
 from dimscope.studies.narrowing.advice import (
@@ -27,6 +30,7 @@ from dimscope.studies.narrowing.advice import (
     with_equal_size,
 )
 from dimscope.studies.narrowing.plan import default_widths
+from dimscope.studies.narrowing.plan_rows import _halves, _judged_by_text
 from dimscope.studies.narrowing.windows import split_windows
 from dimscope.texts.windows import Window
 
@@ -263,7 +267,7 @@ def indices(dealt: list[Window]) -> list[int]:
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize(("count", "each"), [(3, 1), (3, 8), (24, 8), (25, 8), (100, 8), (101, 7), (10, 2), (4, 2)])
 def test_nothing_that_is_judged_or_held_out_is_trained_or_calibrated_on(count, each, trains):
-    reading = split_windows(windows(count), each, trains, ["t"])
+    reading = split_windows({"t": windows(count)}, each, trains)
     calibration, judged = indices(reading.calibration), indices(reading.evaluation)
     held_out, training = indices(reading.held_out), indices(reading.training)
     n = min(each, count // (3 if trains else 2))
@@ -276,7 +280,7 @@ def test_nothing_that_is_judged_or_held_out_is_trained_or_calibrated_on(count, e
 
 
 def test_every_kind_comes_from_every_part_of_the_texts():
-    reading = split_windows(windows(60), 5, True, ["t"])
+    reading = split_windows({"t": windows(60)}, 5, True)
     for dealt in (reading.calibration, reading.evaluation, reading.held_out):
         assert [i // 12 for i in indices(dealt)] == [0, 1, 2, 3, 4]
 
@@ -286,7 +290,7 @@ def test_every_kind_comes_from_every_part_of_the_texts():
 )
 def test_too_few_windows_to_deal_are_refused_with_what_they_are_for(count, trains, kind):
     with pytest.raises(InvalidArgument, match="too few") as refused:
-        split_windows(windows(count, 9), 8, trains, ["mine.txt", "yours.txt"])
+        split_windows({"mine.txt": windows(count, 9), "yours.txt": []}, 8, trains)
     line = str(refused.value)
     assert "mine.txt, yours.txt" in line
     assert f"{count} windows of 9 tokens" in line
@@ -296,6 +300,67 @@ def test_too_few_windows_to_deal_are_refused_with_what_they_are_for(count, train
 
 def test_both_halves_of_the_evaluation_have_windows_of_every_text():
     """16 windows of one text, then 16 of another; every other window of the evaluation is for the choice."""
-    judged = indices(split_windows(windows(32), 8, False, ["a", "b"]).evaluation)
+    every = windows(32)
+    split = split_windows({"a": every[:16], "b": every[16:]}, 8, False)
+    judged = indices(split.evaluation)
+    assert split.evaluation_texts == ["a" if i < 16 else "b" for i in judged]
     for half in (judged[0::2], judged[1::2]):
         assert [sum(i < 16 for i in half), sum(i >= 16 for i in half)] == [2, 2]
+
+
+# ---- several texts -------------------------------------------------------------------------------------------------
+
+
+def sums_of(*kl: float) -> torch.Tensor:
+    """Return the sums of windows of 100 positions with these KL."""
+    sums = torch.zeros(len(kl), len(SUMS), dtype=torch.float64)
+    sums[:, :3], sums[:, SUMS.index("kl")] = 100, 100 * torch.tensor(kl)
+    return sums
+
+
+def test_a_candidate_is_judged_on_the_text_on_which_it_costs_the_most():
+    """On both texts together its KL of 0.02 is within the tolerance, and on code it is not."""
+    prose, code = [0.001, 0.0011, 0.001, 0.0009] * 2, [0.039, 0.0391, 0.039, 0.0389] * 2
+    halves = _halves(sums_of(*prose, *code), ["prose"] * 8 + ["code"] * 8)
+    assert halves["judged_text"] == "code"
+    assert halves["judged_kl"] == pytest.approx(0.039)
+    assert halves["judged_kl_high"] == pytest.approx(0.039 + t.ppf(0.975, 3) * np.std([0.0391, 0.0389] * 2, ddof=1) / 2)
+    assert halves["judged_within"] < 0.001
+    assert halves["choice_kl"] == pytest.approx(0.02)
+
+
+def test_one_text_is_judged_on_every_other_window():
+    halves = _halves(sums_of(0.01, 0.02, 0.01, 0.03), ["prose"] * 4)
+    assert (halves["judged_text"], halves["judged_kl"]) == (None, pytest.approx(0.025))
+
+
+@pytest.mark.parametrize("n_code", [1, 2])
+def test_a_text_that_is_hardly_read_is_not_known_to_be_harmless(n_code):
+    """One window for the choice alone, or one for the choice and one to judge: neither gives an interval."""
+    halves = _halves(sums_of(*[0.001] * 8, *[0.002] * n_code), ["prose"] * 8 + ["code"] * n_code)
+    assert halves["judged_text"] == "code"
+    assert halves.get("judged_kl_high") is None
+    frame = plan(narrow(8, 800, 0.001) | halves)
+    assert "width 8, raw (not certain)" in advice(frame, TextRead(["prose", "code"], 8 + n_code, 6.0))[0]
+
+
+def test_groups_of_neighbouring_windows_belong_to_their_text_and_to_none_where_it_ends():
+    """Five windows of prose and five of code, two in each row of sums: the third row has both."""
+    kl = _judged_by_text(sums_of(9, 0.1, 9, 0.2, 9), ["prose"] * 5 + ["code"] * 5)
+    assert {name: found.value for name, found in kl.items()} == pytest.approx({"prose": 0.1, "code": 0.2})
+
+
+def test_the_advice_names_the_text_on_which_a_candidate_costs_the_most():
+    texts = TextRead(["prose", "code"], 16, 6.0)
+    told = answers(judged(narrow(8, 800, SLIGHT), SLIGHT, SLIGHT) | {"judged_text": "code"}, text=texts)
+    assert "rounding to 4 bits on code, the text on which it costs the most; it is within" in told["Fewest parameters"]
+    lines = advice(plan(narrow(8, 800, SLIGHT)), texts)
+    assert any("judged on 8 others, on each text alone" in line for line in lines)
+    lines = advice(plan(narrow(8, 800, SLIGHT)), TextRead(["prose", "code"], 7, 6.0))
+    assert any("7 windows of prose and code cannot judge a choice on each text" in line for line in lines)
+
+
+def test_the_comparison_with_dropping_layers_has_standard_errors():
+    """Half way to the dense model, whose KL of 0 has no error, the error is half of that of the candidate."""
+    lines = advice(plan(row(DROP, 800, 1.0, layers=1, kl_stderr=0.2), narrow(8, 800, 0.5) | {"kl_stderr": 0.1}), TEXT)
+    assert "narrowing (raw) has a KL of 0.250 ± 0.050 nats, and dropping layers one of 0.500 ± 0.100" in lines[-1]

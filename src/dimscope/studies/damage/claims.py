@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from dimscope.evaluation.replicates import Replicates
-from dimscope.evaluation.yardstick import compared, judge
+from dimscope.evaluation.yardstick import compared, interval_name, judge
 from dimscope.studies.damage.losses import Draws, Losses, losses_on, sides_of, texts_of
 from dimscope.studies.damage.plan import UNDAMAGED
 from dimscope.texts.window_sums import Interval
@@ -41,9 +41,9 @@ def claims_frame(damage: pl.DataFrame, windows: pl.DataFrame, generations: pl.Da
     """Return the outcome of each belief on each text, with the input side changed.
 
     "Holds" means in every comparison, "holds in part" in some, "does not hold" in none and against the belief in some.
-    A comparison counts where its 95% interval over windows, and over seeds where a change is random, is on one side; a
-    belief "cannot tell" where none is. On a text that the undamaged model reads no better than its unigrams no
-    belief can be tested.
+    A comparison counts where its 95% interval over windows, and over seeds where a change is random, is on one side; the
+    intervals of a belief hold at once (Bonferroni), because its verdict rests on all of them. A belief "cannot tell" where
+    no comparison is decided. On a text that the undamaged model reads no better than its unigrams no belief can be tested.
     """
     rows = []
     for text in texts_of(damage) if "input" in sides_of(damage) else []:
@@ -66,21 +66,53 @@ def _verdict(comparisons: Sequence[bool | None]) -> str:
     return PARTLY if any(comparisons) else FAILS if False in comparisons else UNDECIDED
 
 
-def difference(better: Replicates, worse: Replicates) -> Interval | None:
+def difference(better: Replicates, worse: Replicates, n_statements: int = 1) -> Interval | None:
     """Return how much more one change costs than another, with its paired interval; None where that is not known.
 
     A random change needs several seeds: one tells nothing about others.
+
+    Args:
+        better: The cost of one change.
+        worse: The cost of the other.
+        n_statements: Comparisons whose intervals have to hold at once.
     """
     gap = worse.minus(better)
-    return gap.interval() if gap is not None and gap.repeated and len(gap.values) else None
+    return gap.interval(n_statements) if gap is not None and gap.repeated and len(gap.values) else None
 
 
-def costs_less(better: Replicates, worse: Replicates) -> bool | None:
-    """Whether a change costs less than another one; None where the interval of the difference has both signs."""
-    gap = difference(better, worse)
+def costs_less(better: Replicates, worse: Replicates, n_statements: int = 1) -> bool | None:
+    """Whether a change costs less than another one; None where the interval of the difference has both signs.
+
+    Args:
+        better: The cost of one change.
+        worse: The cost of the other.
+        n_statements: Comparisons whose intervals have to hold at once.
+    """
+    gap = difference(better, worse, n_statements)
     if gap is None or gap.low is None or gap.high is None:
         return None
     return True if gap.low > 0 else False if gap.high < 0 else None
+
+
+def lower_at_once(pairs: Sequence[tuple[Replicates, Replicates]], n_sets: int = 1) -> list[bool | None]:
+    """Return for each pair of costs whether the first is the lower one, such that all answers hold at once in 95% of samples.
+
+    By the steps of Holm (1979): each pair is compared by an interval for as many statements as there are pairs, then those
+    that are left by intervals for as many statements as are left, until no further one is decided.
+
+    Args:
+        pairs: The pairs of costs.
+        n_sets: Sets of pairs, such as those of several texts, whose answers have to hold at once.
+    """
+    lower: list[bool | None] = [None] * len(pairs)
+    n_left = len(pairs) + 1
+    while 0 < lower.count(None) < n_left:
+        n_left = lower.count(None)
+        lower = [
+            costs_less(*pair, n_sets * n_left) if less is None else less
+            for pair, less in zip(pairs, lower, strict=True)
+        ]
+    return lower
 
 
 Pair = tuple[Draws, Draws]  # the change that a belief calls the better one, then the other
@@ -95,9 +127,9 @@ def _pairs(losses: Losses, better: str, worse: str) -> list[Pair]:
 def _compare_pairs(pairs: Sequence[Pair], unit: str) -> Outcome:
     if not pairs:
         return Outcome(UNTESTED, "the two kinds were not measured at equal strength")
-    lower = [costs_less(a.mean("kl"), b.mean("kl")) for a, b in pairs]
+    lower = [costs_less(a.mean("kl"), b.mean("kl"), len(pairs)) for a, b in pairs]
     better, worse = pairs[len(pairs) // 2]
-    middle = f"at {better.strength:g} {unit}: {_gap(better.mean('kl'), worse.mean('kl'))}"
+    middle = f"at {better.strength:g} {unit}: {_gap(better.mean('kl'), worse.mean('kl'), len(pairs))}"
     return Outcome(_verdict(lower), f"{_counts(lower, 'strengths')}; {middle}")
 
 
@@ -106,13 +138,13 @@ def _counts(lower: Sequence[bool | None], noun: str) -> str:
     return f"lower KL at {lower.count(True)} of {len(lower)} {noun}{undecided}"
 
 
-def _gap(better: Replicates, worse: Replicates) -> str:
-    """Return two costs and their difference in words."""
+def _gap(better: Replicates, worse: Replicates, n_statements: int) -> str:
+    """Return two costs and their difference in words, with the interval that the verdict rests on."""
     costs = f"KL {float(better.values.mean()):.2g} compared with {float(worse.values.mean()):.2g} nats"
-    gap = difference(worse, better)
+    gap = difference(worse, better, n_statements)
     if gap is None or gap.low is None or gap.high is None:
         return f"{costs} (no interval of the difference: one window, or one seed)"
-    return f"{costs} (difference {gap.value:+.2g}, 95% interval {gap.low:+.2g} to {gap.high:+.2g})"
+    return f"{costs} (difference {gap.value:+.2g}, {interval_name(n_statements)} {gap.low:+.2g} to {gap.high:+.2g})"
 
 
 def _random_beats_svd(measured: Measured) -> Outcome:
@@ -123,16 +155,17 @@ def _rescaling_helps(measured: Measured) -> Outcome:
     return _compare_pairs(_pairs(measured.losses, "project-rescaled", "project"), "dimensions")
 
 
-def _harmless(draws: Draws) -> bool | None:
-    return {"within": True, "above": False, "undecided": None}[judge(draws.kl)]
+def _harmless(draws: Draws, n_statements: int) -> bool | None:
+    return {"within": True, "above": False, "undecided": None}[judge(draws.kl_of(n_statements))]
 
 
 def _noise_is_harmless(measured: Measured) -> Outcome:
     noises = [d for d in measured.losses.draws("noise", overflown=True) if 0 < d.strength <= 1]
     if not noises or noises[-1].strength < 1:
         return Outcome(UNTESTED, "noise of one standard deviation was not measured")
-    evidence = "; ".join(f"noise of {d.strength:g} sd: {compared(d.kl)}" for d in noises)
-    return Outcome(_verdict([_harmless(d) for d in noises]), evidence)
+    n = len(noises)
+    evidence = "; ".join(f"noise of {d.strength:g} sd: {compared(d.kl_of(n), n_statements=n)}" for d in noises)
+    return Outcome(_verdict([_harmless(d, n) for d in noises]), evidence)
 
 
 def _bias_hurts(measured: Measured) -> Outcome:
@@ -141,8 +174,9 @@ def _bias_hurts(measured: Measured) -> Outcome:
     truncations = noise_at_equal_error(losses)
     if not shifts and not truncations:
         return Outcome(UNTESTED, "noise was compared with neither a shift nor a truncation of equal error")
-    below_shift = [costs_less(a.mean("kl"), b.mean("kl")) for a, b in shifts]
-    below_truncation = [costs_less(t.noise, t.truncation) for t in truncations]
+    n = len(shifts) + len(truncations)
+    below_shift = [costs_less(a.mean("kl"), b.mean("kl"), n) for a, b in shifts]
+    below_truncation = [costs_less(t.noise, t.truncation, n) for t in truncations]
     evidence = []
     if shifts:
         evidence.append(
@@ -152,7 +186,7 @@ def _bias_hurts(measured: Measured) -> Outcome:
         middle = truncations[len(truncations) // 2]
         evidence.append(
             f"noise compared with truncation of the same relative error: {_counts(below_truncation, 'errors')} (at "
-            f"{middle.error:.2f}: {_gap(middle.noise, middle.truncation)})"
+            f"{middle.error:.2f}: {_gap(middle.noise, middle.truncation, n)})"
         )
     return Outcome(_verdict([*below_shift, *below_truncation]), "; ".join(evidence))
 
@@ -208,12 +242,14 @@ def _as_good_as_all(measured: Measured, share: float, decisive: str | None = Non
     near = _nearest(measured.losses, share)
     if not near:
         return Outcome(UNTESTED, f"no change that keeps about {share:.0%} of the dimensions was measured")
+    judging = [d for d in near if d.kind == decisive] or near
+    n = len(judging)
     evidence = [
-        f"{d.kind} {d.strength:g}: {compared(d.kl)}, {d.mean('top_1').interval().value:.0%} of first choices"
-        f"{_same_answers(measured, d)} the same"
+        f"{d.kind} {d.strength:g}: {compared(d.kl_of(n), n_statements=n)}, "
+        f"{d.mean('top_1').interval().value:.0%} of first choices{_same_answers(measured, d)} the same"
         for d in near
     ]
-    judged = [_harmless(d) for d in [d for d in near if d.kind == decisive] or near]
+    judged = [_harmless(d, n) for d in judging]
     verdict = HOLDS if True in judged else UNDECIDED if None in judged else FAILS
     return Outcome(verdict, "; ".join(evidence))
 

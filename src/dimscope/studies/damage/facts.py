@@ -30,7 +30,7 @@ class DamageFacts:
     texts: Sequence[str] = ()
     sides: Sequence[str] = ("input",)
     n_changes: int = 0
-    draws: int = 3
+    draws: int = 5
     seed: int = 0
     window_length: int | None = None
     decoding: str = "greedy"

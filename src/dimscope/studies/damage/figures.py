@@ -1,20 +1,23 @@
-"""Figures about damage: loss by dimensions kept, by strength and by error; errors by their closed form; the operator."""
+"""Figures about damage: KL by dimensions kept, by strength and by error; errors by their closed form; the operator."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from dimscope.page.charts import band, line
+from dimscope.evaluation.yardstick import MARKS, TOLERANCE
+from dimscope.page.charts import interval_band, line
 from dimscope.page.section import finite
 from dimscope.page.theme import GAUSSIAN_NULL, MEASURED, figure, log_ticks, tint
-from dimscope.studies.damage.curves import Damage, kind_mark
-from dimscope.studies.damage.plan import UNDAMAGED
-from dimscope.studies.damage.tables import LOSS, RELATIVE, TOP_1
+from dimscope.studies.damage.curves import kind_mark
+from dimscope.studies.damage.losses import Losses
+from dimscope.studies.damage.tables import RELATIVE
 
 UPPER, LOWER = (0.42, 1.0), (0.0, 0.32)
+LEAST_KL = 1e-4  # nats; rounding to bfloat16 changes a model by as much
 UNIT_AXES = {
     "standard deviations": "strength (sd of the table's entries)",
     "factor": "factor of all rows",
@@ -28,63 +31,70 @@ def _line(points: pl.DataFrame, x: str, kind: str, hover: str, **options: Any) -
     return line(points[x], points["value"], kind, kind_mark(kind), customdata=strengths, hovertemplate=hover, **options)
 
 
-def _band(points: pl.DataFrame, x: str, kind: str, **options: Any) -> list[go.Scatter]:
-    """Return one standard deviation over the seeds around a curve; nothing where there is one seed."""
-    return band(points[x], points["value"], points["spread"], kind_mark(kind), **options)
-
-
 def _curve(points: pl.DataFrame, x: str, kind: str, hover: str, **options: Any) -> list[go.Scatter]:
-    """Return the line of a kind, above its band."""
+    """Return the line of a kind, above the band of its 95% intervals."""
     axes = {name: value for name, value in options.items() if name == "yaxis"}
-    return [*_band(points, x, kind, **axes), _line(points, x, kind, hover, **options)]
+    intervals = interval_band(points[x], points["low"], points["high"], kind_mark(kind), **axes)
+    return [*intervals, _line(points, x, kind, hover, **options)]
 
 
-def _base_line(low: float, high: float, base: float, **options: Any) -> go.Scatter:
-    return go.Scatter(
-        x=[low, high], y=[base, base], name=UNDAMAGED, mode="lines", hoverinfo="skip",
-        line={"color": GAUSSIAN_NULL.colour, "dash": GAUSSIAN_NULL.dash, "width": 1.5}, **options,
+def _kl(losses: Losses, kind: str) -> pl.DataFrame:
+    """Return the KL after the changes of a kind for a logarithmic axis: what is lower is drawn at its end."""
+    return losses.curve("kl", kind).with_columns(pl.col("value", "low", "high").clip(lower_bound=LEAST_KL))
+
+
+def _kl_axis(curves: Iterable[pl.DataFrame]) -> dict[str, Any]:
+    """Return the logarithmic axis of the KL, on which the tolerance of the yardstick always is."""
+    values = [value for points in curves for name in ("value", "low", "high") for value in points[name].drop_nulls()]
+    low, high = min([*values, TOLERANCE.kl]) / 1.5, max([*values, TOLERANCE.kl]) * 1.5
+    ticks = [tick for tick in log_ticks(low, high) if low <= tick <= high]
+    return {
+        "title": {"text": "KL (nats)"}, "type": "log", "range": [math.log10(low), math.log10(high)], "tickvals": ticks,
+        "ticktext": [f"{tick:g}" for tick in ticks],
+    }  # fmt: skip
+
+
+def _marks(fig: go.Figure, start: float, end: float, *, right: bool = False) -> list[go.Scatter]:
+    """Return a line for each mark of the yardstick on the axis of the KL, with its name at the left or the right end."""
+    low, high = (10**edge for edge in fig.layout.yaxis.range)
+    return [
+        go.Scatter(
+            x=[start, end], y=[mark.kl, mark.kl], name=mark.name, mode="lines+text", hoverinfo="skip", showlegend=False,
+            text=["", mark.name.split("to ")[1]] if right else [mark.name.split("to ")[1], ""], textposition=["top right", "top left"],
+            textfont={"size": 11, "color": GAUSSIAN_NULL.colour},
+            line={"color": GAUSSIAN_NULL.colour, "dash": GAUSSIAN_NULL.dash, "width": 1.5},
+        )
+        for mark in MARKS
+        if low < mark.kl < high
+    ]  # fmt: skip
+
+
+def damage_by_kept(losses: Losses) -> go.Figure:
+    """Draw the KL by the share of the dimensions that are kept, and below it how often the first choice stays the same."""
+    curves = {kind: _kl(losses, kind) for kind in losses.kept_kinds()}
+    start = max(0.0, min([1.0, *(share for points in curves.values() for share in points["kept_share"])]) - 0.04)
+    fig = figure(
+        520,
+        xaxis={
+            "title": {"text": "share of the dimensions kept"}, "tickformat": ".0%", "range": [start, 1.02], "anchor": "y2",
+        },
+        yaxis=_kl_axis(curves.values()) | {"domain": UPPER},
+        yaxis2={
+            "title": {"text": "same first<br>choice"}, "tickformat": ".0%", "range": [0, 1.06], "domain": LOWER, "nticks": 4,
+        },
     )  # fmt: skip
-
-
-def damage_by_kept(damage: Damage) -> go.Figure:
-    """Draw the loss by the share of the dimensions that are kept, and below it how often the first choice stays the same."""
-    kinds = damage.kept_kinds()
-    shares = [float(damage.curve(LOSS, kind)["kept_share"].to_numpy().min(initial=1.0)) for kind in kinds]
-    start = max(0.0, min(shares, default=0.0) - 0.04)
-    fig = _loss_above_agreement(start)
-    if damage.base is not None:
-        fig.add_trace(_base_line(start, 1.02, damage.base))
-    for kind in kinds:
-        fig.add_traces(_curve(damage.curve(LOSS, kind), "kept_share", kind, "loss %{y:.3f}, %{x:.1%} kept"))
-    for kind in kinds:
+    fig.add_traces(_marks(fig, start, 1.02))
+    for kind, points in curves.items():
+        fig.add_traces(_curve(points, "kept_share", kind, "KL %{y:.3g}, %{x:.1%} kept"))
+    for kind in curves:
         hover = "the same first choice at %{y:.0%} of positions"
-        fig.add_traces(_curve(damage.curve(TOP_1, kind), "kept_share", kind, hover, showlegend=False, yaxis="y2"))
+        fig.add_traces(_curve(losses.curve("top_1", kind), "kept_share", kind, hover, showlegend=False, yaxis="y2"))
     return fig
 
 
-def _loss_above_agreement(start: float) -> go.Figure:
-    """Return the empty figure of two panels over the share of dimensions kept."""
-    loss = {"title": {"text": "loss (nats per token)"}, "domain": UPPER}
-    agreement = {
-        "title": {"text": "same first<br>choice"}, "tickformat": ".0%", "range": [0, 1.06], "domain": LOWER, "nticks": 4,
-    }  # fmt: skip
-    shares = {"tickformat": ".0%", "range": [start, 1.02], "anchor": "y2"}
-    return figure(
-        520, xaxis={"title": {"text": "share of the dimensions kept"}, **shares}, yaxis=loss, yaxis2=agreement
-    )
-
-
-def _with_base(damage: Damage, points: pl.DataFrame, unit: str) -> pl.DataFrame:
-    """Return the points of scaling with the undamaged model at a factor of 1."""
-    if unit != "factor" or damage.base is None or points.filter(pl.col("strength") == 1).height:
-        return points
-    own = {"strength": 1.0, "kept_share": None, "value": damage.base, "spread": None, "n_seeds": 1, "error": 0.0}
-    return pl.concat([points, pl.DataFrame([own], schema=points.schema)]).sort("strength")
-
-
-def damage_by_strength(damage: Damage, kinds: list[str], unit: str) -> go.Figure:
-    """Draw the loss by the strength of kinds that keep all dimensions, on a logarithmic axis."""
-    curves = {kind: _with_base(damage, damage.curve(LOSS, kind), unit).filter(pl.col("strength") > 0) for kind in kinds}
+def damage_by_strength(losses: Losses, kinds: list[str], unit: str) -> go.Figure:
+    """Draw the KL by the strength of kinds that keep all dimensions, on logarithmic axes."""
+    curves = {kind: _kl(losses, kind).filter(pl.col("strength") > 0) for kind in kinds}
     strengths = [strength for points in curves.values() for strength in points["strength"]] or [1.0]
     first, last = min(strengths), max(strengths)
     ticks = [tick for tick in log_ticks(first, last) if first <= tick <= last]
@@ -95,35 +105,37 @@ def damage_by_strength(damage: Damage, kinds: list[str], unit: str) -> go.Figure
             "title": {"text": UNIT_AXES[unit]}, "type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks],
             "range": [math.log10(low), math.log10(high)],
         },
-        yaxis={"title": {"text": "loss (nats per token)"}},
+        yaxis=_kl_axis(curves.values()),
     )  # fmt: skip
-    if damage.base is not None:
-        fig.add_trace(_base_line(low, high, damage.base))
+    fig.add_traces(_marks(fig, low, high, right=True))
     for kind, points in curves.items():
-        fig.add_traces(_curve(points, "strength", kind, "loss %{y:.3f}"))
+        if unit == "factor":  # growing and shrinking: the KL is 0 between them
+            fig.add_trace(_line(points, "strength", kind, "KL %{y:.3g}", mode="markers"))
+            continue
+        fig.add_traces(_curve(points, "strength", kind, "KL %{y:.3g}"))
     return fig
 
 
-def damage_by_error(damage: Damage) -> go.Figure:
-    """Draw the loss by the relative error of the table, one line per kind: equal errors are not equal damage."""
-    fig = figure(
-        440,
-        xaxis={"title": {"text": "relative error of the table, ‖W − W′‖ / ‖W‖"}, "rangemode": "tozero"},
-        yaxis={"title": {"text": "loss (nats per token)"}},
-    )
-    curves = {kind: damage.curve(LOSS, kind).drop_nulls("error").sort("error") for kind in damage.kinds()}
+def damage_by_error(losses: Losses) -> go.Figure:
+    """Draw the KL by the relative error of the table, one line per kind: equal errors are not equal damage."""
+    curves = {kind: _kl(losses, kind).drop_nulls("error").sort("error") for kind in losses.kinds()}
     # A few huge errors would squeeze the others into a corner.
     furthest = min(3.0, max((float(c["error"].to_numpy().max(initial=0.0)) for c in curves.values()), default=1.0))
-    if damage.base is not None:
-        fig.add_trace(_base_line(0, furthest, damage.base))
-    hover = "error %{x:.3f}, loss %{y:.3f}"
-    for kind, points in curves.items():
-        shown = points.filter(pl.col("error") <= furthest)
+    shown = {
+        kind: points.filter((pl.col("error") <= furthest) & (pl.col("error") > 0)) for kind, points in curves.items()
+    }
+    fig = figure(
+        440,
+        xaxis={"title": {"text": "relative error of the table, ‖W − W′‖ / ‖W‖"}, "range": [0, furthest * 1.03]},
+        yaxis=_kl_axis(shown.values()),
+    )
+    fig.add_traces(_marks(fig, 0, furthest * 1.03, right=True))
+    hover = "error %{x:.3f}, KL %{y:.3g}"
+    for kind, points in shown.items():
         if kind == "scale":  # growing and shrinking make equal errors: no line from one to the other
-            fig.add_trace(_line(shown, "error", kind, hover, mode="markers"))
+            fig.add_trace(_line(points, "error", kind, hover, mode="markers"))
             continue
-        fig.add_traces(_curve(shown, "error", kind, hover))
-    fig.update_xaxes(range=[0, furthest * 1.03])
+        fig.add_traces(_curve(points, "error", kind, hover))
     return fig
 
 

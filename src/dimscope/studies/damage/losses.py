@@ -15,8 +15,9 @@ from dimscope.evaluation.replicates import Replicates, replicates
 from dimscope.evaluation.unigrams import reads_context
 from dimscope.evaluation.yardstick import MARKS, Mark, upper_end
 from dimscope.interventions.perturbations import PERTURBATIONS
+from dimscope.page.section import finite
 from dimscope.studies.damage.plan import UNDAMAGED
-from dimscope.studies.damage.tables import RELATIVE, UNIGRAMS, window_sums
+from dimscope.studies.damage.tables import LOSS, RELATIVE, UNIGRAMS, window_sums
 from dimscope.texts.window_sums import Interval
 
 THRESHOLDS = MARKS[1:]
@@ -47,15 +48,27 @@ class Draws:
 
     @property
     def kl(self) -> Interval:
-        """Return the mean KL over the seeds; infinite where the model overflows for one of them.
+        """Return the mean KL over the seeds with its 95% interval."""
+        return self.kl_of()
+
+    def kl_of(self, n_statements: int = 1) -> Interval:
+        """Return the mean KL over the seeds with an interval that holds at once with others; see `interval`."""
+        return self.interval("kl", n_statements)
+
+    def interval(self, name: str, n_statements: int = 1) -> Interval:
+        """Return a mean over positions and seeds; infinite where the model overflows for one of the seeds.
 
         One seed of a random change has no interval: it tells nothing about others.
+
+        Args:
+            name: Name of the mean, as in `mean`.
+            n_statements: Intervals that have to hold at once.
         """
-        of_seeds = self.mean("kl")
+        of_seeds = self.mean(name)
         if len(of_seeds.seeds) < len(self.seeds):
             return Interval(math.inf, None, None, None, self.sums.shape[1])
-        kl = of_seeds.interval()
-        return kl if of_seeds.repeated else Interval(kl.value, None, None, None, kl.n_groups)
+        mean = of_seeds.interval(n_statements)
+        return mean if of_seeds.repeated else Interval(mean.value, None, None, None, mean.n_groups)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,6 +86,11 @@ class Losses:
     windows: pl.DataFrame
     text: str
     side: str
+
+    @property
+    def readable(self) -> bool:
+        """Whether the loss of the undamaged model is a finite number."""
+        return finite(self.rows.filter((pl.col("kind") == UNDAMAGED) & (pl.col("metric") == LOSS))).height > 0
 
     @property
     def undamaged(self) -> Evaluation:
@@ -96,9 +114,29 @@ class Losses:
             f"token, unigram entropy {self.entropy:.3g})"
         )
 
-    def kinds(self) -> list[str]:
-        """Return the kinds with strengths, in the order in which they were requested."""
-        return self.rows.filter(pl.col("strength").is_not_null())["kind"].unique(maintain_order=True).to_list()
+    def kinds(self, unit: str | None = None) -> list[str]:
+        """Return the kinds with strengths, in the order in which they were requested: of one unit, or all."""
+        strong = self.rows.filter(pl.col("strength").is_not_null())
+        strong = strong if unit is None else strong.filter(pl.col("unit") == unit)
+        return strong["kind"].unique(maintain_order=True).to_list()
+
+    def kept_kinds(self) -> list[str]:
+        """Return the kinds that keep a number of dimensions."""
+        return self.rows.filter(pl.col("kept_share").is_not_null())["kind"].unique(maintain_order=True).to_list()
+
+    def curve(self, name: str, kind: str) -> pl.DataFrame:
+        """Return a mean over positions after the changes of a kind, from the smallest strength on, for figures.
+
+        Columns: strength, kept_share, `error` (the mean relative error of the tables), `value`, and the ends of its 95%
+        interval, `low` and `high`, null where there is none. Changes after which the model overflows are left out.
+        """
+        rows = [
+            (d.strength, d.kept_share, self.error(d), mean.value, mean.low, mean.high)
+            for d in self.draws(kind)
+            if math.isfinite((mean := d.interval(name)).value)
+        ]
+        columns = ("strength", "kept_share", "error", "value", "low", "high")
+        return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.Float64), orient="row")
 
     def draws(self, kind: str, *, overflown: bool = False) -> list[Draws]:
         """Return the changes of a kind, by increasing strength.
@@ -142,6 +180,11 @@ def losses_on(damage: pl.DataFrame, windows: pl.DataFrame, text: str, side: str)
     return Losses(rows_about(damage, text, side), evaluated, text, side)
 
 
+def all_losses(damage: pl.DataFrame, windows: pl.DataFrame) -> list[Losses]:
+    """Return what the changes of each side cost on each text; the page speaks of the first text and side."""
+    return [losses_on(damage, windows, text, side) for text in texts_of(damage) for side in sides_of(damage)]
+
+
 def rows_about(damage: pl.DataFrame, text: str, side: str) -> pl.DataFrame:
     """Return the rows of the table `damage` about one text with one side changed."""
     about_text = (pl.col("text") == text) | pl.col("text").is_null()  # errors of tables have no text
@@ -159,10 +202,9 @@ def breaking_frame(damage: pl.DataFrame, windows: pl.DataFrame) -> pl.DataFrame:
     `strength` is null where no tested one exceeds the threshold; `safe` is the last one before it, null where there is
     none. Kinds that are gentlest in the middle, such as scaling, are left out.
     """
-    every = [losses_on(damage, windows, text, side) for text in texts_of(damage) for side in sides_of(damage)]
     rows = [
         _breaking_row(losses, kind, draws, threshold)
-        for losses in every
+        for losses in all_losses(damage, windows)
         for kind in losses.kinds()
         if (draws := _from_gentlest(losses, kind))
         for threshold in THRESHOLDS

@@ -1,29 +1,34 @@
 """Sections about the errors of the table: compared with the loss, with theory, and a random projection as a matrix."""
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
 
 import polars as pl
 
+from dimscope.evaluation.yardstick import TOLERANCE, compared, interval_name, judge
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, finite, table
 from dimscope.page.wording import count, listed, number, sentence
 from dimscope.studies.damage import figures
-from dimscope.studies.damage.curves import Damage, kind_name, shown_damages
+from dimscope.studies.damage.claims import difference
+from dimscope.studies.damage.curves import kind_name, shown_losses
 from dimscope.studies.damage.figures import UNIT_AXES
+from dimscope.studies.damage.losses import Draws, Losses
 from dimscope.studies.damage.plan import UNDAMAGED
-from dimscope.studies.damage.tables import CAST, COSINE, LOSS, NORMED, RELATIVE
+from dimscope.studies.damage.tables import CAST, COSINE, KL, NORMED, RELATIVE
 
 ROWS_PER_KIND = 4  # changes of one kind that the table of errors shows at most
 SAME_ERROR = 0.05  # relative difference up to which two errors count as equal
 
 
 def error_section(tables: Tables, facts: Facts) -> Section | None:
-    """Return that equal error is not equal damage, and how well the errors agree with theory."""
-    shown, frame = shown_damages(tables), table(tables, "damage")
+    """Return whether equal error is equal damage, and how well the errors agree with theory."""
+    shown, frame = shown_losses(tables), table(tables, "damage")
     if not shown or frame is None or not shown[0].kinds():
         return None
     first = shown[0]
     by_error = figures.damage_by_error(first)
-    plots = [Plot("damage-error", by_error, "loss by the relative error of the table", "Loss by relative error")]
+    plots = [Plot("damage-error", by_error, "KL by the relative error of the table", "KL by relative error")]
     errors = finite(finite(frame.filter(pl.col("metric") == RELATIVE)), "null").filter(pl.col("null") > 0)
     if errors.height:
         caption = "Measured error by the error that theory expects"
@@ -35,51 +40,60 @@ def error_section(tables: Tables, facts: Facts) -> Section | None:
         findings=_agreement(errors),
         blocks=(*plots, _errors_grid(first)),
         how_to_read=(
-            "In the first figure, changes at the same horizontal position move the table equally far. Where their losses "
-            "differ, the direction of an error matters and not only its size. In the second figure, a change on the dashed "
+            "In the first figure, changes at the same horizontal position move the table equally far. Where their damage "
+            "differs, the direction of an error matters and not only its size. Bands are 95% intervals over windows, and over "
+            "seeds of a random change. Changes of different kinds are compared where their errors differ by 5% at most, by "
+            "paired intervals that hold for all such pairs at once. In the second figure, a change on the dashed "
             "diagonal has the error that theory expects. The table lists errors of one seed of each change: of the table as "
             "it is, after rounding to the dtype of the computation, and after the first norm, as the first block reads it."
         ),
         caveat=(
             "The relative error is the Frobenius norm over all tokens of the vocabulary, however rare they are in the text; "
-            "the loss is over the tokens of the text. Errors after rounding and after the first norm are measured on a "
+            "the KL is over the tokens of the text. Errors after rounding and after the first norm are measured on a "
             "sample of rows, without positions added. A norm removes a factor common to all rows, so that scaling is no "
             "error for the first block; later blocks add to the unscaled embeddings and do see it."
         ),
-        tables=("damage",),
+        tables=("damage", "windows"),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorAndLoss:
-    """A change, the relative error that it makes, and the loss after it."""
-
-    kind: str
-    error: float
-    loss: float
+Pair = tuple[Draws, Draws]
 
 
-def _equal_error(damage: Damage) -> str:
-    """Return the two kinds with the most different losses at nearly equal error."""
-    changes = [
-        ErrorAndLoss(kind, error, loss)
-        for kind in damage.kinds()
-        for error, loss in damage.curve(LOSS, kind).select("error", "value").iter_rows()
-        if error is not None and error > 0
-    ]
-    pairs = [
-        (a, b)
-        for a in changes
-        for b in changes
-        if a.kind != b.kind and abs(a.error - b.error) <= SAME_ERROR * a.error and a.loss < b.loss
-    ]
+def _equal_error(losses: Losses) -> str:
+    """Return the two changes of nearly equal error whose damage differs most, if it differs for any pair.
+
+    The intervals of all pairs of different kinds hold at once (Bonferroni).
+    """
+    pairs = _pairs_of_equal_error(losses)
     if not pairs:
-        return "The error of the table, and the loss after it"
-    low, high = max(pairs, key=lambda pair: pair[1].loss - pair[0].loss)
+        return "The error of the table, and what it costs"
+    n = len(pairs)
+    gaps = ((less, more, difference(less.mean("kl"), more.mean("kl"), n)) for less, more in map(_by_kl, pairs))
+    apart = [(less, more, gap) for less, more, gap in gaps if gap is not None and (gap.low or 0.0) > 0]
+    if not apart:
+        return "At equal error no change clearly costs more than another"
+    less, more, gap = max(apart, key=lambda compared: compared[2].value)
     return (
-        f"Equal error is not equal damage: at a relative error of about {low.error:.2g}, the loss is {number(low.loss)} after "
-        f"{kind_name(low.kind)} and {number(high.loss)} after {kind_name(high.kind)}"
+        f"Equal error is not equal damage: at a relative error of about {losses.error(less):.2g}, {kind_name(more.kind)} has a KL "
+        f"{gap.value:.2g} nats above that of {kind_name(less.kind)} ({interval_name(n)} {gap.low:.2g} to {gap.high:.2g})"
     )
+
+
+def _by_kl(pair: Pair) -> Pair:
+    """Return a pair with the change of the lower KL first."""
+    one, other = pair
+    return pair if one.kl.value <= other.kl.value else (other, one)
+
+
+def _pairs_of_equal_error(losses: Losses) -> list[Pair]:
+    """Return changes of different kinds whose errors are nearly the same."""
+    changes = [(losses.error(draws) or 0.0, draws) for kind in losses.kinds() for draws in losses.draws(kind)]
+    return [
+        (one, other)
+        for (a, one), (b, other) in combinations(changes, 2)
+        if one.kind != other.kind and min(a, b) > 0 and abs(a - b) <= SAME_ERROR * max(a, b)
+    ]
 
 
 def _agreement(errors: pl.DataFrame) -> tuple[str, ...]:
@@ -96,9 +110,9 @@ def _agreement(errors: pl.DataFrame) -> tuple[str, ...]:
     return (f"The measured errors agree with theory {' and '.join(clauses)}.",) if clauses else ()
 
 
-def _errors_grid(damage: Damage) -> Grid:
-    metrics = (RELATIVE, CAST, NORMED, COSINE, LOSS)
-    rows = finite(damage.rows.filter(pl.col("metric").is_in(metrics) & (pl.col("kind") != UNDAMAGED)))
+def _errors_grid(losses: Losses) -> Grid:
+    metrics = (RELATIVE, CAST, NORMED, COSINE, KL)
+    rows = finite(losses.rows.filter(pl.col("metric").is_in(metrics) & (pl.col("kind") != UNDAMAGED)))
     rows = rows.filter(pl.col("seed").is_null() | (pl.col("seed") == pl.col("seed").min()))
     lines: list[tuple[str, ...]] = []
     for kind in rows["kind"].unique(maintain_order=True):
@@ -108,7 +122,7 @@ def _errors_grid(damage: Damage) -> Grid:
             of_change = rows.filter(pl.col("change") == change).unique("metric").select("metric", "value")
             values = dict(of_change.iter_rows())
             lines.append((change, *(number(values.get(metric)) for metric in metrics)))
-    header = ("change", "relative error", "rounded", "after the first norm", "cosine", "loss")
+    header = ("change", "relative error", "rounded", "after the first norm", "cosine", "KL")
     return Grid("Errors of one seed of each change", header, tuple(lines), frozenset(range(1, len(header))))
 
 
@@ -117,58 +131,83 @@ def _errors_grid(damage: Damage) -> Grid:
 
 def strength_section(tables: Tables, facts: Facts) -> Section | None:
     """Return what noise, shifts and scaling cost, which keep all dimensions."""
-    shown = shown_damages(tables)
+    shown = shown_losses(tables)
     if not shown:
         return None
     first = shown[0]
-    by_unit = {unit: first.kinds(unit) for unit in UNIT_AXES}
     drawn = {
-        unit: [kind for kind in kinds if (first.curve(LOSS, kind)["strength"] > 0).any()]
-        for unit, kinds in by_unit.items()
+        unit: [kind for kind in first.kinds(unit) if (first.curve("kl", kind)["strength"] > 0).any()]
+        for unit in UNIT_AXES
     }
     plots = tuple(_strength_plot(first, unit, kinds) for unit, kinds in drawn.items() if kinds)
     if not plots:
         return None
+    named = _named_changes(first)
     return Section(
         anchor="strength",
         name="Noise and scale",
-        title=_strength_title(first, by_unit),
+        title=_strength_title(first, named),
+        findings=_strength_findings(named),
         blocks=plots,
         how_to_read=(
             "These changes keep all dimensions and disturb their values; they are stronger further to the right. The dashed "
-            "line is the undamaged model. Noise is a random vector for every token of the vocabulary. A shift is one random "
-            "vector of the same length, added to all tokens: the two make equal errors, noise in every direction and the "
-            "shift in one. In the figure of scaling, the undamaged model is at a factor of 1."
+            "lines are the KL of rounding weights to so many bits. Bands are 95% intervals over windows, and over seeds of a random "
+            "change. Noise is a random vector for every token of the vocabulary. A shift is one random vector of the same length, added "
+            "to all tokens: the two make equal errors, noise in every direction and the shift in one. In the figure of scaling, "
+            "the KL is 0 at a factor of 1."
         ),
         caveat=(
             "The noise of a token is the same at every position at which it occurs. The norm before the first block removes "
             "a factor common to all rows, but the blocks add to the scaled embeddings."
         ),
-        tables=("damage",),
+        tables=("damage", "windows"),
     )
 
 
-def _strength_plot(damage: Damage, unit: str, kinds: list[str]) -> Plot:
-    fig = figures.damage_by_strength(damage, kinds, unit)
+def _strength_plot(losses: Losses, unit: str, kinds: list[str]) -> Plot:
+    fig = figures.damage_by_strength(losses, kinds, unit)
     caption = sentence(listed([kind_name(kind) for kind in kinds]))
-    return Plot(f"damage-{unit.replace(' ', '-')}", fig, f"loss by {UNIT_AXES[unit]}", caption)
+    return Plot(f"damage-{unit.replace(' ', '-')}", fig, f"KL by {UNIT_AXES[unit]}", caption)
 
 
-def _strength_title(damage: Damage, by_unit: dict[str, list[str]]) -> str:
-    base = damage.base or 0.0
+Named = tuple[str, Draws]  # a change with its name in a sentence
+
+
+def _named_changes(losses: Losses) -> list[Named]:
+    """Return the changes of which the section speaks: the strongest of one sd at most, and halving and doubling."""
+    named = []
+    for kind in losses.kinds("standard deviations"):
+        weak = [draws for draws in losses.draws(kind, overflown=True) if 0 < draws.strength <= 1]
+        named += [(f"{kind_name(kind)} of {draws.strength:g} sd", draws) for draws in weak[-1:]]
+    for kind in losses.kinds("factor"):
+        halves = [draws for draws in losses.draws(kind, overflown=True) if draws.strength in (0.5, 2.0)]
+        named += [(f"{kind_name(kind)} by {draws.strength:g}", draws) for draws in halves]
+    return named
+
+
+def _strength_title(losses: Losses, named: Sequence[Named]) -> str:
+    """Return which changes cost more than the tolerance, by intervals that hold for all of them at once."""
+    if (unreadable := losses.unreadable) is not None:
+        return sentence(unreadable)
+    by_judgement: dict[str, list[str]] = defaultdict(list)
+    for name, draws in named:
+        by_judgement[judge(draws.kl_of(len(named)))].append(name)
     clauses = []
-    for kind in by_unit["standard deviations"]:
-        points = damage.curve(LOSS, kind).filter(pl.col("strength") <= 1).tail(1)
-        if points.height and base:
-            rise = points["value"][0] / base - 1
-            clauses.append(f"{kind_name(kind)} of {points['strength'][0]:g} sd changes the loss by {rise:+.0%}")
-    for kind in by_unit["factor"]:
-        halves = damage.curve(LOSS, kind).filter(pl.col("strength").is_in([0.5, 2.0]))
-        if halves.height and base:
-            points = halves.select("strength", "value").iter_rows()
-            rises = [f"{value / base - 1:+.0%} at {strength:g}" for strength, value in points]
-            clauses.append(f"{kind_name(kind)} by {listed(rises)}")
-    return sentence("; ".join(clauses)) if clauses else "The loss after noise, shifts and scaling"
+    for judgement, (one, several) in {
+        "within": ("costs no more", "cost no more"), "above": ("costs more", "cost more"),
+        "undecided": ("may cost more or less", "may cost more or less"),
+    }.items():  # fmt: skip
+        if names := by_judgement[judgement]:
+            clauses.append(f"{listed(names)} {one if len(names) == 1 else several}")
+    return (
+        f"Compared with {TOLERANCE.name}, {'; '.join(clauses)}" if clauses else "The KL after noise, shifts and scaling"
+    )
+
+
+def _strength_findings(named: Sequence[Named]) -> tuple[str, ...]:
+    n = len(named)
+    costs = [f"{name}: {compared(draws.kl_of(n), n_statements=n)}" for name, draws in named]
+    return (sentence(f"{'; '.join(costs)}."),) if costs else ()
 
 
 # ---- the operator --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import polars as pl
 
@@ -11,11 +12,10 @@ from dimscope.interventions.perturbations import find_perturbation
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, table
 from dimscope.page.wording import count, listed, number, sentence, share
 from dimscope.studies.damage import figures
-from dimscope.studies.damage.claims import FAILS, HOLDS, PARTLY, UNDECIDED, UNTESTED, costs_less
-from dimscope.studies.damage.curves import Damage, kind_name, shown_damages, text_name
+from dimscope.studies.damage.claims import FAILS, HOLDS, PARTLY, UNDECIDED, UNTESTED, lower_at_once
+from dimscope.studies.damage.curves import kind_name, shown_losses, text_name
 from dimscope.studies.damage.facts import damage_facts
-from dimscope.studies.damage.losses import THRESHOLDS, Draws, Losses, losses_on
-from dimscope.studies.damage.tables import LOSS
+from dimscope.studies.damage.losses import THRESHOLDS, Draws, Losses
 
 SIDES = {
     "input": "the input embedding table",
@@ -26,31 +26,29 @@ SIDES = {
 
 def breaking_section(tables: Tables, facts: Facts) -> Section | None:
     """Return how many dimensions can be removed within the tolerance, and which way is the gentlest."""
-    shown = [damage for damage in shown_damages(tables) if damage.kept_kinds()]
+    shown = [losses for losses in shown_losses(tables) if losses.kept_kinds()]
     breaking = table(tables, "breaking")
     if not shown:
         return None
     first = shown[0]
     plots = tuple(
-        Plot(f"damage-kept-{n}", figures.damage_by_kept(d), "loss by the share of dimensions kept", _caption(d, shown))
+        Plot(f"damage-kept-{n}", figures.damage_by_kept(d), "KL by the share of dimensions kept", _caption(d, shown))
         for n, d in enumerate(shown)
     )
     grids = () if breaking is None else tuple(g for d in shown if (g := _breaking_grid(d, breaking, shown)))
-    seeds = int(max(first.curve(LOSS, kind)["n_seeds"].to_numpy().max(initial=1) for kind in first.kept_kinds()))
-    windows = table(tables, "windows")
-    losses = [] if windows is None else [losses_on(tables["damage"], windows, d.text, d.side) for d in shown]
     return Section(
         anchor="damage",
         name="Damage",
-        title=_title(first, losses),
-        findings=_findings(losses, damage_facts(facts).window_length),
+        title=_title(first),
+        findings=_findings(shown, damage_facts(facts).window_length),
         blocks=(*plots, *grids),
         how_to_read=(
             f"Every point is the model after one change of {SIDES[first.side]}, evaluated on the same text. At the right "
-            "edge all dimensions are kept; further left fewer are. The upper panel shows the loss; its dashed line is the "
-            "undamaged model. The lower panel shows the share of positions at which the top prediction is that of the "
-            f"undamaged model. Bands are one standard deviation over {count(seeds, 'seed')} of a random change. "
-            f"Damage is the KL from the undamaged model, with a 95% interval over windows (and seeds). {SCALE_NOTE}"
+            "edge all dimensions are kept; further left fewer are. The upper panel shows the damage: the KL from the undamaged "
+            "model; its dashed lines are the KL of rounding weights to so many bits. The lower panel shows the share of positions "
+            "at which the top prediction is that of the undamaged model. Bands are 95% intervals over windows, and over seeds of a "
+            "random change. A kind of change does the least damage where the comparisons of all kinds at all numbers of "
+            f"dimensions, which hold at once in 95% of samples, say so. {SCALE_NOTE}"
         ),
         caveat=(
             "Nothing was trained after a change. The figure therefore shows what the model tolerates, not what a model "
@@ -77,19 +75,17 @@ def _findings(losses: Sequence[Losses], window_length: int | None) -> tuple[str,
 
 def answer(tables: Tables) -> str:
     """Return how many dimensions are enough on the first text, in one sentence."""
-    shown, windows = shown_damages(tables), table(tables, "windows")
-    with_dimensions = [damage for damage in shown if damage.kept_kinds()]
-    if with_dimensions and windows is not None:
-        first = with_dimensions[0]
-        return fewest_dimensions(losses_on(tables["damage"], windows, first.text, first.side))
+    shown = shown_losses(tables)
+    if with_dimensions := [losses for losses in shown if losses.kept_kinds()]:
+        return fewest_dimensions(with_dimensions[0])
     if not shown:
         return "The loss of the undamaged model is not a finite number."
-    return f"The loss of the undamaged model is {number(shown[0].base)} nats per token on {text_name(shown[0].text)}."
+    return f"The loss of the undamaged model is {number(shown[0].undamaged.loss.value)} nats per token on {text_name(shown[0].text)}."
 
 
-def _caption(damage: Damage, shown: Sequence[Damage]) -> str:
-    several = len({d.side for d in shown}) > 1
-    return sentence(text_name(damage.text)) + (f", change of {SIDES[damage.side]}" if several else "")
+def _caption(losses: Losses, shown: Sequence[Losses]) -> str:
+    several = len({other.side for other in shown}) > 1
+    return sentence(text_name(losses.text)) + (f", change of {SIDES[losses.side]}" if several else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +96,22 @@ class Gentlest:
     times: int
     total: int
 
+    @property
+    def where(self) -> str:
+        """Return at how many numbers of dimensions: "every number of dimensions tried"."""
+        numbers = "every number" if self.times == self.total else f"{self.times} of {self.total} numbers"
+        return f"{numbers} of dimensions tried"
 
-def _gentlest_kind(losses: Losses) -> Gentlest | None:
+
+def _gentlest_kind(losses: Losses, n_texts: int = 1) -> Gentlest | None:
     """Compare kinds at the numbers of dimensions where several were tried; None where no kind is clearly the gentlest.
 
-    A kind is the gentlest where it costs less than every other one by the paired interval over windows and seeds.
+    A kind is the gentlest where it costs less than every other one by the paired interval over windows and seeds. The
+    comparisons of all kinds at all numbers of dimensions hold at once.
+
+    Args:
+        losses: What the changes cost.
+        n_texts: Texts about which the same is stated in one sentence.
     """
     by_strength: dict[float, list[Draws]] = {}
     for kind in losses.kinds():
@@ -112,43 +119,49 @@ def _gentlest_kind(losses: Losses) -> Gentlest | None:
             if draws.kept_share is not None and draws.kept_share < 1:
                 by_strength.setdefault(draws.strength, []).append(draws)
     contests = [of_strength for of_strength in by_strength.values() if len(of_strength) > 1]
-    wins: Counter[str] = Counter()
-    for contest in contests:
-        costs = {draws.kind: draws.mean("kl") for draws in contest}
-        wins.update(
-            kind for kind, kl in costs.items() if all(costs_less(kl, costs[other]) for other in costs if other != kind)
-        )
+    pairs = [pair for contest in contests for pair in combinations(contest, 2)]
+    lower = lower_at_once([(a.mean("kl"), b.mean("kl")) for a, b in pairs], n_texts)
+    beaten = Counter(
+        ((a if less else b).kind, a.strength) for (a, b), less in zip(pairs, lower, strict=True) if less is not None
+    )
+    wins = Counter(kind for (kind, strength), n in beaten.items() if n == len(by_strength[strength]) - 1)
     return Gentlest(*wins.most_common(1)[0], len(contests)) if wins else None
 
 
-def _title(damage: Damage, losses: Sequence[Losses]) -> str:
-    if losses and (unreadable := losses[0].unreadable) is not None:
+def _title(losses: Losses) -> str:
+    if (unreadable := losses.unreadable) is not None:
         return sentence(unreadable)
-    best = _gentlest_kind(losses[0]) if losses else None
+    best = _gentlest_kind(losses)
     if best is None:
-        return sentence(f"the loss after {listed([kind_name(kind) for kind in damage.kept_kinds()])}")
-    times = "every number" if best.times == best.total else f"{best.times} of {best.total} numbers"
-    return sentence(f"{kind_name(best.kind)} does the least damage at {times} of dimensions tried")
+        return sentence(f"the KL after {listed([kind_name(kind) for kind in losses.kept_kinds()])}")
+    return sentence(f"{kind_name(best.kind)} does the least damage at {best.where}")
 
 
 def fewest_dimensions(losses: Losses) -> str:
-    """Return the fewest dimensions that keep the KL within the tolerance, in one sentence."""
+    """Return the fewest dimensions that keep the KL within the tolerance, in one sentence.
+
+    The intervals of all kinds hold at once. Those of one kind need no correction: strengths are tested from the gentlest on,
+    up to the first that is not within (fixed-sequence testing).
+    """
     if (unreadable := losses.unreadable) is not None:
         return sentence(f"{unreadable}.")
-    safe = [draws for kind in losses.kinds() if (draws := _fewest(losses, kind)) is not None]
+    every = _all_kept(losses)
+    n = len({draws.kind for draws in every})
+    safe = [draws for kind in losses.kinds() if (draws := _fewest(losses, kind, n)) is not None]
     if not safe:
-        gentlest = min(_all_kept(losses), key=lambda d: upper_end(d.kl), default=None)
+        gentlest = min(every, key=lambda d: upper_end(d.kl_of(n)), default=None)
         if gentlest is None:
             return "No dimensions were removed."
         change = f"{kind_name(gentlest.kind)} to {gentlest.strength:,.0f} dimensions"
         return (
-            f"No tested removal of dimensions is clearly harmless: the gentlest is {change}, {compared(gentlest.kl)}."
+            f"No tested removal of dimensions is clearly harmless: the gentlest is {change}, "
+            f"{compared(gentlest.kl_of(n), n_statements=n)}."
         )
     fewest = min(safe, key=lambda d: d.kept_share or 0)
     dim = round(fewest.strength / fewest.kept_share) if fewest.kept_share else None
     of = f"of {dim:,} dimensions ({share(fewest.kept_share or 0)})" if dim else "dimensions"
     change = sentence(f"{kind_name(fewest.kind)} to {fewest.strength:,.0f} {of}")
-    return f"{change} is harmless: {compared(fewest.kl)}."
+    return f"{change} is harmless: {compared(fewest.kl_of(n), n_statements=n)}."
 
 
 def _all_kept(losses: Losses) -> list[Draws]:
@@ -157,36 +170,32 @@ def _all_kept(losses: Losses) -> list[Draws]:
     return [d for d in every if d.kept_share is not None and d.kept_share < 1]
 
 
-def _fewest(losses: Losses, kind: str) -> Draws | None:
+def _fewest(losses: Losses, kind: str, n_statements: int) -> Draws | None:
     """Return the fewest dimensions of a kind up to which every tested number of them is within the tolerance."""
     fewest = None
     for draws in sorted(losses.draws(kind, overflown=True), key=lambda d: -(d.kept_share or 0)):
-        if draws.kept_share is None or judge(draws.kl) != "within":
+        if draws.kept_share is None or judge(draws.kl_of(n_statements)) != "within":
             return fewest
         fewest = draws if draws.kept_share < 1 else fewest
     return fewest
 
 
-def _rows_about(damage: Damage, breaking: pl.DataFrame) -> pl.DataFrame:
-    return breaking.filter((pl.col("text") == damage.text) & (pl.col("side") == damage.side))
-
-
 def _other_texts(losses: Sequence[Losses]) -> str | None:
     """Return whether the same kind of change is the gentlest on the other texts."""
-    gentlest = _gentlest_kind(losses[0]) if losses else None
+    gentlest = _gentlest_kind(losses[0], len(losses)) if losses else None
     clauses = []
     for other in losses[1:]:
-        best = _gentlest_kind(other)
+        best = _gentlest_kind(other, len(losses))
         if other.side != losses[0].side or best is None or gentlest is None:
             continue
         which = "the same kind" if best.kind == gentlest.kind else kind_name(best.kind)
         base = number(other.undamaged.loss.value)
-        clauses.append(f"on {text_name(other.text)} (undamaged loss {base}), {which} is the gentlest")
+        clauses.append(f"on {text_name(other.text)} (undamaged loss {base}), {which} is the gentlest at {best.where}")
     return sentence(f"{listed(clauses)}.") if clauses else None
 
 
-def _breaking_grid(damage: Damage, breaking: pl.DataFrame, shown: Sequence[Damage]) -> Grid | None:
-    rows = _rows_about(damage, breaking)
+def _breaking_grid(losses: Losses, breaking: pl.DataFrame, shown: Sequence[Losses]) -> Grid | None:
+    rows = breaking.filter((pl.col("text") == losses.text) & (pl.col("side") == losses.side))
     if rows.is_empty():
         return None
     lines = []
@@ -199,7 +208,7 @@ def _breaking_grid(damage: Damage, breaking: pl.DataFrame, shown: Sequence[Damag
     header = ("change", *(f"not within the {mark.kl:g} of {mark.name} from" for mark in THRESHOLDS), "seeds")
     caption = (
         "The gentlest tested strength whose KL is not within a mark, with the upper end of its 95% interval. "
-        f"{_caption(damage, shown)}"
+        f"{_caption(losses, shown)}"
     )
     return Grid(caption, header, tuple(lines), frozenset({3}))
 
@@ -231,7 +240,8 @@ def claims_section(tables: Tables, facts: Facts) -> Section | None:
             "one model wrote, and is tested here on this model. Damage is the KL from the undamaged model. “Holds” means "
             "that every comparison agrees with it, “does not hold” that none does and some are against it, “cannot tell” "
             "that none is decided. A comparison is decided by the paired 95% interval over windows, and over seeds for random "
-            f"changes. “As well” and “harmless” mean a KL within the {TOLERANCE.kl:g} nats of {TOLERANCE.name}, at the upper "
+            "changes; the intervals of all comparisons of a belief hold at once (Bonferroni). "
+            f"“As well” and “harmless” mean a KL within the {TOLERANCE.kl:g} nats of {TOLERANCE.name}, at the upper "
             f"end of its interval. {SCALE_NOTE}"
         ),
         caveat=(

@@ -33,7 +33,7 @@ class DamageSettings:
     "Changes of the embedding table as KIND:STRENGTH, chained by +: truncate:75%+noise:0.1 [default: a sweep of common ones]."
     sides: Sides = ("input",)
     "Embedding table to change. In a tied model, changing one side leaves the other side as it is."
-    draws: int = 3
+    draws: int = 5
     "Random seeds per random perturbation."
     texts: Texts = ("builtin:prose",)
     "Texts to evaluate on: files, folders, FILE.parquet:COLUMN, URLs, -, builtin:prose, or generated (by the model itself)."
@@ -108,6 +108,7 @@ PRESETS = {
             *(f"{kind}:{100 * k / _NOTEBOOK_DIM!r}%" for kind, dims in _NOTEBOOK_DIMS.items() for k in dims),
             *(f"{kind}:{s!r}" for kind, strengths in _NOTEBOOK_STRENGTHS.items() for s in strengths),
         ),
+        "draws": 3,
         "windows": 4,
         "length": 128,
         "prompts": (

@@ -1,7 +1,8 @@
 """What follows from the table of a plan: methods compared at equal size, the candidate to show, and the advice in words.
 
-Candidates are chosen by their KL on every other window of the texts, and judged on the windows between. A KL on the windows
-of the choice would be too low: it is the best of many.
+Candidates are chosen by their KL on every other window of the texts, and judged on the windows between, on each text alone:
+what is harmless on one text need not be so on another. A KL on the windows of the choice would be too low: it is the best of
+many.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ SCHEMA = {
     "method": pl.String, "basis": pl.String, "tied": pl.Boolean, "width": pl.Int64, "layers": pl.Int64, "bits": pl.Int64,
     "parameters": pl.Int64, "bytes": pl.Int64, "loss": pl.Float64, "loss_stderr": pl.Float64, "loss_high": pl.Float64,
     "loss_rise": pl.Float64, "loss_rise_stderr": pl.Float64, "kl": pl.Float64, "kl_stderr": pl.Float64, "top_1": pl.Float64,
-    "top_1_stderr": pl.Float64, **dict.fromkeys(HALVES, pl.Float64), **dict.fromkeys(SPEEDS, pl.Float64), "n_tokens": pl.Int64,
+    "top_1_stderr": pl.Float64, **dict.fromkeys(HALVES, pl.Float64), "judged_text": pl.String,
+    **dict.fromkeys(SPEEDS, pl.Float64), "n_tokens": pl.Int64,
 }  # fmt: skip
 
 
@@ -53,7 +55,7 @@ def _at(
     own = own if basis is None else own.filter(pl.col("basis") == basis)
     # With a second table a model of full width is not the dense one, but larger.
     dense = plan.filter((pl.col("method") == DENSE) & pl.col("tied").is_in(own["tied"].unique().to_list()))
-    return between(pl.concat([own, dense]).drop_nulls(x).sort(x).select(x, value).rows(), position)
+    return between(pl.concat([own, dense]).drop_nulls([x, value]).sort(x).select(x, value).rows(), position)
 
 
 def between(curve: Sequence[tuple[float, float]], position: float) -> float | None:
@@ -181,12 +183,18 @@ def _detail(plan: pl.DataFrame, goal: str, row: Mapping[str, Any] | None) -> str
             return f"no candidate is better than the dense model{' in every round' if goal == 'fastest' else ''}."
         nearest = better.sort("choice", maintain_order=True).row(0, named=True)
         return (
-            f"keep the dense model; the nearest candidate is {candidate_name(nearest)}, {compared(_judged(nearest))}."
+            f"keep the dense model; the nearest candidate is {candidate_name(nearest)}, {compared(_judged(nearest))}"
+            f"{_on_text(nearest)}."
         )
     chance = (
         "" if row["judged_within"] is None else f"; it is within with a probability of {_percent(row['judged_within'])}"
     )
-    return f"{candidate_name(row)}, {_gain(row, _dense(plan), goal)}: {compared(_judged(row))}{chance}."
+    return f"{candidate_name(row)}, {_gain(row, _dense(plan), goal)}: {compared(_judged(row))}{_on_text(row)}{chance}."
+
+
+def _on_text(row: Mapping[str, Any]) -> str:
+    """Return on which of several texts a candidate is judged."""
+    return "" if row["judged_text"] is None else f" on {row['judged_text']}, the text on which it costs the most"
 
 
 def _percent(probability: float) -> str:
@@ -216,12 +224,16 @@ def _judged(row: Mapping[str, Any]) -> Interval:
 
 def _how_judged(text: TextRead) -> str:
     names = listed(list(text.names)) or "the text"
-    if text.n_windows < 2 * LEAST_JUDGED:
-        return f"{sentence(count(text.n_windows, 'window'))} of {names} cannot judge a choice: pass a longer text, or more `windows`."
+    several = len(text.names) > 1
+    if text.n_windows < 2 * LEAST_JUDGED * max(1, len(text.names)):
+        where = " on each text" if several else ""
+        windows = sentence(count(text.n_windows, "window"))
+        return f"{windows} of {names} cannot judge a choice{where}: pass a longer text, or more `windows`."
     judged = text.n_windows // 2
     return (
-        f"Candidates were chosen on {count(text.n_windows - judged, 'window')} of {names}, and judged on {judged} others; the "
-        f"KL of a choice has to be within {TOLERANCE.kl:g} nats at the upper end of its interval."
+        f"Candidates were chosen on {count(text.n_windows - judged, 'window')} of {names}, and judged on {judged} others"
+        f"{', on each text alone' if several else ''}; the KL of a choice has to be within {TOLERANCE.kl:g} nats at the upper end of "
+        f"its interval{' on every text' if several else ''}."
     )
 
 
@@ -240,8 +252,18 @@ def _compared(plan: pl.DataFrame) -> list[str]:
         first = own.sort("parameters", descending=True).row(0, named=True)
         size, narrowing = first["parameters"], first["kl"]
     dropping = _at(plan, DROP, None, "kl", size)
-    other = "" if dropping is None else f", and dropping layers one of {dropping:.3f}"
+    other = "" if dropping is None else f", and dropping layers one of {dropping:.3f}{_error(plan, DROP, None, size)}"
     return [
-        f"With {1 - size / parameters:.0%} fewer parameters, narrowing ({basis}) has a KL of {narrowing:.3f} nats{other}, on all "
-        "windows."
+        f"With {1 - size / parameters:.0%} fewer parameters, narrowing ({basis}) has a KL of "
+        f"{narrowing:.3f}{_error(plan, NARROW, basis, size)} nats{other}, on all windows."
     ]
+
+
+def _error(plan: pl.DataFrame, method: str, basis: str | None, size: float) -> str:
+    """Return the standard error of a KL between two candidates, interpolated like the KL; that of the dense model is 0."""
+    exact = plan.with_columns(pl.when(method=DENSE).then(0.0).otherwise("kl_stderr").alias("kl_stderr"))
+    stderr = _at(exact, method, basis, "kl_stderr", size)
+    if stderr is None:  # the size of one candidate, with no smaller one on its curve
+        own = plan.filter(pl.col("method") == method, pl.col("parameters") == size).drop_nulls("kl_stderr")
+        stderr = own["kl_stderr"][0] if own.height else None
+    return "" if stderr is None else f" ± {stderr:.3f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from dimscope.storage import Store
 from dimscope.studies.narrowing.advice import DENSE, DROP, HEALED, NARROW, ROUND, SCHEMA, SPEEDS
 from dimscope.studies.narrowing.candidates import heal_candidate, make_candidate, quantised_model, shallower_model
 from dimscope.studies.narrowing.session import LENGTH, NarrowingSession, evaluate_model, session_recipe
+from dimscope.texts.window_sums import Interval
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -162,7 +164,7 @@ def _compute_row(session: NarrowingSession, row: _Row) -> pl.DataFrame:
         **{name: intervals[name].value for name in EVALUATED},
         "loss_high": intervals["loss"].high,
         **{f"{name}_stderr": intervals[name].stderr for name in EVALUATED},
-        **(_halves(evaluation.sums) if len(evaluation.sums) > 1 else {}),
+        **(_halves(evaluation.sums, session.windows.evaluation_texts) if len(evaluation.sums) > 1 else {}),
         **speeds,
         "n_tokens": evaluation.n_positions,
     }
@@ -181,13 +183,46 @@ def _speeds(session: NarrowingSession, name: str, model: PreTrainedModel) -> dic
     return dict(zip(SPEEDS, values, strict=True))
 
 
-def _halves(sums: Float[Tensor, "g 7"]) -> dict[str, float | None]:
-    """Return the KL on every other window, to choose by, and on those between, to judge the choice."""
-    choice, judged = (evaluation_of(sums[start::2]).kl for start in (0, 1))
-    return {
-        "choice_kl": choice.value, "choice_kl_high": choice.high, "judged_kl": judged.value, "judged_kl_low": judged.low,
-        "judged_kl_high": judged.high, "judged_within": probability_within(judged),
+def _halves(sums: Float[Tensor, "g 7"], texts: Sequence[str]) -> dict[str, Any]:
+    """Return the KL on every other window, to choose by, and on those between, to judge the choice.
+
+    Each text is judged alone; the columns have the one on which the upper end of the interval is highest, so that a KL is
+    within a mark there only if it is so on every text.
+
+    Args:
+        sums: The sums of each window, or of each group of neighbouring windows.
+        texts: The text of each window.
+    """
+    choice, judged = evaluation_of(sums[0::2]).kl, _judged_by_text(sums, texts)
+    name, worst = max(judged.items(), key=lambda of_text: _upper(of_text[1]))
+    columns = {
+        "choice_kl": choice.value,
+        "choice_kl_high": choice.high,
+        "judged_text": name if len(judged) > 1 else None,
+    }
+    if worst is None:
+        return columns
+    return columns | {
+        "judged_kl": worst.value, "judged_kl_low": worst.low, "judged_kl_high": worst.high,
+        "judged_within": probability_within(worst),
     }  # fmt: skip
+
+
+def _judged_by_text(sums: Float[Tensor, "g 7"], texts: Sequence[str]) -> dict[str, Interval | None]:
+    """Return the KL of each text on the windows that judge it; None where it has none."""
+    span = 1  # windows of a group: a power of two
+    while -(-len(texts) // span) > len(sums):
+        span *= 2
+    of_groups = [set(texts[i : i + span]) for i in range(0, len(texts), span)]  # a group may end in the next text
+    judging = {
+        name: [i for i, names in enumerate(of_groups) if i % 2 and names == {name}] for name in dict.fromkeys(texts)
+    }
+    return {name: evaluation_of(sums[rows]).kl if rows else None for name, rows in judging.items()}
+
+
+def _upper(kl: Interval | None) -> float:
+    """Return the upper end of an interval, infinite where there is none: such a KL is not known to be within a mark."""
+    return math.inf if kl is None or kl.high is None or not math.isfinite(kl.high) else kl.high
 
 
 def _stored_bytes(session: NarrowingSession, model: PreTrainedModel, bits: int | None) -> int:

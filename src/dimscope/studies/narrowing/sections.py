@@ -109,7 +109,7 @@ def before_after_section(tables: Tables, facts: Facts) -> Section | None:
         anchor="narrow",
         name="Before and after",
         title=(
-            f"At {own.shown.width} of {own.dim} dimensions {share(after['top_1'])} of the top predictions stay the same, with "
+            f"At {own.shown.width} of {own.dim} dimensions {_agreement(after)} of the top predictions stay the same, with "
             f"{after['parameters'] / before['parameters']:.0%} of the parameters"
         ),
         blocks=tuple(blocks),
@@ -121,6 +121,12 @@ def before_after_section(tables: Tables, facts: Facts) -> Section | None:
         + "Texts that begin alike and differ later need not differ in quality: compare the loss above.",
         tables=("plan", "narrow_texts") if texts is not None else ("plan",),
     )  # fmt: skip
+
+
+def _agreement(row: Mapping[str, Any]) -> str:
+    """Return the share of the same top predictions with its standard error."""
+    stderr = row["top_1_stderr"]
+    return share(row["top_1"]) if stderr is None else f"{share(row['top_1'])} ± {stderr:.1%}"
 
 
 def _text_rows(texts: pl.DataFrame) -> tuple[tuple[str, ...], ...]:

@@ -110,7 +110,7 @@ def open_session(target: Target, settings: NarrowSettings, monitor: Monitor, *, 
     dense = cache(lambda: load_model(checkpoint, placement, trust_remote_code=settings.trust_remote_code))
     source = _WindowSource(checkpoint, settings, monitor, texts, trains, dense)
     fitted = _fitted_length(source)
-    windows = split_windows(_read_windows(source, fitted.length), settings.windows, trains, list(texts))
+    windows = split_windows(_read_windows(source, fitted.length), settings.windows, trains)
     batch = windows_at_once(placement, len(windows.evaluation[0].ids))
 
     def calibration() -> Calibration:
@@ -175,16 +175,16 @@ def _fitted_length(source: _WindowSource) -> FittedLength:
     return replace(fitted, warnings=warnings)
 
 
-def _read_windows(source: _WindowSource, length: int) -> list[Window]:
+def _read_windows(source: _WindowSource, length: int) -> dict[str, list[Window]]:
+    """Return the windows of each text by its name."""
     tokenizer = require_tokenizer(source.checkpoint.source)
     most = MOST if source.trains else -(-2 * source.settings.windows // len(source.texts))
-    windows: list[Window] = []
-    for text in source.texts.values():
-        if text is None:
-            windows += _generate_windows(source, length, min(most, GENERATED_WINDOWS))
-        else:
-            windows += middle_windows(text, tokenizer, length=length, count=None, most=most)
-    return windows
+    return {
+        name: _generate_windows(source, length, min(most, GENERATED_WINDOWS))
+        if text is None
+        else middle_windows(text, tokenizer, length=length, count=None, most=most)
+        for name, text in source.texts.items()
+    }
 
 
 def _generate_windows(source: _WindowSource, length: int, count: int) -> list[Window]:

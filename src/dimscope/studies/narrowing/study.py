@@ -20,5 +20,5 @@ NARROWING = Study(
     NarrowSettings,
     _load,
     example="dimscope narrow builtin --plan -o plan",
-    definition=3,
+    definition=4,
 )
