@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 Result = TypeVar("Result")
 VOCAB_SIZE, HIDDEN_SIZE, PLANTED = 151_936, 896, 2300
@@ -76,3 +76,14 @@ def qwen_sized_checkpoint(folder: Path, seed: int = 0) -> Path:
     config.save_pretrained(folder)
     save_file({"model.embed_tokens.weight": qwen_sized_table(seed=seed)}, folder / "model.safetensors")
     return folder
+
+
+def random_model(family: str, seed: int) -> Any:
+    """Return a Llama or a GPT-2 of three blocks, 32 dimensions and 200 tokens, with random weights."""
+    torch.manual_seed(seed)
+    config = (
+        LlamaConfig(vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+        if family == "Llama"
+        else GPT2Config(vocab_size=200, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    )
+    return AutoModelForCausalLM.from_config(config).eval()

@@ -1,6 +1,6 @@
 """How often noise makes the page tell a finding, and how often its 95% intervals hold; writes docs/reliability-of-numbers.md.
 
-python -m benchmarks.reliability [--repetitions 100]: about ten minutes on two cores.
+python -m benchmarks.reliability [--repetitions 100]: about fifteen minutes on two cores.
 """
 
 import argparse
@@ -14,14 +14,16 @@ import polars as pl
 import torch
 from torch import Tensor
 from tqdm import trange
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from benchmarks import reliability_damage
+from benchmarks.measure import random_model
 from dimscope.activations.collection import Collection, collect, empty_collection
 from dimscope.activations.sites import find_sites
 from dimscope.api import as_checkpoint, perturbation
 from dimscope.checkpoints.model import load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.evaluation.evaluate import baseline, evaluate
+from dimscope.evaluation.replicates import replicates
 from dimscope.geometry.grouped import participation_ratio_across, variance_counts
 from dimscope.geometry.half_samples import Replicated, groups_of
 from dimscope.geometry.intrinsic import gaussian_dimension, intrinsic_dimensions
@@ -31,6 +33,7 @@ from dimscope.geometry.spectrum import decompose
 from dimscope.geometry.token_types import one_of_each, variance_between_types
 from dimscope.geometry.untrained import untrained_scores
 from dimscope.interventions.insertion import perturbed
+from dimscope.interventions.maps import RowMap
 from dimscope.page.section import Facts, StudyFacts
 from dimscope.studies.embedding.correlation_sections import correlation_section
 from dimscope.studies.embedding.measures import measures_frame
@@ -49,12 +52,9 @@ from dimscope.texts.windows import Window, shuffle_within, stream_windows
 from dimscope.vectors.table import table_from_tensor
 
 PAGE = Path(__file__).parent.parent / "docs/reliability-of-numbers.md"
-N_WINDOWS, LENGTH, TIMES = (
-    8,
-    64,
-    20,
-)  # windows of a sample, tokens of each, and how many times larger the other sample is
+N_WINDOWS, LENGTH = 8, 64  # of a sample; the text has about 20 times as many windows
 LAYERS = (1, 3, 6)
+N_SEEDS, OF_SAMPLE = 40, 5  # of a random change: in all, and of a sample
 
 
 # ---- tables and states without structure ----------------------------------------------------------------------------
@@ -126,18 +126,6 @@ def profile_frame(numbers: list[Replicated], **columns: list[float]) -> pl.DataF
         "halves": [list(n.differences) for n in numbers],
     }
     return pl.DataFrame(rows | {"stderr": [n.interval().stderr for n in numbers]} | columns)
-
-
-def random_model(family: str, seed: int) -> torch.nn.Module:
-    """Return a small model with random weights."""
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": 200}
-    config = (
-        LlamaConfig(**sizes, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
-        if family == "Llama"
-        else GPT2Config(**sizes, n_embd=32, n_layer=3, n_head=4, n_positions=LENGTH)
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def text_findings(family: str, rng: np.random.Generator, seed: int) -> dict[str, bool]:
@@ -229,6 +217,7 @@ def false_findings(n: int) -> Iterator[tuple[str, str, float]]:
         rng = np.random.default_rng(2)
         told = [text_findings(family, rng, seed) for seed in trange(n, desc=family)]
         yield from shares(told, f"random {family}, independent tokens")
+    yield from reliability_damage.false_findings(n)
     states = {
         "a layer uses the most dimensions": (some_layer_uses_most, "five layers of Gaussian states"),
         "a layer has the highest intrinsic dimension": (some_layer_is_highest, "five layers of white noise"),
@@ -264,19 +253,28 @@ class Pool:
         samples = [of.reservoir.sample() for of in seen]
         self.tokens = [sample.tokens for sample in samples]
         self.states = {layer: [sample.layers[layer] for sample in samples] for layer in LAYERS}
-        self.damage = torch.stack(list(self._damage(model, checkpoint)))
+        self._damage(model, checkpoint)
 
-    def _damage(self, model: torch.nn.Module, checkpoint: object) -> Iterator[Tensor]:
+    def _damage(self, model: torch.nn.Module, checkpoint: object) -> None:
+        """Sum KL and loss of every window, after a truncation, and after noise of several seeds."""
         bases = [baseline(model, [window]) for window in self.windows]
-        with perturbed(model, perturbation("truncate", checkpoint, 64)):
-            for base in bases:
-                of = evaluate(model, base)
-                kl, rise = of.kl.value * of.n_positions, of.loss_rise.value * of.n_predicted
-                yield torch.tensor([kl, of.n_positions, rise, of.n_predicted])
 
-    def intervals(self, chosen: np.ndarray) -> dict[str, Interval]:
-        """Return every interval of the page that comes from the windows of one text."""
-        sums, damage = self.sums[chosen], self.damage[chosen]
+        def sums(of: RowMap) -> Tensor:
+            with perturbed(model, of):
+                evaluations = [evaluate(model, base) for base in bases]
+            numbers = [(e.kl.value * e.n_positions, e.n_positions, e.loss_rise.value * e.n_predicted, e.n_predicted)
+                       for e in evaluations]  # fmt: skip
+            return torch.tensor(numbers, dtype=torch.float64)
+
+        self.truncation = sums(perturbation("truncate", checkpoint, 64))
+        self.noise = torch.stack(
+            [sums(perturbation("noise", checkpoint, 0.5, seed=seed)) for seed in trange(N_SEEDS, desc="noise")]
+        )
+
+    def intervals(self, chosen: np.ndarray, seeds: np.ndarray) -> dict[str, Interval]:
+        """Return every interval of the page that comes from some windows of one text, and some seeds of a random change."""
+        sums, damage = self.sums[chosen], self.truncation[chosen]
+        noise = replicates(seeds.tolist(), self.noise[seeds][:, chosen], lambda s: s[..., 0] / s[..., 1])
         found = {
             "loss": interval(sums, lambda s: s[..., 1] / s[..., 0]),
             "bits per byte": interval(sums, lambda s: s[..., 1] / s[..., 6] / math.log(2)),
@@ -284,6 +282,7 @@ class Pool:
             "probability of the first choice": interval(sums, lambda s: s[..., 5] / s[..., 4]),
             "KL of truncation to 64 of 256 dimensions": interval(damage, lambda s: s[..., 0] / s[..., 1]),
             "rise of the loss by it": interval(damage, lambda s: s[..., 2] / s[..., 3]),
+            "KL of noise of 0.5 standard deviations, five seeds": noise.interval(),
         }
         tokens = np.concatenate([self.tokens[i] for i in chosen])
         windows = np.repeat(np.arange(len(chosen)), [len(self.tokens[i]) for i in chosen])
@@ -309,17 +308,18 @@ class Pool:
 def coverages(n: int) -> Iterator[tuple[str, float, str]]:
     """Yield each interval, the share of samples in which it holds, and what it is held against."""
     pool, rng = Pool(), np.random.default_rng(4)
-    whole = pool.intervals(np.arange(len(pool.windows)))
+    whole = pool.intervals(np.arange(len(pool.windows)), np.arange(N_SEEDS))
     names, covered = list(whole), []
     one_per_type: dict[int, list[Interval]] = {layer: [] for layer in LAYERS}
     for _ in trange(n, desc="samples of windows"):
         chosen = np.sort(rng.permutation(len(pool.windows))[:N_WINDOWS])
-        own = pool.intervals(chosen)
+        own = pool.intervals(chosen, np.sort(rng.permutation(N_SEEDS)[:OF_SAMPLE]))
         covered.append([own[name].low <= whole[name].value <= own[name].high for name in names])
         for layer in LAYERS:
             one_per_type[layer].append(pool.two_nn(chosen, layer))
     for name, share in zip(names, np.mean(covered, axis=0), strict=True):
-        yield name, float(share), f"the value on all {len(pool.windows)} windows"
+        seeds = f" and {N_SEEDS} seeds" if "seeds" in name else ""
+        yield name, float(share), f"the value on all {len(pool.windows)} windows{seeds}"
     for layer, intervals in one_per_type.items():
         middle = np.mean([i.value for i in intervals])
         share = np.mean([i.low <= middle <= i.high for i in intervals])

@@ -1,9 +1,5 @@
-"""How often noise makes the page tell a finding about damage or narrowing, on inputs in which there is nothing to find.
+"""How often noise makes the page tell a finding about damage or narrowing: a part of benchmarks/reliability.py."""
 
-python -m benchmarks.reliability_damage [--repetitions 100]: about four minutes on one core.
-"""
-
-import argparse
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,8 +9,8 @@ import polars as pl
 import torch
 from torch import Tensor
 from tqdm import trange
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from benchmarks.measure import random_model
 from dimscope.api import as_checkpoint, perturbation
 from dimscope.checkpoints.model import load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
@@ -56,19 +52,6 @@ KINDS = ("truncate", "project", "project-rescaled")
 DISTURBED = ("noise", "shift")
 COMPARED = (0, 1, 3)  # the beliefs that compare two kinds of change, by their place in the table of beliefs
 N_CANDIDATES = 11  # that a plan of a model of many layers times
-
-
-def random_model(family: str, seed: int) -> Any:
-    """Return a small model with random weights."""
-    torch.manual_seed(seed)
-    config = (
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
-        )
-        if family == "Llama"
-        else GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=3, n_head=4, n_positions=LENGTH)
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 # ---- one random change under several names ---------------------------------------------------------------------------
@@ -269,10 +252,3 @@ def false_findings(n: int) -> Iterator[tuple[str, str, float]]:
 def _share(told: Iterator[bool]) -> float:
     values = list(told)
     return sum(values) / len(values) if values else math.nan
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=100)
-    for name, inputs, share in false_findings(parser.parse_args().repetitions):
-        print(f"| {name} | {inputs} | {share:.0%} |", flush=True)
