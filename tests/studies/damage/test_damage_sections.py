@@ -49,7 +49,7 @@ def test_dimensions_are_harmless_by_the_intervals_of_all_kinds_at_once():
     alone = {("project", 75): (2.0654, 2.1, 2.1346)}
     assert "is harmless" in _breaking(alone).findings[0]
     both = _breaking(alone | {("truncate", 75): (9.0,)}).findings[0]
-    assert both.startswith("No tested removal of dimensions is clearly harmless: the gentlest is random projection")
+    assert both.startswith("No tested removal of dimensions is clearly harmless: the nearest is random projection")
     assert "95% interval for all 2 at once" in both
     assert "neither clearly within nor above" in both
 
@@ -63,7 +63,7 @@ def test_the_fewest_harmless_dimensions_are_the_finding_and_the_answer():
     assert _breaking().findings[0] == damage.answer(tables)
     harmful = _breaking({("truncate", 75): (3.0,), ("truncate", 50): (4.0,)}).findings[0]
     assert harmful.startswith(
-        "No tested removal of dimensions is clearly harmless: the gentlest is truncation by SVD to 75"
+        "No tested removal of dimensions is clearly harmless: the nearest is truncation by SVD to 75"
     )
     assert "KL 0.15 nats" in harmful
 
@@ -79,7 +79,7 @@ def test_every_text_and_side_has_a_figure_of_its_own():
     frame = planted.joined(planted.damage(), planted.damage(text="generated", base=1.5))
     section = _section(damage.breaking_section(planted.damage_tables(frame), planted.facts()))
     plots = [block for block in section.blocks if isinstance(block, Plot)]
-    assert [plot.caption for plot in plots] == ["Prose", "Text that the model generated"]
+    assert [plot.caption for plot in plots] == ["On prose", "On text that the model generated"]
     assert (
         "On text that the model generated (undamaged loss 1.5), the same kind is the gentlest at 1 of 3"
         in section.findings[2]

@@ -85,7 +85,7 @@ def answer(tables: Tables) -> str:
 
 def _caption(losses: Losses, shown: Sequence[Losses]) -> str:
     several = len({other.side for other in shown}) > 1
-    return sentence(text_name(losses.text)) + (f", change of {SIDES[losses.side]}" if several else "")
+    return f"On {text_name(losses.text)}" + (f", change of {SIDES[losses.side]}" if several else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,8 @@ def _title(losses: Losses) -> str:
     if (unreadable := losses.unreadable) is not None:
         return sentence(unreadable)
     best = _gentlest_kind(losses)
-    if best is None:
-        return sentence(f"the KL after {listed([kind_name(kind) for kind in losses.kept_kinds()])}")
+    if best is None:  # the first finding adds the evidence
+        return fewest_dimensions(losses).split(":")[0].removesuffix(".")
     return sentence(f"{kind_name(best.kind)} does the least damage at {best.where}")
 
 
@@ -154,7 +154,7 @@ def fewest_dimensions(losses: Losses) -> str:
             return "No dimensions were removed."
         change = f"{kind_name(gentlest.kind)} to {gentlest.strength:,.0f} dimensions"
         return (
-            f"No tested removal of dimensions is clearly harmless: the gentlest is {change}, "
+            f"No tested removal of dimensions is clearly harmless: the nearest is {change}, "
             f"{compared(gentlest.kl_of(n), n_statements=n)}."
         )
     fewest = min(safe, key=lambda d: d.kept_share or 0)
