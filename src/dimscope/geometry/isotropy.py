@@ -60,9 +60,9 @@ def row_statistics(table: VectorTable, *centres: Float[Tensor, " d"]) -> list[Ro
             inverse = norms[number][-1].reciprocal()
             directions[number] += inverse.where(inverse.isfinite(), 0.0) @ shifted
             fourth_powers[number] += float(squares.square_().sum())
-    found = [torch.cat(of_centre) for of_centre in norms]
-    cosines = [_mean_cosine(total, int((n > 0).sum())) for total, n in zip(directions, found, strict=True)]
-    return [RowStatistics(*of_centre) for of_centre in zip(found, cosines, fourth_powers, strict=True)]
+    distances = [torch.cat(of_centre) for of_centre in norms]
+    cosines = [_mean_cosine(total, int((n > 0).sum())) for total, n in zip(directions, distances, strict=True)]
+    return [RowStatistics(*of_centre) for of_centre in zip(distances, cosines, fourth_powers, strict=True)]
 
 
 def _mean_cosine(total: Float[Tensor, " d"], n: int) -> float:

@@ -90,10 +90,10 @@ def _overlap(left: Float[Tensor, "d k"], right: Float[Tensor, "e j"]) -> dict[st
     """Return the overlap of two subspaces, or nothing where they are subspaces of different spaces."""
     if left.shape[0] != right.shape[0] or 0 in (left.shape[1], right.shape[1]):
         return {}
-    found = subspace_overlap(left, right)
+    overlap = subspace_overlap(left, right)
     return {
-        "overlap": found.overlap,
-        "overlap_null": found.null,
-        "overlap_null_sd": found.null_sd,
-        "k": found.k,
+        "overlap": overlap.overlap,
+        "overlap_null": overlap.null,
+        "overlap_null_sd": overlap.null_sd,
+        "k": overlap.k,
     }
