@@ -129,8 +129,7 @@ def _axis(surface: Surface) -> dict[str, object]:
 
 def _layout(surface: Surface, theme: ThemeName) -> go.layout.Template:
     axis = _axis(surface)
-    # The middle of the diverging scale is the page itself: no correlation, no ink.
-    middle = SURFACES[theme].panel
+    panel = SURFACES[theme].panel  # also the middle of the diverging scale: no correlation, no ink
     return go.layout.Template(
         layout={
             "font": {"family": FONT, "size": 13, "color": surface.text},
@@ -150,12 +149,12 @@ def _layout(surface: Surface, theme: ThemeName) -> go.layout.Template:
                 "itemsizing": "constant",
             },
             "hoverlabel": {
-                "bgcolor": SURFACES[theme].panel,
+                "bgcolor": panel,
                 "bordercolor": surface.muted,
                 "font": {"color": SURFACES[theme].text, "family": FONT},
                 "align": "left",
             },
-            "colorscale": {"sequential": _scale(_SEQUENTIAL[theme]), "diverging": _diverging(middle)},
+            "colorscale": {"sequential": _scale(_SEQUENTIAL[theme]), "diverging": _diverging(panel)},
             "coloraxis": {"colorbar": {"outlinewidth": 0, "thickness": 12, "ticks": "outside"}},
             "annotationdefaults": {"font": {"color": surface.text}, "arrowcolor": surface.muted},
             "shapedefaults": {"line": {"color": surface.muted}},
