@@ -121,9 +121,13 @@ def _errors_grid(losses: Losses) -> Grid:
         for change in changes[::step]:
             of_change = rows.filter(pl.col("change") == change).unique("metric").select("metric", "value")
             values = dict(of_change.iter_rows())
-            lines.append((change, *(number(values.get(metric)) for metric in metrics)))
+            lines.append((change, *(_cell(metric, values.get(metric)) for metric in metrics)))
     header = ("change", "relative error", "rounded", "after the first norm", "cosine", "KL")
     return Grid("Errors of one seed of each change", header, tuple(lines), frozenset(range(1, len(header))))
+
+
+def _cell(metric: str, value: float | None) -> str:
+    return f"{value:.2g}" if metric == KL and value is not None else number(value)  # a KL has two digits on the page
 
 
 # ---- noise and scale -----------------------------------------------------------------------------------------------
@@ -229,7 +233,7 @@ def operator_section(tables: Tables, facts: Facts) -> Section | None:
         anchor="operator",
         name="What a random projection is",
         title=(
-            f"A random projection on {k:,} of {d:,} dimensions is {k / d:.2f} times the identity plus normal noise of "
+            f"A random projection on {k:,} of {d:,} dimensions is {number(k / d)} times the identity plus normal noise of "
             f"sd {number(sd)}"
         ),
         blocks=(
@@ -239,7 +243,7 @@ def operator_section(tables: Tables, facts: Facts) -> Section | None:
         ),
         how_to_read=(
             "Projecting a vector on a random subspace and back multiplies it by the matrix in the picture. Its diagonal is "
-            f"near k/d = {k / d:.2f}, and the other entries look like noise. A projection therefore acts like a shorter "
+            f"near k/d = {number(k / d)}, and the other entries look like noise. A projection therefore acts like a shorter "
             "vector plus noise, and multiplying by d/k restores the length."
         ),
         caveat=(

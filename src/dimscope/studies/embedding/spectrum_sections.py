@@ -274,10 +274,10 @@ def _cosine_finding(tables: Tables) -> str:
     raw, centred = (measure(tables, metrics.MEAN_COSINE, how) for how in ("uncentred", "centred"))
     if raw is None:
         return "How long the rows are"
-    after = f" ({centred['value']:.2f} after centring)".replace("-0.00", "0.00") if centred else ""
+    after = f" ({number(centred['value'])} after centring)" if centred else ""
     # 0.05 is far above the sampling error of a mean over all pairs and small enough to be called no shared direction.
     verdict = "Rows share a direction" if abs(raw["value"]) >= 0.05 else "Rows hardly share a direction"
-    return f"{verdict}: their mean cosine is {raw['value']:.2f}{after}".replace("-0.00", "0.00")
+    return f"{verdict}: their mean cosine is {number(raw['value'])}{after}"
 
 
 def _norm_finding(tables: Tables, number_name: str) -> str:
@@ -286,8 +286,8 @@ def _norm_finding(tables: Tables, number_name: str) -> str:
         return f"whether norms follow the {number_name} was not measured"
     rho, error = row["value"], row["stderr"] or 0.0
     if abs(rho) < max(0.1, 2 * error):  # a weaker relation changes no reading of the figure
-        return f"their norms do not follow the {number_name} (rank correlation {rho:.2f})"
-    return f"their norms {'rise' if rho > 0 else 'fall'} with the {number_name} (rank correlation {rho:.2f})"
+        return f"their norms do not follow the {number_name} (rank correlation {number(rho)})"
+    return f"their norms {'rise' if rho > 0 else 'fall'} with the {number_name} (rank correlation {number(rho)})"
 
 
 _ISOTROPY = (

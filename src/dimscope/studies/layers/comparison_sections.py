@@ -69,7 +69,8 @@ def _order_reading(bins: pl.DataFrame) -> str:
 def _predictions(frame: pl.DataFrame, selection: Selection) -> pl.DataFrame | None:
     rows = finite(rows_of(frame, selection.model, selection.text))
     ends = (pl.col(name).cast(pl.Float64).mean() for name in ("low", "high"))
-    stats = (pl.col("value").mean(), pl.col("value").std(ddof=1).alias("spread"), pl.col("stderr").mean(), *ends)
+    sizes = pl.col("n_tokens").max()
+    stats = (pl.col("value").mean(), pl.col("value").std(ddof=1).alias("spread"), pl.col("stderr").mean(), *ends, sizes)
     return rows.group_by("condition", "metric", maintain_order=True).agg(*stats) if rows.height else None
 
 
@@ -102,7 +103,8 @@ def _loss_finding(predictions: pl.DataFrame | None) -> tuple[str, ...]:
     losses = f"{_with_interval(real)} on real text, {_with_interval(other)} on shuffled text"
     if not intervals_apart(real, other):
         return (f"Shuffling does not clearly change the loss: {losses} (nats per token).",)
-    return (f"Shuffling {'raises' if gap > 0 else 'lowers'} the loss by {number(abs(gap))} nats per token: {losses}.",)
+    where = f"the loss on {real['n_tokens']:,} predicted tokens"
+    return (f"Shuffling {'raises' if gap > 0 else 'lowers'} {where} by {number(abs(gap))} nats per token: {losses}.",)
 
 
 def _with_interval(row: Mapping[str, Any]) -> str:
@@ -222,7 +224,7 @@ def alignment_section(tables: Tables, facts: Facts) -> Section | None:
 def _alignment_finding(pairs: pl.DataFrame) -> str:
     shuffled = pairs.filter(pl.col("other_condition") == "shuffled").drop_nulls("overlap")
     if shuffled.height:
-        chance = f" (chance {shuffled['overlap_null'][0]:.2f})" if shuffled["overlap_null"][0] is not None else ""
+        chance = f"; chance is {shuffled['overlap_null'][0]:.2f}" if shuffled["overlap_null"][0] is not None else ""
         of_overlap = f"The first {shuffled['k'][0]} components of real and shuffled text overlap by"
         return f"{of_overlap} {_range(shuffled, 'overlap')}{chance}"
     condition = pairs["other_condition"][0]

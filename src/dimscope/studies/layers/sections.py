@@ -196,10 +196,11 @@ def _against(real: pl.DataFrame, other: pl.DataFrame, condition: str, names: dic
     if not fewer and not more:
         return f"{sentence(who)} does not clearly need more or fewer components than {whom} ({margin(real, other)})."
     level = [layer for layer in real["layer"] if layer not in {*fewer, *more}]
-    sides = (("fewer components", fewer), ("more components", more), ("about as many", level))
+    sides = (("fewer components", fewer), ("more components", more))
     parts = [f"{word} {locations(where, names)}" for word, where in sides if where]
+    unclear = f"; the difference is not clear {locations(level, names)}" if level else ""
     gap = _largest(real, other, names)
-    return f"Compared with {whom}, {who} needs {listed(parts)}{gap} ({margin(real, other)})."
+    return f"Compared with {whom}, {who} needs {listed(parts)}{unclear}{gap} ({margin(real, other)})."
 
 
 _COMPARED = {
