@@ -62,5 +62,6 @@ def _in_picture(groups: pl.DataFrame, shown: list[int], row: str, ids: str) -> s
     largest = groups.filter(pl.col("size") == pl.col("size").max())
     largest = largest.filter(pl.col("block") == largest["block"][0])
     inside = largest.filter(pl.col("id").is_in(shown)).height
+    which = "largest block" if groups["block"].n_unique() > 1 else "block"
     where = f"the {ids} {shown[0]} to {shown[-1]} of the picture"
-    return f"Of the {count(largest.height, row)} of the largest block, {inside:,} are among {where}."
+    return f"Of the {count(largest.height, row)} of the {which}, {inside:,} are among {where}."

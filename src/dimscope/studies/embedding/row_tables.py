@@ -111,12 +111,12 @@ def correlation_tables(source: EmbeddingSource, ids: range, at_least: float) -> 
     if not len(used):
         raise InvalidArgument(f"rows {ids[0]} to {ids[-1]} all hold NaN or Inf")
     rows = source.table.rows(used)
-    groups, pairs = correlated_blocks(rows, at_least)
+    groups = correlated_blocks(rows, at_least).groups
     matrix = correlation_matrix(rows)
     labels = [source.vocabulary.tokens[i].label for i in used.tolist()]
     return CorrelationTables(
         tables.correlation_frame(used.tolist(), labels, matrix),
-        tables.blocks_frame(groups, pairs, used, source.vocabulary),
+        tables.blocks_frame(groups, used, rows, source.vocabulary),
         _strongest(used.tolist(), matrix),
     )
 

@@ -120,8 +120,9 @@ def first_correlations(source: EmbeddingSource, n: int) -> pl.DataFrame:
 
 def blocks_table(source: EmbeddingSource) -> pl.DataFrame:
     """Find the blocks of strongly correlated rows in the whole table."""
-    groups, pairs = correlated_blocks(source.loaded.rows, CORRELATED, progress=True)
-    return tables.blocks_frame(groups, pairs, source.loaded.ids, source.vocabulary)
+    ids, rows = source.loaded
+    groups = correlated_blocks(rows, CORRELATED, progress=True).groups
+    return tables.blocks_frame(groups, ids, rows, source.vocabulary)
 
 
 def probes_table(source: EmbeddingSource) -> pl.DataFrame:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.vocabulary import Token, Vocabulary, read_vocabulary
 from dimscope.errors import InvalidArgument
@@ -98,7 +100,7 @@ class EmbeddingSource:
     @property
     def near(self) -> float:
         """Return the distance within which rows count as duplicates: 1% of the median norm."""
-        return NEAR * float(self.loaded.rows.norm(dim=1).double().median())
+        return NEAR * float(np.median(self.loaded.rows.norm(dim=1).numpy()))
 
 
 def open_source(

@@ -128,7 +128,9 @@ def _spectrum_of_all_rows(tables: Tables) -> tuple[str, ...]:
     lead, whole = (measure(tables, metrics.DIRECTIONS_ABOVE_CHANCE, rows=rows) for rows in (None, "all"))
     if lead is None or whole is None or lead["value"] == whole["value"]:
         return ()
-    return (f"In all {whole['n_tokens']:,} rows {round(whole['value']):,} directions are above the chance edge.",)
+    n = round(whole["value"])
+    verb = "is" if n == 1 else "are"
+    return (f"In all {whole['n_tokens']:,} rows, {count(n, 'direction')} {verb} above the chance edge of these rows.",)
 
 
 def _noise_note(tables: Tables) -> str:
@@ -171,13 +173,14 @@ def dimension_section(tables: Tables, facts: Facts) -> Section | None:
             "Every row is one published way to count dimensions. Blue is this table, the grey diamond a random "
             "Gaussian table of the same shape, the brown square this table with each column permuted. The longer "
             "the grey line between blue and grey, the more structure. “Variance count 90%” is the number of "
-            "components that hold 90% of the variance; the others weigh all components smoothly. "
+            "components that hold 90% of the variance, the numerical rank that of components with any variance; the stable "
+            "rank compares the sum of all with the widest, the others weigh all components. "
             "Sigma weighs by singular values, lambda by variances." + _both_sides_of(frame)
         ),
         caveat=(
             "The measures answer different questions and differ by design; a number without its name says nothing. "
             f"All use {rows_phrase(tables)}; the table dimensions also has those of all rows and of one row per group of "
-            f"copies. Even pure noise of this shape falls short of {facts.dim:,}, which is why a null stands beside each. "
+            f"copies. By most measures even white noise of this shape falls short of {facts.dim:,}: compare with the nulls. "
             "The corrected participation ratio assumes independent Gaussian rows. None of them says how much quality a "
             "smaller table would cost."
         ),
@@ -250,12 +253,12 @@ def isotropy_section(tables: Tables, facts: Facts) -> Section | None:
         blocks=tuple(blocks),
         how_to_read=(
             f"The norm is the length of a row. {_IDS_ARE_RANKS + boxes if facts.is_model else ''}"
-            "A mean cosine of 0 and an isotropy of 1 mean that rows point every way equally."
+            "Rows that point every way equally have a mean cosine of 0 and an isotropy of 1."
         ),
         caveat=(
             f"{_IDS_ARE_NOT_FREQUENCIES if facts.is_model else ''}"
             "A mean cosine far from 0 often comes from one shared offset alone: compare the value after centring."
-            f" All numbers use {rows_phrase(tables)}."
+            f" The figures show all rows; the numbers in the title and in the table use {rows_phrase(tables)}."
         ),
         tables=("measures", "tokens"),
     )

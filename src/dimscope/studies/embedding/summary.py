@@ -18,7 +18,7 @@ def highlights(tables: Tables, facts: Facts) -> list[Highlight]:
         highlights.append(("embedding share", share(embedding_share(tables["budget"])), "of all parameters"))
     row = dimension(tables, PARTICIPATION_RATIO)
     if row:
-        note = f"{participation_ratio_against(tables, row)}; {rows_phrase(tables)}"
+        note = f"of {rows_phrase(tables)}, {participation_ratio_against(tables, row)}"
         highlights.append(("effective dimension", number(row["value"]), note))
     return highlights
 

@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dimscope.checkpoints.vocabulary import Vocabulary
+from dimscope.geometry.correlation import standardised
 from dimscope.geometry.isotropy import row_norms
 from dimscope.geometry.neighbors import NeighborIndex, drop_self
-from dimscope.geometry.pairs import Groups, Pairs, diameter
+from dimscope.geometry.pairs import Groups, diameter
 from dimscope.geometry.spectrum import principal_components
 from dimscope.geometry.untrained import SHORT, ZERO, UntrainedScores, untrained_scores
 from dimscope.vectors.moments import Moments
@@ -109,29 +110,30 @@ def duplicates_frame(
     groups: Groups, ids: Int[Tensor, " n"], rows: Float[Tensor, "n d"], vocabulary: Vocabulary, radius: float
 ) -> pl.DataFrame:
     """Return groups of rows linked by distances within the radius, with the largest distance inside each group."""
-    frame = groups_frame(groups, ids, vocabulary, "group")
-    n_groups = int(groups.group.max()) + 1 if len(groups.group) else 0
-    widths = [diameter(rows[torch.from_numpy(groups.position[groups.group == g])]) for g in range(n_groups)]
-    spans = pl.DataFrame(
-        {"group": range(n_groups), "diameter": widths}, schema={"group": pl.Int64, "diameter": pl.Float64}
+    widths = [diameter(rows[members]) for members in _members(groups)]
+    return _with_numbers(groups_frame(groups, ids, vocabulary, "group"), "group", "diameter", widths).with_columns(
+        radius=pl.lit(radius)
     )
-    return frame.join(spans, on="group", how="left", maintain_order="left").with_columns(radius=pl.lit(radius))
 
 
-def blocks_frame(groups: Groups, pairs: Pairs, ids: Int[Tensor, " n"], vocabulary: Vocabulary) -> pl.DataFrame:
-    """Return blocks of correlated tokens, with the least correlation among the linked pairs of each block."""
-    frame = groups_frame(groups, ids, vocabulary, "block")
-    block_of = np.full(len(ids), -1, dtype=np.int64)
-    block_of[groups.position] = groups.group
-    least = (
-        pl.DataFrame(
-            {"block": block_of[pairs.first], "r": 1 - np.square(pairs.distance) / 2},
-            schema={"block": pl.Int64, "r": pl.Float64},
-        )
-        .group_by("block")
-        .agg(min_r=pl.col("r").min())
-    )
-    return frame.join(least, on="block", how="left", maintain_order="left")
+def blocks_frame(
+    groups: Groups, ids: Int[Tensor, " n"], rows: Float[Tensor, "n d"], vocabulary: Vocabulary
+) -> pl.DataFrame:
+    """Return blocks of rows linked by high correlations, with the lowest correlation inside each, of linked rows or not."""
+    # The distance of two standardised rows is sqrt(2 - 2 r).
+    lowest = [1 - diameter(standardised(rows[members].double())) ** 2 / 2 for members in _members(groups)]
+    return _with_numbers(groups_frame(groups, ids, vocabulary, "block"), "block", "min_r", lowest)
+
+
+def _members(groups: Groups) -> list[Int[Tensor, " m"]]:
+    return [torch.from_numpy(groups.position[groups.group == g]) for g in range(groups.group.max(initial=-1) + 1)]
+
+
+def _with_numbers(frame: pl.DataFrame, group: str, name: str, numbers: list[float]) -> pl.DataFrame:
+    """Add the number of each group to all of its rows."""
+    columns = {group: range(len(numbers)), name: numbers}
+    of_group = pl.DataFrame(columns, schema={group: pl.Int64, name: pl.Float64})
+    return frame.join(of_group, on=group, how="left", maintain_order="left")
 
 
 def knn_frame(index: NeighborIndex, queries: Int[Tensor, " q"], rows: Float[Tensor, "q d"], k: int) -> pl.DataFrame:

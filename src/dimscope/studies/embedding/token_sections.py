@@ -23,7 +23,7 @@ def map_section(tables: Tables, facts: Facts) -> Section | None:
     return Section(
         anchor="map",
         name=f"{sentence(row)} map",
-        title=_map_finding(tokens, explained, row),
+        title=_map_finding(tokens, explained),
         blocks=(
             Plot(
                 "token-map", token_figures.token_map(tokens, explained=explained), f"map of all {row}s", explorer=True
@@ -50,8 +50,8 @@ def _kinds(tokens: pl.DataFrame) -> str:
     return f"Colours and shapes mark the kind of token{n}. "
 
 
-def _map_finding(tokens: pl.DataFrame, explained: list[float], row: str) -> str:
-    who = f"All {count(tokens.height, row)} on two components"
+def _map_finding(tokens: pl.DataFrame, explained: list[float]) -> str:
+    who = f"All {tokens.height:,} rows on two components"
     return f"{who}, which hold {share(sum(explained[:2]))} of their variance" if explained else who
 
 
@@ -98,8 +98,8 @@ def _id_range_finding(tokens: pl.DataFrame, stop: int) -> str:
         return f"Ids 0 to {stop - 1} on components 1 and 3"
     ratio = first / everyone
     if 0.9 <= ratio <= 1.1:
-        return f"{subject} about as far out as the rest of the vocabulary on components 1 and 3"
-    return f"{subject} {number(round(ratio, 1))} times as far from the centre as the median token on components 1 and 3"
+        return f"{subject} about as far from the centre as the median row on components 1 and 3"
+    return f"{subject} {number(round(ratio, 1))} times as far from the centre as the median row on components 1 and 3"
 
 
 def neighbours_section(tables: Tables, facts: Facts) -> Section | None:
@@ -139,7 +139,7 @@ def _neighbours_finding(probes: pl.DataFrame, shared: list[set[int]], facts: Fac
     over = f"on average over {count(len(shared), 'query', 'queries')}" if len(shared) > 1 else "for one query"
     if facts.dim <= 10:
         return f"Nearest neighbours of {count(len(shared), 'query', 'queries')}"
-    kept_names = f"{number(round(kept, 1))} of {k} nearest neighbours"
+    kept_names = f"{number(kept)} of {k} nearest neighbours"
     return f"Keeping 10 of {facts.dim:,} dimensions keeps {kept_names}, {over}"
 
 
@@ -255,9 +255,10 @@ def _untrained_signs(tables: Tables, flagged: pl.DataFrame) -> tuple[str, ...]:
     if flagged.is_empty():
         return ()
     signs = flagged.group_by("untrained_sign").len().sort("len", "untrained_sign", descending=[True, False])
-    parts = listed([f"{sign} ({n:,})" for sign, n in signs.iter_rows()])
-    compared = f"the ordinary tokens and with {count(_n_seed(tables), 'seed row')}"
-    return (f"Compared with {compared}, they are: {parts}.",)
+    parts = listed([f"{n:,} {'is' if n == 1 else 'are'} {sign}" for sign, n in signs.iter_rows()])
+    return (
+        f"Of these, {parts}, by comparison with the ordinary tokens and with {count(_n_seed(tables), 'seed row')}.",
+    )
 
 
 def _n_seed(tables: Tables) -> int:
@@ -268,10 +269,10 @@ def _n_seed(tables: Tables) -> int:
 def _untrained_finding(flagged: pl.DataFrame, threshold: float | None) -> str:
     ordinary = flagged.filter(pl.col("category") == "ordinary").height
     if flagged.is_empty() and threshold is None:
-        return "The seed rows do not stand apart from the rest, so no token is called under-trained"
+        return "The seed rows do not stand apart from the rest, so no row is called under-trained"
     if flagged.is_empty():
-        return "No token looks under-trained"
-    who = count(flagged.height, "token")
+        return "No row looks under-trained"
+    who = count(flagged.height, "row")
     verb = "looks" if flagged.height == 1 else "look"
     if not ordinary and flagged.height == 1:
         return f"{who} {verb} under-trained, and it is not ordinary text"
@@ -288,7 +289,7 @@ def _untrained_grid(flagged: pl.DataFrame, shown: int = 20) -> Grid | None:
     # Ordinary tokens come first: those are the surprise, the seed rows are expected.
     ranked = flagged.sort(pl.col("category") != "ordinary", "untrained_score", "id").head(shown)
     rows = tuple(
-        (Token(row["id"], row["label"]), f"{row['id']:,}", row["category"], f"{row['untrained_score']:.3f}",
+        (Token(row["id"], row["label"]), f"{row['id']:,}", row["category"], number(row["untrained_score"]),
          row["untrained_reason"] or "")
         for row in ranked.iter_rows(named=True)
     )  # fmt: skip
@@ -321,6 +322,7 @@ def hubness_section(tables: Tables, facts: Facts) -> Section | None:
         anchor="hubness",
         name="Hubs",
         title=_hubness_finding(hubs, row),
+        findings=_untrained_hubs(tables, hubs.head(len(rows))),
         blocks=(
             Plot("hub-degrees", token_figures.hubness(hubs, row), "in-degrees of the neighbour graph", log_toggle=True),
             grid,
@@ -333,6 +335,14 @@ def hubness_section(tables: Tables, facts: Facts) -> Section | None:
         caveat=_hubness_caveat(tables, facts, hubs),
         tables=("hubs", "knn"),
     )
+
+
+def _untrained_hubs(tables: Tables, largest: pl.DataFrame) -> tuple[str, ...]:
+    """Say how many of the largest hubs look under-trained."""
+    flagged = tables["tokens"].filter("untrained")["id"] if "tokens" in tables else pl.Series(dtype=pl.Int64)
+    n = largest.filter(pl.col("id").is_in(flagged.implode())).height
+    verb = "looks" if n == 1 else "look"
+    return (f"Of the {largest.height} largest hubs, {n} {verb} under-trained.",) if n else ()
 
 
 def _hubness_finding(hubs: pl.DataFrame, row: str) -> str:
@@ -352,9 +362,9 @@ def _hubness_caveat(tables: Tables, facts: Facts, hubs: pl.DataFrame) -> str:
     )
     skewness = f" The skewness of the in-degrees is {number(skew['value'])}{null}." if skew else ""
     scope = (
-        f"The graph has all {hubs.height:,} {facts.row}s."
+        f"The graph has all {hubs.height:,} rows."
         if hubs.height >= facts.n_rows
         else f"The graph lives inside a random sample of {hubs.height:,} {facts.row}s: neighbours are sought within the "
         "sample, so these lists differ from those of the map."
     )
-    return f"{scope}{skewness} High dimension alone makes hubs, so their existence says little; who they are says more."
+    return f"{scope}{skewness} High dimension alone makes some hubs: compare with the Gaussian rows, and look who the hubs are."
