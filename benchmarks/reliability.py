@@ -162,15 +162,15 @@ def collection(model: torch.nn.Module, windows: list[Window], reservoir: int = 2
     return into
 
 
-def some_layer_is_highest(rng: np.random.Generator) -> bool:
-    """Whether a layer is told to have the highest intrinsic dimension where all have independent Gaussian states."""
+def some_layers_are_higher(rng: np.random.Generator) -> bool:
+    """Whether two layers are told to have different intrinsic dimensions where all have independent Gaussian states."""
     layers = [torch.from_numpy(white(rng, 400, 10)) for _ in range(5)]
     windows = groups_of(np.repeat(np.arange(8), 50))
     return extremes(profile_frame([two_nn(rows, windows) for rows in layers]).with_columns(site=pl.lit("")))[2]
 
 
-def some_layer_uses_most(rng: np.random.Generator) -> bool:
-    """Whether a layer is told to use the most dimensions where all have independent states of the same spectrum."""
+def some_layers_use_more(rng: np.random.Generator) -> bool:
+    """Whether two layers are told to use different numbers of dimensions where all have independent states of the same spectrum."""
     windows, counts = groups_of(np.repeat(np.arange(8), 50)), []
     for _ in range(5):
         rows = torch.from_numpy(white(rng, 400, 24) * np.linspace(3, 0.5, 24))
@@ -219,8 +219,8 @@ def false_findings(n: int) -> Iterator[tuple[str, str, float]]:
         yield from shares(told, f"random {family}, independent tokens")
     yield from reliability_damage.false_findings(n)
     states = {
-        "a layer uses the most dimensions": (some_layer_uses_most, "five layers of Gaussian states"),
-        "a layer has the highest intrinsic dimension": (some_layer_is_highest, "five layers of white noise"),
+        "two layers use different numbers of dimensions": (some_layers_use_more, "five layers of Gaussian states"),
+        "two layers have different intrinsic dimensions": (some_layers_are_higher, "five layers of white noise"),
         "states do not fill the space that they span": (some_layer_is_curved, "five layers of Gaussian states"),
         "vocabulary accounts for more at one layer than at another": (tokens_matter, "five layers, tokens at random"),
         "components of real states and of others overlap": (spaces_overlap, "five pairs of clouds of white noise"),

@@ -17,6 +17,7 @@ from dimscope.geometry.half_samples import FEWEST_ROWS, UNITS, Replicated, divis
 from dimscope.geometry.spectrum import Spectrum, spectrum_of
 
 ROWS_AT_ONCE = 512  # rows whose distances to all others are computed at once
+ROUNDING = 1e-24  # a share of the sum of squares that float64 may leave of equal rows minus their mean
 
 
 def one_of_each(types: Int[np.ndarray, " n"], seed: int = 0) -> Int[np.ndarray, " m"]:
@@ -149,7 +150,10 @@ def type_spectra(rows: Float[Tensor, "n d"], types: Int[np.ndarray, " n"]) -> Ty
     means = _means(centred, groups, counts)
     n, n_types = len(rows), len(counts)
     between = spectrum_of(means * counts.double().sqrt()[:, None], centred=False).singular_values[: n_types - 1]
-    within = spectrum_of(centred - means[groups], centred=False).singular_values[: n - n_types]
+    rest = centred - means[groups]
+    # Where a token always has the same state, what rounding leaves of the difference is no context.
+    rest = rest if float(rest.square().sum()) > ROUNDING * float(centred.square().sum()) else torch.zeros_like(rest)
+    within = spectrum_of(rest, centred=False).singular_values[: n - n_types]
     d = rows.shape[1]
     return TypeSpectra(
         spectrum_of(rows), Spectrum(between, n_types, d, True), Spectrum(within, n - n_types + 1, d, True), n_types

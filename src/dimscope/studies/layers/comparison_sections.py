@@ -52,8 +52,8 @@ def confidence_section(tables: Tables, facts: Facts) -> Section | None:
             + _order_reading(bins)
         ),
         caveat=(
-            "Confidence is not accuracy: this figure ignores whether the first choice was correct, which the loss in the "
-            "table measures. The average in the title is a geometric mean, so a few positions of very low probability weigh "
+            "Confidence is not accuracy: this figure ignores which token came next; the loss in the table measures the "
+            "probability of that token. The average in the title is a geometric mean, so a few positions of very low probability weigh "
             f"heavily. Measured on {selection.text} only."
         ),
         tables=("confidence", "predictions"),
@@ -63,7 +63,7 @@ def confidence_section(tables: Tables, facts: Facts) -> Section | None:
 def _order_reading(bins: pl.DataFrame) -> str:
     if "shuffled" not in conditions(bins):
         return ""
-    return " The further real text lies to the right of shuffled text, the more the model uses the order of words."
+    return " How much the model uses the order of words is told by the loss, not by this figure: it can be confident and wrong."
 
 
 def _predictions(frame: pl.DataFrame, selection: Selection) -> pl.DataFrame | None:
@@ -103,8 +103,8 @@ def _loss_finding(predictions: pl.DataFrame | None) -> tuple[str, ...]:
     losses = f"{_with_interval(real)} on real text, {_with_interval(other)} on shuffled text"
     if not intervals_apart(real, other):
         return (f"Shuffling does not clearly change the loss: {losses} (nats per token).",)
-    where = f"the loss on {real['n_tokens']:,} predicted tokens"
-    return (f"Shuffling {'raises' if gap > 0 else 'lowers'} {where} by {number(abs(gap))} nats per token: {losses}.",)
+    verb = "raises" if gap > 0 else "lowers"
+    return (f"Shuffling {verb} the loss on {real['n_tokens']:,} predicted tokens, in nats per token: {losses}.",)
 
 
 def _with_interval(row: Mapping[str, Any]) -> str:
@@ -131,7 +131,8 @@ def _predictions_grid(predictions: pl.DataFrame) -> Grid:
         }
         rows.append((name, *(spread(*values.get(metric, (None, None))) for metric in metrics)))
     header = ("text and weights", *(_UNITS.get(metric, metric) for metric in metrics))
-    caption = "Predictions (± standard deviation over shuffles, else standard error over windows)"
+    n = predictions["n_tokens"].to_numpy().max()
+    caption = f"Predictions at {n:,} positions (± standard deviation over shuffles, else standard error over windows)"
     return Grid(caption, header, tuple(rows), frozenset(range(1, len(header))))
 
 
@@ -208,8 +209,9 @@ def alignment_section(tables: Tables, facts: Facts) -> Section | None:
             "position by position. In shuffled text another token is at each position, so its CKA is near 0 unless positions "
             "alone determine the states; the grey band is two standard deviations of the CKA of randomly paired tokens. The "
             "lower panel shows the overlap: whether the widest directions of the two clouds span the same space, whichever "
-            "token is where. 1 is the same space; the dashed line is the expected overlap of "
-            "two random spaces of that size."
+            "token is where. The dashed line is the expected overlap of two random spaces of that size. 1 is the same space, "
+            "which two samples do not reach: at the embeddings of a model with rotary positions shuffling changes nothing, so "
+            "the overlap there is what this sample can show."
         ),
         caveat=(
             "Random weights also rotate every direction, so an overlap near chance is expected for them, and only its "

@@ -15,7 +15,6 @@ from dimscope.studies.layers.context import (
     rows_of,
     select,
     spread,
-    subject,
 )
 from dimscope.studies.layers.profiles import locations, profile, sites
 from dimscope.studies.layers.rows import RAW
@@ -50,8 +49,8 @@ def intrinsic_section(tables: Tables, facts: Facts) -> Section | None:
             "distances to its nearest neighbours (TwoNN); the variance counts above measure the space over which the sheet "
             "extends. A token that occurs often has many states near each other, which would be each other's neighbours, so "
             "one state of each token is measured, the same ones at every layer. Dotted grey is a Gaussian cloud with the "
-            "same covariance: what it reaches too needs no sheet. Bars are standard errors. The second figure repeats the "
-            "estimate with more distant neighbours (GRIDE)."
+            "same covariance: an estimate that it reaches too is explained by the spread alone. Bars, and ± in the title and the "
+            "table, are standard errors. The second figure repeats the estimate with more distant neighbours (GRIDE)."
         ),
         caveat=(
             f"From {int(real['n_tokens'].to_numpy().max()):,} points, which are few for a high dimension: such estimates "
@@ -75,16 +74,14 @@ def _plots(leading: pl.DataFrame, curves: pl.DataFrame, selection: Selection) ->
 def _finding(real: pl.DataFrame, selection: Selection, population: str) -> str:
     top, bottom, apart = extremes(real)
     start = _population(population) + (f" of {selection.text}" if selection.prefix else "")
-    who, _ = subject(top["layer"], top["site"])
-    have = "have" if who == "The embeddings" else "has"
-    value = f"{spread(top['value'], top['stderr'])}, in {top['dim']:,} coordinates"
-    who = who[0].lower() + who[1:]
+    highest, lowest = (
+        f"{spread(end['value'], end['stderr'])} {location(end['layer'], end['site'])}" for end in (top, bottom)
+    )
+    coordinates = f"in {top['dim']:,} coordinates"
     if real.height == 1:
-        return f"{start}: {who} {have} an intrinsic dimension of {value}"
-    lowest = f"{spread(bottom['value'], bottom['stderr'])} {location(bottom['layer'], bottom['site'])}"
-    if apart:
-        return f"{start}: {who} {have} the highest intrinsic dimension, {value}; the lowest is {lowest}"
-    return f"{start}: the intrinsic dimension is between {lowest} and {value}, with no clear difference between layers"
+        return f"{start}: the intrinsic dimension is {highest}, {coordinates}"
+    unclear = "" if apart else "; the two do not clearly differ"
+    return f"{start}: the intrinsic dimension is between {lowest} and {highest}, {coordinates}{unclear}"
 
 
 def _population(population: str) -> str:
@@ -104,11 +101,12 @@ def _against_gaussian(real: pl.DataFrame) -> str:
     clear = clearly_below(points, "gaussian")
     low, high = (number(float(v)) for v in (points["gaussian"].to_numpy().min(), points["gaussian"].to_numpy().max()))
     reach = low if low == high else f"{low} to {high}"
+    text = f"For Gaussian states of the same covariance the estimate is {reach}"
     if not clear:
-        return f"Gaussian states of the same covariance read {reach}: the covariance explains the estimates."
-    where = locations(clear, names)
-    text = f"Gaussian states of the same covariance read {reach}, clearly more {where}"
-    return f"{text}: there the states do not fill the space that they span."
+        return f"{text}, not clearly more at any layer."
+    return (
+        f"{text}; it is clearly more {locations(clear, names)}: there the states do not fill the space that they span."
+    )
 
 
 def _token_neighbors(real: pl.DataFrame, rows: pl.DataFrame, population: str) -> str:
@@ -124,7 +122,7 @@ def _token_neighbors(real: pl.DataFrame, rows: pl.DataFrame, population: str) ->
     row = both.row(0, named=True)
     where = location(row["layer"], row["site"])
     return (
-        f"From all {row['n_tokens']:,} sampled states TwoNN reads {number(row['value'])} {where}, because the nearest "
+        f"From all {row['n_tokens'] + row['n_dropped']:,} sampled states TwoNN reads {number(row['value'])} {where}, because the nearest "
         f"neighbour of {share(row['share'])} of them is the same token elsewhere in the text."
     )
 

@@ -49,7 +49,7 @@ def profile(rows: pl.DataFrame, metric: str, condition: str = "real") -> pl.Data
         numbers["share_of_null"].std(ddof=1).alias("share_of_null_spread"),
         numbers["share_of_rank"].std(ddof=1).alias("share_of_rank_spread"),
     ]
-    sizes = [pl.len().alias("n_draws"), pl.col("n_tokens").max(), pl.col("dim").max()]
+    sizes = [pl.len().alias("n_draws"), pl.col("n_tokens", "n_dropped", "dim").max()]
     halves = pl.col("halves").drop_nulls().first()  # the first draw alone has them
     return chosen.group_by("layer", "site", maintain_order=True).agg(*means, *spreads, *sizes, halves).sort("layer")
 

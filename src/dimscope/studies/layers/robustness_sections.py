@@ -44,8 +44,10 @@ def preprocess_section(tables: Tables, facts: Facts) -> Section | None:
         how_to_read=(
             "The same states are measured four times: as they are, without the first token of each window, without tokens "
             "whose states have massive activations, and with every coordinate scaled to the same standard deviation. Where "
-            "the lines diverge, a few tokens or a few coordinates hold most of the variance, and the raw number describes "
-            "them rather than the text."
+            "the lines diverge, a few tokens or coordinates hold much of the variance, and the raw number describes them rather "
+            "than the text. In the table, a massive activation is above 100 and above 1,000 times the median of its window; "
+            "the rogue dimension share is the largest share of the variance of one coordinate, and anisotropy that of one "
+            "component; the mean cosine is of the states as they are."
         ),
         caveat=(
             "No preprocessing is the right one: first and massive tokens are part of what the model computes, and z-scores "

@@ -71,7 +71,8 @@ def _comparisons(layers: pl.DataFrame) -> str:
 
 def _sample_finding(real: pl.DataFrame, layers: pl.DataFrame, selection: Selection) -> str:
     first = real.filter(pl.col("text") == selection.text).row(0, named=True)
-    windows = f"{count(first['n_windows'], 'window')} of {first['window_length']:,}"
+    start = ", each with a start token" if first["bos"] else ""
+    windows = f"{count(first['n_windows'], 'window')} of {first['window_length']:,}{start}"
     others = {"shuffled": _draws(layers, "shuffled"), "shuffled across": _draws(layers, "shuffled across")}
     named = {"shuffled": "", "shuffled across": " across windows"}
     comparisons = [count(n, "shuffle") + named[name] for name, n in others.items() if n]
@@ -160,15 +161,17 @@ def _profile_reading(rows: pl.DataFrame, metric: str) -> str:
 
 def _profile_finding(rows: pl.DataFrame, metric: str, selection: Selection) -> str:
     top, bottom, apart = extremes(profile(rows, metric))
-    purpose = f"for {percent(metric):g}% of the variance"
+    purpose = f"of {top['dim']:,} dimensions for {percent(metric):g}% of the variance"
     most, least = number(top["value"]), number(bottom["value"])
-    (who, ending), there = subject(top["layer"], top["site"]), location(bottom["layer"], bottom["site"])
-    if apart:
-        words = f"{who} use{ending} the most dimensions: {most} of {top['dim']:,} {purpose}, against {least} {there}"
+    who, ending = subject(top["layer"], top["site"])
+    if top == bottom:
+        words = f"{who} use{ending} {most} {purpose}"
+    elif most == least:
+        words = f"All layers use {most} {purpose}"
     else:
-        users = f"{who} use{ending}" if top == bottom else "All layers use" if most == least else "Layers use"
-        reach = most if most == least else f"{least} ({there}) to {most} ({location(top['layer'], top['site'])})"
-        words = f"{users} {reach} of {top['dim']:,} dimensions {purpose}"
+        ends = [location(end["layer"], end["site"]) for end in (bottom, top)]
+        unclear = "" if apart else "; the two do not clearly differ"
+        words = f"Layers use {least} ({ends[0]}) to {most} ({ends[1]}) {purpose}{unclear}"
     start = selection.prefix
     return (start + words[0].lower() + words[1:] if start else words) + _noise(top["null"])
 
@@ -199,8 +202,8 @@ def _against(real: pl.DataFrame, other: pl.DataFrame, condition: str, names: dic
     sides = (("fewer components", fewer), ("more components", more))
     parts = [f"{word} {locations(where, names)}" for word, where in sides if where]
     unclear = f"; the difference is not clear {locations(level, names)}" if level else ""
-    gap = _largest(real, other, names)
-    return f"Compared with {whom}, {who} needs {listed(parts)}{unclear}{gap} ({margin(real, other)})."
+    gap = _largest(real, other, names, [*fewer, *more])
+    return f"Compared with {whom}, {who} needs {listed(parts)}{gap}{unclear} ({margin(real, other)})."
 
 
 _COMPARED = {
@@ -210,15 +213,19 @@ _COMPARED = {
 }
 
 
-def _largest(real: pl.DataFrame, other: pl.DataFrame, names: dict[int, str]) -> str:
-    both = real.join(other, on="layer", suffix="_other").with_columns(
-        gap=(pl.col("value") - pl.col("value_other")).abs()
+def _largest(real: pl.DataFrame, other: pl.DataFrame, names: dict[int, str], clear: list[int]) -> str:
+    """Return the widest gap of the layers where it is clear."""
+    both = (
+        real.filter(pl.col("layer").is_in(clear))
+        .join(other, on="layer", suffix="_other")
+        .with_columns(gap=(pl.col("value") - pl.col("value_other")).abs())
     )
     row = both.sort("gap", descending=True, maintain_order=True).row(0, named=True)
     if row["gap"] < 0.5:
         return ""
-    there = spread(row["value_other"], row["spread_other"])
-    return f"; the gap is widest {location(row['layer'], names[row['layer']])}, {number(row['value'])} against {there}"
+    here, there = number(row["value"]), number(row["value_other"])
+    where = f"most {location(row['layer'], names[row['layer']])}: " if len(clear) > 1 else ""
+    return f" ({where}{here} against {there})"
 
 
 def _against_noise(real: pl.DataFrame, names: dict[int, str]) -> str:
@@ -320,5 +327,5 @@ def layers_strip(tables: Tables, facts: Facts) -> list[tuple[str, str, str]]:
     real = profile(rows, metric)
     low, high = (number(float(end)) for end in (real["value"].to_numpy().min(), real["value"].to_numpy().max()))
     value = low if low == high else f"{low}–{high}"
-    note = f"of {real['dim'][0]:,} hold {percent(metric):g}% of the variance of {selection.text}"
+    note = f"of {real['dim'][0]:,} hold {percent(metric):g}% of the variance on {selection.text}"
     return [("dimensions by layer", value, note)]

@@ -40,12 +40,12 @@ def types_section(tables: Tables, facts: Facts) -> Section | None:
         blocks=(*_plots(shares, tables, selection), _grid(real, counts, metric)),
         choice=_choice(tables, selection),
         how_to_read=(
-            "The states of one token differ only by their context; the means over the states of each token differ only by "
-            "the token. The variance of a layer is the sum of both parts: vocabulary (between tokens) and context (within "
-            "tokens). The share is corrected for chance: it is 0 where states have nothing to do with their token, and 100% "
-            "where a token always has the same state, as at the embeddings of a model with rotary positions. The second "
-            "figure gives the variance of each component of both parts, as a share of the variance of all states."
-            + _compared(shares)
+            "The states of one token differ only by their context; the means over the states of each token differ by the "
+            "token, and by its contexts where it is rare. The variance of a layer is the sum of both parts: vocabulary "
+            "(between tokens) and context (within tokens). The share is corrected for chance: it is 0 where states have "
+            "nothing to do with their token, and 100% where a token always has the same state, as at the embeddings of a "
+            "model with rotary positions. The second figure gives the variance of each component of both parts, as a share "
+            "of the variance of all states." + _compared(shares)
         ),
         caveat=(
             f"From {int(real['n_tokens'].to_numpy().max()):,} sampled states. A token that occurs once has its context in its "
