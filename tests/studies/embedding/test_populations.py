@@ -9,7 +9,8 @@ import torch
 
 import dimscope
 from dimscope.geometry import metrics
-from dimscope.studies.embedding.populations import copy_ids, untrained_ids
+from dimscope.studies.embedding.context import copy_ids
+from dimscope.studies.embedding.populations import untrained_ids
 from dimscope.studies.embedding.source import open_source
 from dimscope.studies.study import StudyResult
 

@@ -130,6 +130,12 @@ def test_a_random_table_is_not_called_structured(tables: Tables, facts: Facts) -
     assert "fewer" not in title
 
 
+def test_duplicate_rows_that_are_untrained_too_are_counted(tables: Tables, facts: Facts) -> None:
+    frame = pl.DataFrame({"left_out": ["copies"], "n_tokens": [1], "value": [2.0], "value_all": [1.0]})
+    (finding,) = _section(directions.dimension_section({**tables, "influence": frame}, facts)).findings
+    assert finding == "1 duplicate row, 1 of them untrained, moves the participation ratio from 2 to 1."
+
+
 @pytest.mark.parametrize(("rho", "words"), [(0.5, "norms rise"), (-0.5, "norms fall"), (0.02, "do not follow")])
 def test_norms_rise_fall_or_neither(tables: Tables, facts: Facts, rho: float, words: str) -> None:
     changed = _measured(tables, "norm-rank correlation", rho)

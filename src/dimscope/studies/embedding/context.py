@@ -88,3 +88,8 @@ def rows_phrase(tables: Tables, table: str | None = None) -> str:
 def table_sides(frame: pl.DataFrame) -> list[str]:
     """Return which tables a frame measures: ["input"], ["input", "output"] for an untied model, or ["vectors"]."""
     return [side for side in NAMES if (frame["table"] == side).any()]
+
+
+def copy_ids(duplicates: pl.DataFrame) -> list[int]:
+    """Return all rows of the groups of near-duplicates but the first of each group."""
+    return duplicates.filter(pl.col("id") > pl.col("id").min().over("group"))["id"].to_list()

@@ -13,6 +13,7 @@ from dimscope.checkpoints.vocabulary import CATEGORIES
 from dimscope.geometry.dimension import participation_ratio
 from dimscope.geometry.metrics import PARTICIPATION_RATIO
 from dimscope.geometry.spectrum import spectrum
+from dimscope.studies.embedding.context import copy_ids
 from dimscope.studies.embedding.source import EmbeddingSource, TableSide
 from dimscope.vectors.moments import Moments, moments, subtract
 from dimscope.vectors.table import VectorTable
@@ -80,11 +81,6 @@ def untrained_ids(source: EmbeddingSource) -> list[int]:
     used = [i for i in range(table.n_rows) if i not in table.excluded]
     flagged = {used[position] for position in source.untrained.flagged.nonzero()[0].tolist()}
     return sorted(flagged | {i for i in used if source.vocabulary.tokens[i].category in UNTRAINABLE})
-
-
-def copy_ids(duplicates: pl.DataFrame) -> list[int]:
-    """Return all rows of the groups of near-duplicates but the first of each group."""
-    return duplicates.filter(pl.col("id") > pl.col("id").min().over("group"))["id"].to_list()
 
 
 def _without(side: TableSide, rows: Rows, ids: Sequence[int]) -> RowSet:

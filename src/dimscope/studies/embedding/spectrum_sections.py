@@ -9,6 +9,7 @@ from dimscope.page.wording import count, number, sentence, share
 from dimscope.studies.embedding import spectrum_figures, token_figures
 from dimscope.studies.embedding.context import (
     NAMES,
+    copy_ids,
     dimension,
     measure,
     of_rows,
@@ -209,8 +210,18 @@ def _influence_findings(tables: Tables) -> tuple[str, ...]:
         if abs(row["value_all"] / row["value"] - 1) > NOTABLE:
             who, verb = count(row["n_tokens"], _NOUNS[row["left_out"]]), "moves" if row["n_tokens"] == 1 else "move"
             ends = f"from {number(row['value'])} to {number(row['value_all'])}"
-            findings.append(f"{sentence(who)} {verb} the participation ratio {ends}.")
+            among = _untrained_copies(tables) if row["left_out"] == "copies" else ""
+            findings.append(f"{sentence(who)}{among} {verb} the participation ratio {ends}.")
     return tuple(findings)
+
+
+def _untrained_copies(tables: Tables) -> str:
+    """Return how many duplicate rows are among the untrained ones: both findings are then partly about the same rows."""
+    if "duplicates" not in tables or "tokens" not in tables:
+        return ""
+    copies = copy_ids(tables["duplicates"])
+    n = tables["tokens"].filter(pl.col("untrained") & pl.col("id").is_in(copies)).height
+    return f", {n:,} of them untrained," if n else ""
 
 
 _NOUNS = {"untrained": "untrained row", "copies": "duplicate row"}
