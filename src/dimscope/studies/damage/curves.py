@@ -3,7 +3,7 @@
 from dimscope.interventions.perturbations import PERTURBATIONS, Mark
 from dimscope.page.section import Tables, table
 from dimscope.page.theme import series_mark
-from dimscope.studies.damage.losses import Losses, all_losses
+from dimscope.studies.damage.losses import Draws, Losses, all_losses
 from dimscope.studies.reading import GENERATED
 
 
@@ -18,6 +18,20 @@ def shown_losses(tables: Tables) -> list[Losses]:
 def kind_name(kind: str) -> str:
     """Return the title of a kind of change, as in a sentence: "truncation by SVD"; of a chain its own name."""
     return PERTURBATIONS[kind].title if kind in PERTURBATIONS else kind
+
+
+def change_name(draws: Draws) -> str:
+    """Return a change as in a sentence: "truncation by SVD to 32 dimensions", "noise of 1 sd", "scaling by 2"."""
+    unit = PERTURBATIONS[draws.kind].unit if draws.kind in PERTURBATIONS else ""
+    name = "one shift" if draws.kind == "shift" else kind_name(draws.kind)
+    if unit == "dimensions":
+        return f"{name} {'of' if draws.kept_share is None else 'to'} {draws.strength:,.0f} dimensions"
+    strengths = {
+        "standard deviations": f" of {draws.strength:g} sd",
+        "factor": f" by {draws.strength:g}",
+        "bits": f" to {draws.strength:g} bits",
+    }
+    return f"{name}{strengths.get(unit, '')}{' for all tokens' if draws.kind == 'shift' else ''}"
 
 
 def kind_mark(kind: str) -> Mark:
