@@ -87,6 +87,13 @@ def test_a_text_that_the_model_predicts_no_better_than_token_frequencies_tells_n
         assert not [finding for finding in sections[anchor].findings if "KL" in finding]
 
 
+def test_without_dimensions_the_section_about_strengths_says_why_a_text_cannot_tell():
+    tables = planted.damage_tables(planted.damage({("scale", 2.0): (6.2,)}, base=6.1))
+    [finding] = _section(errors.strength_section(tables, planted.facts())).findings
+    assert finding == damage.answer(tables)
+    assert "entropy of the frequencies 6" in finding
+
+
 def test_a_strength_that_is_not_clearly_below_a_mark_is_beside_the_upper_end_that_decides():
     """A KL of 0.0298 nats is itself below 0.03; its interval reaches 2.8% further."""
     [change] = _grid(_breaking({("truncate", 75): (2.1985,)})).rows
@@ -175,7 +182,8 @@ def test_equal_error_is_unequal_damage_only_where_the_interval_of_a_pair_says_so
     noise = {("noise", 0.5): (2.5, 2.5, 2.5)}
     apart = _errors(noise | {("shift", 0.5): (2.7, 2.71, 2.69)})
     assert (
-        "one shift of 0.5 sd for all tokens has a KL 0.030 nats above that of noise of 0.5 sd (95% interval " in apart
+        "one shift of 0.5 sd for all tokens has a KL 0.030 nats (95% interval 0.026 to 0.034) above that of noise of 0.5 sd"
+        in apart
     )
     seeds = _errors(noise | {("shift", 0.5): (2.3, 2.7, 3.1)})  # KL differences of -0.03, 0.03 and 0.09
     assert seeds == "At equal error no change clearly costs more than another"
@@ -188,8 +196,8 @@ def test_changes_of_equal_error_are_named_with_their_strengths_and_with_errors_t
     cut = {("truncate", 4): (4.0,)}  # a relative error of 0.576
     assert "error of about 0.58, truncation by SVD to 4 dimensions has" in _errors(cut | {("noise", 0.576): (2.5,) * 2})
     apart = _errors(cut | {("noise", 0.6): (2.5,) * 2})
-    assert "truncation by SVD to 4 dimensions (relative error 0.58) has a KL 0.22 nats above" in apart
-    assert "noise of 0.6 sd (0.6)" in apart
+    assert "truncation by SVD to 4 dimensions (relative error 0.58) has a KL 0.22 nats (95%" in apart
+    assert apart.endswith("above that of noise of 0.6 sd (0.6)")
 
 
 def test_pairs_of_equal_error_are_compared_at_once():

@@ -59,7 +59,7 @@ def claims_frame(damage: pl.DataFrame, windows: pl.DataFrame, generations: pl.Da
         for claim, test in CLAIMS.items():
             outcome = test(measured)
             if measured.losses.unreadable and outcome.verdict != UNTESTED:
-                outcome = Outcome(UNREADABLE, "this text cannot test it: see the damage above")
+                outcome = Outcome(UNREADABLE, "the model predicts this text no better than its token frequencies would")
             rows.append({"text": text, "claim": claim, "verdict": outcome.verdict, "evidence": outcome.evidence})
     return pl.DataFrame(rows, schema=dict.fromkeys(("text", "claim", "verdict", "evidence"), pl.String))
 

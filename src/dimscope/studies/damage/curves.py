@@ -3,6 +3,7 @@
 from dimscope.interventions.perturbations import PERTURBATIONS, Mark
 from dimscope.page.section import Tables, table
 from dimscope.page.theme import series_mark
+from dimscope.page.wording import count
 from dimscope.studies.damage.losses import Draws, Losses, all_losses
 from dimscope.studies.reading import GENERATED
 
@@ -42,3 +43,18 @@ def kind_mark(kind: str) -> Mark:
 def text_name(text: str) -> str:
     """Return a text as in a sentence: its name, or "text that the model generated"."""
     return "text that the model generated" if text == GENERATED else text
+
+
+def tokens_read(losses: Losses, window_length: int | None) -> str:
+    """Return what a loss is the mean over: "2,044 tokens of prose.txt in windows of 512 tokens"."""
+    windows = f" in windows of {window_length} tokens" if window_length else ""
+    return f"{count(losses.undamaged.n_predicted, 'token')} of {text_name(losses.text)}{windows}"
+
+
+def unreadable_text(losses: Losses, window_length: int | None) -> str:
+    """Return why a text cannot tell what a change costs."""
+    return (
+        "This text cannot tell what the model loses: the undamaged model predicts it no better than its token frequencies alone "
+        f"would (loss {losses.undamaged.loss.value:.3g}, entropy of the frequencies {losses.entropy:.3g} nats per token, both on "
+        f"{tokens_read(losses, window_length)})"
+    )

@@ -11,7 +11,8 @@ from dimscope.page.section import Facts, Grid, Plot, Section, Tables, finite, ta
 from dimscope.page.wording import count, listed, number, sentence
 from dimscope.studies.damage import figures
 from dimscope.studies.damage.comparisons import Decision, difference, harmless_at_once
-from dimscope.studies.damage.curves import change_name, kind_name, shown_losses
+from dimscope.studies.damage.curves import change_name, kind_name, shown_losses, unreadable_text
+from dimscope.studies.damage.facts import damage_facts
 from dimscope.studies.damage.figures import UNIT_AXES
 from dimscope.studies.damage.losses import Draws, Losses
 from dimscope.studies.damage.plan import UNDAMAGED
@@ -82,8 +83,8 @@ def _equal_error(losses: Losses) -> str:
     else:
         errors, of_more, of_less = "", f" (relative error {more_error})", f" ({less_error})"
     return (
-        f"Equal error is not equal damage: {errors}{change_name(more)}{of_more} has a KL {two_digits(gap.value)} nats above that of "
-        f"{change_name(less)}{of_less} ({interval_name(n)} {gap.low:.2g} to {gap.high:.2g})"
+        f"Equal error is not equal damage: {errors}{change_name(more)}{of_more} has a KL {two_digits(gap.value)} nats "
+        f"({interval_name(n)} {two_digits(gap.low or 0.0)} to {two_digits(gap.high or 0.0)}) above that of {change_name(less)}{of_less}"
     )
 
 
@@ -158,15 +159,15 @@ def strength_section(tables: Tables, facts: Facts) -> Section | None:
         anchor="strength",
         name="Noise and scale",
         title=_strength_title(first, named),
-        findings=_strength_findings(named),
+        findings=_strength_findings(named) or _why_unreadable(first, damage_facts(facts).window_length),
         blocks=plots,
         how_to_read=(
             "These changes keep all dimensions and disturb their values. Noise and shifts are stronger further to the right; "
             "rounding is stronger with fewer bits; scaling by a factor of 1 is no change. The dashed "
             "lines are the KL of rounding weights to so many bits. Bands are 95% intervals over windows, and over seeds of a random "
             "change. Noise is a random vector for every token of the vocabulary. A shift is one random vector of the same length, added "
-            "to all tokens: the two make equal errors, noise in every direction and the shift in one. The changes "
-            f"of the title are compared by intervals that hold at once (the steps of Holm 1979). {SCALE_NOTE}"
+            "to all tokens: the two make equal errors, noise in every direction and the shift in one. Changes "
+            f"are compared with {TOLERANCE.name} by intervals that hold at once (the steps of Holm 1979). {SCALE_NOTE}"
         ),
         caveat=(
             "The noise of a token is the same at every position at which it occurs. The norm before the first block removes "
@@ -220,6 +221,13 @@ def _strength_findings(named: Sequence[tuple[Draws, Decision]]) -> tuple[str, ..
         for draws, decision in named
     ]
     return (sentence(f"{'; '.join(costs)}."),) if costs else ()
+
+
+def _why_unreadable(losses: Losses, window_length: int | None) -> tuple[str, ...]:
+    """Return why a text cannot tell what changes cost, where no section about dimensions says it before."""
+    if losses.unreadable and not losses.kept_kinds():
+        return (f"{unreadable_text(losses, window_length)}.",)
+    return ()
 
 
 # ---- the operator --------------------------------------------------------------------------------------------------

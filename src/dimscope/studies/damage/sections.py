@@ -15,7 +15,7 @@ from dimscope.page.wording import count, listed, number, sentence, share
 from dimscope.studies.damage import figures
 from dimscope.studies.damage.claims import FAILS, HOLDS, PARTLY, UNDECIDED, UNREADABLE, UNTESTED
 from dimscope.studies.damage.comparisons import lower_at_once
-from dimscope.studies.damage.curves import change_name, kind_name, shown_losses, text_name
+from dimscope.studies.damage.curves import change_name, kind_name, shown_losses, text_name, tokens_read, unreadable_text
 from dimscope.studies.damage.facts import damage_facts
 from dimscope.studies.damage.losses import THRESHOLDS, Draws, Losses
 
@@ -71,7 +71,7 @@ def _findings(losses: Sequence[Losses], window_length: int | None) -> tuple[str,
     error = " (± one standard error)" if loss.stderr else ""
     read = (
         f"The undamaged model has a loss of {with_error(loss.value, loss.stderr)} nats per token{error} on "
-        f"{_tokens(first, window_length)}."
+        f"{tokens_read(first, window_length)}."
     )
     return tuple(f for f in (fewest_dimensions(first), read, _other_texts(losses, window_length)) if f)
 
@@ -83,22 +83,11 @@ def answer(tables: Tables, window_length: int | None = None) -> str:
         return fewest_dimensions(with_dimensions[0], window_length)
     if not shown:
         return "The loss of the undamaged model is not a finite number."
+    if shown[0].unreadable:
+        return f"{unreadable_text(shown[0], window_length)}."
     loss = shown[0].undamaged.loss.value
-    return f"The loss of the undamaged model is {number(loss)} nats per token on {_tokens(shown[0], window_length)}."
-
-
-def _tokens(losses: Losses, window_length: int | None) -> str:
-    """Return what a loss is the mean over: "2,044 tokens of prose.txt in windows of 512 tokens"."""
-    windows = f" in windows of {window_length} tokens" if window_length else ""
-    return f"{count(losses.undamaged.n_predicted, 'token')} of {text_name(losses.text)}{windows}"
-
-
-def _unreadable_text(losses: Losses, window_length: int | None) -> str:
-    """Return why a text cannot tell what a change costs."""
     return (
-        "This text cannot tell what the model loses: the undamaged model predicts it no better than its token frequencies alone "
-        f"would (loss {losses.undamaged.loss.value:.3g}, entropy of the frequencies {losses.entropy:.3g} nats per token, both on "
-        f"{_tokens(losses, window_length)})"
+        f"The loss of the undamaged model is {number(loss)} nats per token on {tokens_read(shown[0], window_length)}."
     )
 
 
@@ -151,7 +140,7 @@ def _gentlest_kind(losses: Losses, n_texts: int = 1) -> Gentlest | None:
 
 def _title(losses: Losses, window_length: int | None = None) -> str:
     if losses.unreadable:
-        return _unreadable_text(losses, window_length)
+        return unreadable_text(losses, window_length)
     best = _gentlest_kind(losses)
     if best is None:  # the first finding adds the evidence
         return fewest_dimensions(losses).split(":")[0].removesuffix(".")
@@ -165,7 +154,7 @@ def fewest_dimensions(losses: Losses, window_length: int | None = None) -> str:
     up to the first that is not within (fixed-sequence testing).
     """
     if losses.unreadable:
-        return f"{_unreadable_text(losses, window_length)}."
+        return f"{unreadable_text(losses, window_length)}."
     every = _all_kept(losses)
     n = len({draws.kind for draws in every})
     safe = [draws for kind in losses.kinds() if (draws := _fewest(losses, kind, n)) is not None]
@@ -210,7 +199,7 @@ def _other_texts(losses: Sequence[Losses], window_length: int | None) -> str | N
             continue
         which = "the same kind" if best.kind == gentlest.kind else kind_name(best.kind)
         base = f"undamaged loss {number(other.undamaged.loss.value)} nats per token"
-        clauses.append(f"on {_tokens(other, window_length)} ({base}), {which} is the gentlest at {best.where}")
+        clauses.append(f"on {tokens_read(other, window_length)} ({base}), {which} is the gentlest at {best.where}")
     return sentence(f"{listed(clauses)}.") if clauses else None
 
 

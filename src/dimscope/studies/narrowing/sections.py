@@ -38,7 +38,7 @@ def plan_section(tables: Tables, facts: Facts) -> Section | None:
             f"parameters, along a vertical line.{star} {SCALE_NOTE}"
         ),
         caveat=(
-            f"Evaluated on {_windows(own)}, where the dense model has a loss of {_dense_loss(plan)} nats per token, and on which "
+            f"Evaluated on {_windows(own)}, where the dense model has a loss of {_dense_loss(plan)}, and on which "
             "nothing was calibrated, by the "
             "KL to the dense model's predictions, not by tasks. Speeds are those of this machine, one sequence at a time, in "
             "rounds beside the dense model: a range that includes 1 shows no difference. The basis hardly changes the speed, so "
@@ -51,7 +51,7 @@ def plan_section(tables: Tables, facts: Facts) -> Section | None:
 def _dense_loss(plan: pl.DataFrame) -> str:
     dense = plan.filter(pl.col("method") == DENSE).row(0, named=True)
     error = " (± one standard error)" if dense["loss_stderr"] else ""
-    return f"{with_error(dense['loss'], dense['loss_stderr'])}{error}"
+    return f"{with_error(dense['loss'], dense['loss_stderr'])} nats per token{error}"
 
 
 def _windows(own: NarrowingFacts) -> str:
