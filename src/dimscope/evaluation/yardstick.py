@@ -69,13 +69,17 @@ def upper_end(kl: Interval) -> float:
     return kl.value if kl.high is None else kl.high
 
 
-def two_digits(value: float) -> str:
+def two_digits(value: float, *, sign: str = "") -> str:
     """Return a number with two significant digits, and all digits before the decimal point.
+
+    Args:
+        value: The number.
+        sign: "+" writes the sign of a positive number too.
 
     >>> two_digits(1.0), two_digits(0.0995), two_digits(0.00002), two_digits(123.4)
     ('1.0', '0.10', '0.000020', '123')
     """
-    return f"{value:.{_decimals(value)}f}"
+    return f"{value:{sign}.{_decimals(value)}f}"
 
 
 def with_error(value: float, stderr: float | None, *, sign: str = "") -> str:

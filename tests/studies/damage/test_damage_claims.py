@@ -372,7 +372,7 @@ def test_the_evidence_has_the_numbers():
     planted = {"project:600": [2.19, 2.21], "truncate:600": 2.8, "project:300": 3, "truncate:300": 4, "noise:1": 2.1}
     told = evidence(RANDOM_BEATS_SVD, planted)
     assert "2 of 2 strengths" in told
-    assert "at 600 dimensions: KL 0.030 compared with 0.12 nats (difference -0.09, 95% interval" in told
+    assert "at 600 dimensions: KL 0.030 compared with 0.12 nats (difference -0.090, 95% interval" in told
     assert "noise of 1 sd: KL 0.015 nats (95% interval 0.015 to 0.015), within the 0.03" in evidence(
         NOISE_IS_HARMLESS, planted
     )

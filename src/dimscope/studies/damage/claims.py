@@ -111,8 +111,8 @@ def _gap(better: Replicates, worse: Replicates, n_statements: int) -> str:
     gap = difference(worse, better, n_statements)
     if gap is None or gap.low is None or gap.high is None:
         return f"KL {costs} nats (no interval of the difference: one window, or one seed)"
-    ends = f"{gap.low:+.2g} to {gap.high:+.2g}"
-    return f"KL {costs} nats (difference {gap.value:+.2g}, {interval_name(n_statements)} {ends})"
+    value, low, high = (two_digits(number, sign="+") for number in (gap.value, gap.low, gap.high))
+    return f"KL {costs} nats (difference {value}, {interval_name(n_statements)} {low} to {high})"
 
 
 def _random_beats_svd(measured: Measured) -> Outcome:
