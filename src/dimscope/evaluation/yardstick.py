@@ -69,24 +69,62 @@ def upper_end(kl: Interval) -> float:
     return kl.value if kl.high is None else kl.high
 
 
+def two_digits(value: float, *, sign: str = "") -> str:
+    """Return a number with two significant digits, and all digits before the decimal point.
+
+    Args:
+        value: The number.
+        sign: "+" writes the sign of a positive number too.
+
+    >>> two_digits(1.0), two_digits(0.0995), two_digits(0.00002), two_digits(123.4)
+    ('1.0', '0.10', '0.000020', '123')
+    """
+    return f"{value:{sign}.{_decimals(value)}f}"
+
+
+def with_error(value: float, stderr: float | None, *, sign: str = "") -> str:
+    """Return a number with its standard error, which has two significant digits; three digits of a number without one.
+
+    Args:
+        value: The number.
+        stderr: Its standard error; None where there is none.
+        sign: "+" writes the sign of a positive number too.
+
+    >>> with_error(3.7749, 0.281), with_error(-0.0002, 0.000012), with_error(0.5, None, sign="+")
+    ('3.77 ± 0.28', '-0.000200 ± 0.000012', '+0.500')
+    """
+    if not stderr or not math.isfinite(stderr):
+        return f"{value:{sign}.{_decimals(value) + 1}f}"
+    decimals = _decimals(stderr)
+    return f"{value:{sign}.{decimals}f} ± {stderr:.{decimals}f}"
+
+
+def _decimals(value: float) -> int:
+    """Return how many decimals write two significant digits of a number."""
+    if not value or not math.isfinite(value):
+        return 0
+    return max(0, 1 - int(f"{value:.1e}".split("e")[1]))
+
+
 def with_interval(kl: Interval, n_statements: int = 1) -> str:
     """Return a KL with its interval in words; `n_statements` says how many intervals hold at once.
 
     >>> with_interval(Interval(0.0212, 0.002, 0.0181, 0.0243, 8))
     'KL 0.021 nats (95% interval 0.018 to 0.024)'
     >>> with_interval(Interval(0.0212, 0.002, 0.0171, 0.0253, 8), 3)
-    'KL 0.021 nats (95% interval for all 3 at once 0.017 to 0.025)'
+    'KL 0.021 nats (95% interval for 3 at once 0.017 to 0.025)'
     """
     if not math.isfinite(kl.value):
         return "KL not finite"
     if kl.low is None or kl.high is None:
-        return f"KL {kl.value:.2g} nats (no interval: one window, or one seed)"
-    return f"KL {kl.value:.2g} nats ({interval_name(n_statements)} {max(kl.low, 0.0):.2g} to {kl.high:.2g})"
+        return f"KL {two_digits(kl.value)} nats (no interval: one window, or one seed)"
+    ends = f"{two_digits(max(kl.low, 0.0))} to {two_digits(kl.high)}"
+    return f"KL {two_digits(kl.value)} nats ({interval_name(n_statements)} {ends})"
 
 
 def interval_name(n_statements: int) -> str:
-    """Return what an interval is called that holds at once with others: "95% interval for all 3 at once"."""
-    return "95% interval" if n_statements == 1 else f"95% interval for all {n_statements} at once"
+    """Return what an interval is called that holds at once with others: "95% interval for 3 at once"."""
+    return "95% interval" if n_statements == 1 else f"95% interval for {n_statements} at once"
 
 
 def compared(kl: Interval, mark: Mark = TOLERANCE, *, n_statements: int = 1) -> str:

@@ -50,7 +50,7 @@ def test_dimensions_are_harmless_by_the_intervals_of_all_kinds_at_once():
     assert "is harmless" in _breaking(alone).findings[0]
     both = _breaking(alone | {("truncate", 75): (9.0,)}).findings[0]
     assert both.startswith("No tested removal of dimensions is clearly harmless: the nearest is random projection")
-    assert "95% interval for all 2 at once" in both
+    assert "95% interval for 2 at once" in both
     assert "neither clearly within nor above" in both
 
 
@@ -68,11 +68,37 @@ def test_the_fewest_harmless_dimensions_are_the_finding_and_the_answer():
     assert "KL 0.15 nats" in harmful
 
 
-def test_a_text_that_the_model_reads_no_better_than_its_unigrams_is_the_title_and_the_answer():
-    tables = planted.damage_tables(planted.damage(base=6.1))  # their entropy is planted at 6 nats
-    section = _section(damage.breaking_section(tables, planted.facts()))
-    assert section.title.startswith("This text cannot tell")
-    assert damage.answer(tables).startswith("This text cannot tell")
+def test_a_text_that_the_model_predicts_no_better_than_token_frequencies_tells_nothing():
+    """Their entropy is planted at 6 nats. Only the first section says why, once, and no other one states a cost."""
+    tables = planted.damage_tables(planted.damage(base=6.1))
+    sections = {section.anchor: section for section in _sections(tables)}
+    assert sections["damage"].title.startswith("This text cannot tell what the model loses")
+    assert (
+        "loss 6.1, entropy of the frequencies 6 nats per token, both on 500 tokens of prose" in sections["damage"].title
+    )
+    assert damage.answer(tables) == f"{sections['damage'].title}."
+    assert sections["damage"].findings == ()
+    for anchor, title in (
+        ("perturbation_errors", "tell what an error"),
+        ("strength", "tell what noise"),
+        ("beliefs", "test the"),
+    ):
+        assert sections[anchor].title.startswith(f"This text cannot {title}")
+        assert not [finding for finding in sections[anchor].findings if "KL" in finding]
+
+
+def test_without_dimensions_the_section_about_strengths_says_why_a_text_cannot_tell():
+    tables = planted.damage_tables(planted.damage({("scale", 2.0): (6.2,)}, base=6.1))
+    [finding] = _section(errors.strength_section(tables, planted.facts())).findings
+    assert finding == damage.answer(tables)
+    assert "entropy of the frequencies 6" in finding
+
+
+def test_a_strength_that_is_not_clearly_below_a_mark_is_beside_the_upper_end_that_decides():
+    """A KL of 0.0298 nats is itself below 0.03; its interval reaches 2.8% further."""
+    [change] = _grid(_breaking({("truncate", 75): (2.1985,)})).rows
+    assert change[1] == "75 dimensions (75.0%): KL 0.030, up to 0.031"
+    assert change[2] == "none, not at 75 dimensions"
 
 
 def test_every_text_and_side_has_a_figure_of_its_own():
@@ -81,7 +107,7 @@ def test_every_text_and_side_has_a_figure_of_its_own():
     plots = [block for block in section.blocks if isinstance(block, Plot)]
     assert [plot.caption for plot in plots] == ["On prose", "On text that the model generated"]
     assert (
-        "On text that the model generated (undamaged loss 1.5), the same kind is the gentlest at 1 of 3"
+        "On 500 tokens of text that the model generated (undamaged loss 1.5 nats per token), the same kind is the gentlest at 1 of 3"
         in section.findings[2]
     )
 
@@ -155,12 +181,23 @@ def test_equal_error_is_unequal_damage_only_where_the_interval_of_a_pair_says_so
     """Noise and a shift of one strength make equal errors. Their loss was compared without any error."""
     noise = {("noise", 0.5): (2.5, 2.5, 2.5)}
     apart = _errors(noise | {("shift", 0.5): (2.7, 2.71, 2.69)})
-    assert "one shift for all tokens has a KL 0.03 nats above that of noise (95% interval " in apart
+    assert (
+        "one shift of 0.5 sd for all tokens has a KL 0.030 nats (95% interval 0.026 to 0.034) above that of noise of 0.5 sd"
+        in apart
+    )
     seeds = _errors(noise | {("shift", 0.5): (2.3, 2.7, 3.1)})  # KL differences of -0.03, 0.03 and 0.09
     assert seeds == "At equal error no change clearly costs more than another"
     assert (
         _errors({("noise", 0.5): (2.5, 2.5), ("shift", 1.0): (3.0, 3.0)}) == "The error of the table, and what it costs"
     )
+
+
+def test_changes_of_equal_error_are_named_with_their_strengths_and_with_errors_that_differ():
+    cut = {("truncate", 4): (4.0,)}  # a relative error of 0.576
+    assert "error of about 0.58, truncation by SVD to 4 dimensions has" in _errors(cut | {("noise", 0.576): (2.5,) * 2})
+    apart = _errors(cut | {("noise", 0.6): (2.5,) * 2})
+    assert "truncation by SVD to 4 dimensions (relative error 0.58) has a KL 0.22 nats (95%" in apart
+    assert apart.endswith("above that of noise of 0.6 sd (0.6)")
 
 
 def test_pairs_of_equal_error_are_compared_at_once():
@@ -176,10 +213,10 @@ def test_strengths_are_compared_with_the_tolerance_by_intervals():
     undecided = changes | {("shift", 1.0): (2.0, 2.3, 2.6)}
     section = _section(errors.strength_section(planted.damage_tables(planted.damage(undecided)), planted.facts()))
     assert section.title == (
-        "Compared with rounding to 4 bits, noise of 0.5 sd costs no more; scaling by 0.5 costs more; one shift for all tokens "
-        "of 1 sd may cost more or less"
+        "Compared with rounding to 4 bits, noise of 0.5 sd costs no more; scaling by 0.5 costs more; one shift of 1 sd for all "
+        "tokens may cost more or less"
     )
-    assert "noise of 0.5 sd: KL 0.015 nats (95% interval for all 3 at once" in section.findings[0].lower().replace(
+    assert "noise of 0.5 sd: KL 0.015 nats (95% interval for 3 at once" in section.findings[0].lower().replace(
         "kl", "KL"
     )
 

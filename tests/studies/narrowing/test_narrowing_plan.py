@@ -152,8 +152,8 @@ def test_there_is_one_answer_for_each_goal():
     )
     assert told["Fewest bytes"].startswith("Fewest bytes: 8-bit weights, 25% of the bytes")
     assert told["Fewest parameters"] == (
-        "Fewest parameters: width 8, raw, 80% of the parameters: KL 0.006 nats (95% interval 0.0054 to 0.0066), within the "
-        "0.03 of rounding to 4 bits; it is within with a probability of 99%."
+        "Fewest parameters: width 8, raw, 80% of the parameters: KL 0.0060 nats (95% interval 0.0054 to 0.0066), within the "
+        "0.03 of rounding to 4 bits; the probability that its KL is at most 0.03 is 99%."
     )
     assert "1.40 times (1.33 to 1.47) as fast" in told["Fastest"]
 
@@ -163,8 +163,8 @@ def test_a_choice_is_judged_on_the_windows_that_it_was_not_made_on():
     lucky = judged(narrow(7, 700, 0.02), choice=0.01, judged=0.05)
     told = answers(judged(narrow(8, 800, SLIGHT), SLIGHT, SLIGHT), lucky)
     assert "fewest parameters: width 7, raw (not confirmed)" in told["title"]
-    assert "KL 0.05 nats" in told["Fewest parameters"]
-    assert "it is within with a probability of less than 1%" in told["Fewest parameters"]
+    assert "KL 0.050 nats" in told["Fewest parameters"]
+    assert "the probability that its KL is at most 0.03 is less than 1%" in told["Fewest parameters"]
     unlucky = judged(narrow(7, 700, 0.02), choice=0.05, judged=0.01)
     assert (
         "fewest parameters: width 8, raw;" in answers(judged(narrow(8, 800, SLIGHT), SLIGHT, SLIGHT), unlucky)["title"]
@@ -186,12 +186,14 @@ def test_a_speed_within_the_spread_of_the_dense_model_is_not_faster():
 def test_where_nothing_is_good_the_dense_model_is_kept():
     told = answers(judged(narrow(8, 800, DEAR), DEAR, DEAR, 1.3))
     assert told["title"].endswith("fewest parameters: keep the dense model; fastest: keep the dense model")
-    assert "the nearest candidate is width 8, raw, KL 0.09 nats" in told["Fewest parameters"]
+    assert "the nearest candidate is width 8, raw, KL 0.090 nats" in told["Fewest parameters"]
 
 
 def test_a_text_that_the_model_reads_no_better_than_its_unigrams_cannot_tell():
     frame = plan(judged(narrow(8, 800, SLIGHT), SLIGHT, SLIGHT)).with_columns(loss=pl.lit(4.0), loss_high=pl.lit(4.4))
-    assert advice(frame, TextRead(["prose"], 8, 4.3))[0].startswith("This text cannot tell")
+    title = advice(frame, TextRead(["prose"], 8, 4.3, length=512))[0]
+    assert title.startswith("This text cannot tell what a cut costs")
+    assert "(loss 4, entropy of the frequencies 4.3 nats per token, both on 8 windows of 512 tokens of prose)" in title
     assert "width 8" in advice(frame, TextRead(["prose"], 8, 4.5))[0]
 
 
@@ -205,7 +207,8 @@ def test_narrowing_and_dropping_layers_are_compared_at_a_tenth_fewer_parameters(
     lines = advice(plan(row(DROP, 500, 5.0, layers=1), narrow(6, 600, 2.0)), TEXT)
     # On the lines from the dense model to 600 and to 500 parameters.
     assert lines[-1].startswith(
-        "With 10% fewer parameters, narrowing (raw) has a KL of 0.500 nats, and dropping layers one of 1.000"
+        "With 10% fewer parameters, by interpolation between the candidates, narrowing (raw) has a KL of 0.500 nats, and dropping "
+        "layers one of 1.00"
     )
 
 
@@ -215,7 +218,7 @@ def test_with_a_second_table_there_is_no_line_from_the_widest_candidate_to_the_d
     dense, rounded = (r | {"tied": True} for r in (row(DENSE, 1000, 0.0), row(ROUND, 1000, 1e-4, bits=8)))
     last = advice(with_equal_size(pl.DataFrame([dense, *rows, rounded], schema=SCHEMA)), TEXT)[-1]
     assert last.startswith("With 12% fewer parameters")  # the size of the widest, not a tenth less than the dense model
-    assert "KL of 2.000 nats, and dropping layers one of 1.200" in last  # on its own line to the dense model
+    assert "KL of 2.00 nats, and dropping layers one of 1.20" in last  # on its own line to the dense model
 
 
 def test_where_no_width_makes_it_smaller_that_is_said():
@@ -353,7 +356,9 @@ def test_groups_of_neighbouring_windows_belong_to_their_text_and_to_none_where_i
 def test_the_advice_names_the_text_on_which_a_candidate_costs_the_most():
     texts = TextRead(["prose", "code"], 16, 6.0)
     told = answers(judged(narrow(8, 800, SLIGHT), SLIGHT, SLIGHT) | {"judged_text": "code"}, text=texts)
-    assert "rounding to 4 bits on code, the text on which it costs the most; it is within" in told["Fewest parameters"]
+    assert (
+        "rounding to 4 bits on code, the text on which it costs the most; the probability" in told["Fewest parameters"]
+    )
     lines = advice(plan(narrow(8, 800, SLIGHT)), texts)
     assert any("judged on 8 others, on each text alone" in line for line in lines)
     lines = advice(plan(narrow(8, 800, SLIGHT)), TextRead(["prose", "code"], 7, 6.0))
@@ -363,4 +368,5 @@ def test_the_advice_names_the_text_on_which_a_candidate_costs_the_most():
 def test_the_comparison_with_dropping_layers_has_standard_errors():
     """Half way to the dense model, whose KL of 0 has no error, the error is half of that of the candidate."""
     lines = advice(plan(row(DROP, 800, 1.0, layers=1, kl_stderr=0.2), narrow(8, 800, 0.5) | {"kl_stderr": 0.1}), TEXT)
-    assert "narrowing (raw) has a KL of 0.250 ± 0.050 nats, and dropping layers one of 0.500 ± 0.100" in lines[-1]
+    assert "narrowing (raw) has a KL of 0.250 ± 0.050 nats, and dropping layers one of 0.50 ± 0.10" in lines[-1]
+    assert "± one standard error" in lines[-1]

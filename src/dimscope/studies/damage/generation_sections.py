@@ -32,7 +32,7 @@ def generation_section(tables: Tables, facts: Facts) -> Section | None:
         how_to_read=_how_to_read(damage_facts(facts), chat=bool(frame["chat"].all())),
         caveat=(
             "One early token that differs changes all that follow, so a different continuation need not be a worse one: "
-            "the loss averages over many positions and is the better measure. Of a random change one seed is shown unless "
+            "the KL averages over many positions and is the better measure. Of a random change one seed is shown unless "
             "more were requested."
         ),
         tables=("generations",),

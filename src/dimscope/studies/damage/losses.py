@@ -104,15 +104,12 @@ class Losses:
         return rows["value"][0] if rows.height else None
 
     @property
-    def unreadable(self) -> str | None:
-        """Return why the text cannot tell what the model loses; None where it can."""
-        loss = self.undamaged.loss
-        if self.entropy is None or reads_context(loss, self.entropy):
-            return None
-        return (
-            f"this text cannot tell: the undamaged model reads it no better than its unigrams (loss {loss.value:.3g} nats per "
-            f"token, unigram entropy {self.entropy:.3g})"
-        )
+    def unreadable(self) -> bool:
+        """Whether the undamaged model predicts the text no better than its token frequencies alone would.
+
+        Such a text cannot tell what a change costs: the loss of a destroyed model may be lower there.
+        """
+        return self.entropy is not None and not reads_context(self.undamaged.loss, self.entropy)
 
     def kinds(self, unit: str | None = None) -> list[str]:
         """Return the kinds with strengths, in the order in which they were requested: of one unit, or all."""
@@ -199,8 +196,9 @@ def breaking_frame(damage: pl.DataFrame, windows: pl.DataFrame) -> pl.DataFrame:
     """Return, for each text, side, kind and threshold, the gentlest strength whose KL is not within it.
 
     Strengths are tried from the gentlest on; a KL is within a threshold with the upper end of its 95% interval.
-    `strength` is null where no tested one exceeds the threshold; `safe` is the last one before it, null where there is
-    none. Kinds that are gentlest in the middle, such as scaling, are left out.
+    `strength` is null where no tested one exceeds the threshold; `kl` is its KL, and `kl_high` the upper end that decides.
+    `safe` is the last strength before it, null where there is none. Kinds that are gentlest in the middle, such as scaling,
+    are left out.
     """
     rows = [
         _breaking_row(losses, kind, draws, threshold)
@@ -211,7 +209,8 @@ def breaking_frame(damage: pl.DataFrame, windows: pl.DataFrame) -> pl.DataFrame:
     ]
     schema = {
         "text": pl.String, "side": pl.String, "kind": pl.String, "threshold": pl.Float64, "strength": pl.Float64,
-        "kept_share": pl.Float64, "kl": pl.Float64, "safe": pl.Float64, "safe_kept_share": pl.Float64, "n_seeds": pl.Int64,
+        "kept_share": pl.Float64, "kl": pl.Float64, "kl_high": pl.Float64, "safe": pl.Float64,
+        "safe_kept_share": pl.Float64, "n_seeds": pl.Int64,
     }  # fmt: skip
     return pl.DataFrame(rows, schema=schema)
 
@@ -228,10 +227,11 @@ def _breaking_row(losses: Losses, kind: str, draws: Sequence[Draws], threshold: 
     n = next((n for n, d in enumerate(draws) if upper_end(d.kl) > threshold.kl), None)
     broken = None if n is None else draws[n]
     safe = draws[-1] if n is None else draws[n - 1] if n else None
+    kl = broken.kl if broken and math.isfinite(broken.kl.value) else None
     return {
         "text": losses.text, "side": losses.side, "kind": kind, "threshold": threshold.kl,
         "strength": broken.strength if broken else None, "kept_share": broken.kept_share if broken else None,
-        "kl": broken.kl.value if broken and math.isfinite(broken.kl.value) else None,
+        "kl": kl.value if kl else None, "kl_high": kl.high if kl else None,
         "safe": safe.strength if safe else None, "safe_kept_share": safe.kept_share if safe else None,
         "n_seeds": max(len(d.seeds) for d in draws),
     }  # fmt: skip

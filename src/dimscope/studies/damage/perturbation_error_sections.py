@@ -6,12 +6,13 @@ from itertools import combinations
 
 import polars as pl
 
-from dimscope.evaluation.yardstick import TOLERANCE, compared, interval_name, judge
+from dimscope.evaluation.yardstick import SCALE_NOTE, TOLERANCE, compared, interval_name, two_digits
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, finite, table
 from dimscope.page.wording import count, listed, number, sentence
 from dimscope.studies.damage import figures
-from dimscope.studies.damage.claims import difference
-from dimscope.studies.damage.curves import kind_name, shown_losses
+from dimscope.studies.damage.comparisons import Decision, difference, harmless_at_once
+from dimscope.studies.damage.curves import change_name, kind_name, shown_losses, unreadable_text
+from dimscope.studies.damage.facts import damage_facts
 from dimscope.studies.damage.figures import UNIT_AXES
 from dimscope.studies.damage.losses import Draws, Losses
 from dimscope.studies.damage.plan import UNDAMAGED
@@ -65,6 +66,8 @@ def _equal_error(losses: Losses) -> str:
 
     The intervals of all pairs of different kinds hold at once (Bonferroni).
     """
+    if losses.unreadable:
+        return "This text cannot tell what an error of the table costs"
     pairs = _pairs_of_equal_error(losses)
     if not pairs:
         return "The error of the table, and what it costs"
@@ -74,9 +77,14 @@ def _equal_error(losses: Losses) -> str:
     if not apart:
         return "At equal error no change clearly costs more than another"
     less, more, gap = max(apart, key=lambda compared: compared[2].value)
+    more_error, less_error = (f"{losses.error(draws):.2g}" for draws in (more, less))
+    if more_error == less_error:
+        errors, of_more, of_less = f"at a relative error of about {less_error}, ", "", ""
+    else:
+        errors, of_more, of_less = "", f" (relative error {more_error})", f" ({less_error})"
     return (
-        f"Equal error is not equal damage: at a relative error of about {losses.error(less):.2g}, {kind_name(more.kind)} has a KL "
-        f"{gap.value:.2g} nats above that of {kind_name(less.kind)} ({interval_name(n)} {gap.low:.2g} to {gap.high:.2g})"
+        f"Equal error is not equal damage: {errors}{change_name(more)}{of_more} has a KL {two_digits(gap.value)} nats "
+        f"({interval_name(n)} {two_digits(gap.low or 0.0)} to {two_digits(gap.high or 0.0)}) above that of {change_name(less)}{of_less}"
     )
 
 
@@ -127,7 +135,7 @@ def _errors_grid(losses: Losses) -> Grid:
 
 
 def _cell(metric: str, value: float | None) -> str:
-    return f"{value:.2g}" if metric == KL and value is not None else number(value)  # a KL has two digits on the page
+    return two_digits(value) if metric == KL and value is not None else number(value)  # a KL has two digits on the page
 
 
 # ---- noise and scale -----------------------------------------------------------------------------------------------
@@ -146,19 +154,20 @@ def strength_section(tables: Tables, facts: Facts) -> Section | None:
     plots = tuple(_strength_plot(first, unit, kinds) for unit, kinds in drawn.items() if kinds)
     if not plots:
         return None
-    named = _named_changes(first)
+    named = [] if first.unreadable else _named_changes(first)
     return Section(
         anchor="strength",
         name="Noise and scale",
         title=_strength_title(first, named),
-        findings=_strength_findings(named),
+        findings=_strength_findings(named) or _why_unreadable(first, damage_facts(facts).window_length),
         blocks=plots,
         how_to_read=(
-            "These changes keep all dimensions and disturb their values; they are stronger further to the right. The dashed "
+            "These changes keep all dimensions and disturb their values. Noise and shifts are stronger further to the right; "
+            "rounding is stronger with fewer bits; scaling by a factor of 1 is no change. The dashed "
             "lines are the KL of rounding weights to so many bits. Bands are 95% intervals over windows, and over seeds of a random "
             "change. Noise is a random vector for every token of the vocabulary. A shift is one random vector of the same length, added "
-            "to all tokens: the two make equal errors, noise in every direction and the shift in one. In the figure of scaling, "
-            "the KL is 0 at a factor of 1."
+            "to all tokens: the two make equal errors, noise in every direction and the shift in one. Changes "
+            f"are compared with {TOLERANCE.name} by intervals that hold at once (the steps of Holm 1979). {SCALE_NOTE}"
         ),
         caveat=(
             "The noise of a token is the same at every position at which it occurs. The norm before the first block removes "
@@ -174,44 +183,51 @@ def _strength_plot(losses: Losses, unit: str, kinds: list[str]) -> Plot:
     return Plot(f"damage-{unit.replace(' ', '-')}", fig, f"KL by {UNIT_AXES[unit]}", caption)
 
 
-Named = tuple[str, Draws]  # a change with its name in a sentence
+def _named_changes(losses: Losses) -> list[tuple[Draws, Decision]]:
+    """Return the changes of which the section speaks, and whether they are harmless, all at once.
 
-
-def _named_changes(losses: Losses) -> list[Named]:
-    """Return the changes of which the section speaks: the strongest of one sd at most, and halving and doubling."""
-    named = []
+    They are the strongest of each kind of one sd at most, and halving and doubling.
+    """
+    changes = []
     for kind in losses.kinds("standard deviations"):
-        weak = [draws for draws in losses.draws(kind, overflown=True) if 0 < draws.strength <= 1]
-        named += [(f"{kind_name(kind)} of {draws.strength:g} sd", draws) for draws in weak[-1:]]
+        changes += [draws for draws in losses.draws(kind, overflown=True) if 0 < draws.strength <= 1][-1:]
     for kind in losses.kinds("factor"):
-        halves = [draws for draws in losses.draws(kind, overflown=True) if draws.strength in (0.5, 2.0)]
-        named += [(f"{kind_name(kind)} by {draws.strength:g}", draws) for draws in halves]
-    return named
+        changes += [draws for draws in losses.draws(kind, overflown=True) if draws.strength in (0.5, 2.0)]
+    return list(zip(changes, harmless_at_once(changes), strict=True))
 
 
-def _strength_title(losses: Losses, named: Sequence[Named]) -> str:
-    """Return which changes cost more than the tolerance, by intervals that hold for all of them at once."""
-    if (unreadable := losses.unreadable) is not None:
-        return sentence(unreadable)
-    by_judgement: dict[str, list[str]] = defaultdict(list)
-    for name, draws in named:
-        by_judgement[judge(draws.kl_of(len(named)))].append(name)
+def _strength_title(losses: Losses, named: Sequence[tuple[Draws, Decision]]) -> str:
+    """Return which changes cost more than the tolerance."""
+    if losses.unreadable:
+        return "This text cannot tell what noise, shifts and scaling cost"
+    by_answer: dict[bool | None, list[str]] = defaultdict(list)
+    for draws, decision in named:
+        by_answer[decision.answer].append(change_name(draws))
     clauses = []
-    for judgement, (one, several) in {
-        "within": ("costs no more", "cost no more"), "above": ("costs more", "cost more"),
-        "undecided": ("may cost more or less", "may cost more or less"),
+    for answer, (one, several) in {
+        True: ("costs no more", "cost no more"), False: ("costs more", "cost more"),
+        None: ("may cost more or less", "may cost more or less"),
     }.items():  # fmt: skip
-        if names := by_judgement[judgement]:
+        if names := by_answer[answer]:
             clauses.append(f"{listed(names)} {one if len(names) == 1 else several}")
     return (
         f"Compared with {TOLERANCE.name}, {'; '.join(clauses)}" if clauses else "The KL after noise, shifts and scaling"
     )
 
 
-def _strength_findings(named: Sequence[Named]) -> tuple[str, ...]:
-    n = len(named)
-    costs = [f"{name}: {compared(draws.kl_of(n), n_statements=n)}" for name, draws in named]
+def _strength_findings(named: Sequence[tuple[Draws, Decision]]) -> tuple[str, ...]:
+    costs = [
+        f"{change_name(draws)}: {compared(draws.kl_of(decision.n_statements), n_statements=decision.n_statements)}"
+        for draws, decision in named
+    ]
     return (sentence(f"{'; '.join(costs)}."),) if costs else ()
+
+
+def _why_unreadable(losses: Losses, window_length: int | None) -> tuple[str, ...]:
+    """Return why a text cannot tell what changes cost, where no section about dimensions says it before."""
+    if losses.unreadable and not losses.kept_kinds():
+        return (f"{unreadable_text(losses, window_length)}.",)
+    return ()
 
 
 # ---- the operator --------------------------------------------------------------------------------------------------

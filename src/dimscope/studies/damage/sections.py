@@ -1,19 +1,21 @@
 """Sections about damage: how many dimensions the model needs, and which beliefs about damage hold."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import polars as pl
 
-from dimscope.evaluation.yardstick import SCALE_NOTE, TOLERANCE, compared, judge, upper_end
+from dimscope.evaluation.yardstick import SCALE_NOTE, TOLERANCE, compared, judge, two_digits, upper_end, with_error
 from dimscope.interventions.perturbations import find_perturbation
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, table
 from dimscope.page.wording import count, listed, number, sentence, share
 from dimscope.studies.damage import figures
-from dimscope.studies.damage.claims import FAILS, HOLDS, PARTLY, UNDECIDED, UNTESTED, lower_at_once
-from dimscope.studies.damage.curves import kind_name, shown_losses, text_name
+from dimscope.studies.damage.claims import FAILS, HOLDS, PARTLY, UNDECIDED, UNREADABLE, UNTESTED
+from dimscope.studies.damage.comparisons import lower_at_once
+from dimscope.studies.damage.curves import change_name, kind_name, shown_losses, text_name, tokens_read, unreadable_text
 from dimscope.studies.damage.facts import damage_facts
 from dimscope.studies.damage.losses import THRESHOLDS, Draws, Losses
 
@@ -30,7 +32,7 @@ def breaking_section(tables: Tables, facts: Facts) -> Section | None:
     breaking = table(tables, "breaking")
     if not shown:
         return None
-    first = shown[0]
+    first, window_length = shown[0], damage_facts(facts).window_length
     plots = tuple(
         Plot(f"damage-kept-{n}", figures.damage_by_kept(d), "KL by the share of dimensions kept", _caption(d, shown))
         for n, d in enumerate(shown)
@@ -39,16 +41,17 @@ def breaking_section(tables: Tables, facts: Facts) -> Section | None:
     return Section(
         anchor="damage",
         name="Damage",
-        title=_title(first),
-        findings=_findings(shown, damage_facts(facts).window_length),
+        title=_title(first, window_length),
+        findings=_findings(shown, window_length),
         blocks=(*plots, *grids),
         how_to_read=(
             f"Every point is the model after one change of {SIDES[first.side]}, evaluated on the same text. At the right "
             "edge all dimensions are kept; further left fewer are. The upper panel shows the damage: the KL from the undamaged "
             "model; its dashed lines are the KL of rounding weights to so many bits. The lower panel shows the share of positions "
             "at which the top prediction is that of the undamaged model. Bands are 95% intervals over windows, and over seeds of a "
-            "random change. A kind of change does the least damage where the comparisons of all kinds at all numbers of "
-            f"dimensions, which hold at once in 95% of samples, say so. {SCALE_NOTE}"
+            "random change. A kind is called the least damaging at a number of dimensions if its KL is clearly below that of every "
+            "other kind there; all comparisons hold at once in 95% of samples (the steps of Holm 1979). "
+            f"{SCALE_NOTE}"
         ),
         caveat=(
             "Nothing was trained after a change. The figure therefore shows what the model tolerates, not what a model "
@@ -61,26 +64,31 @@ def breaking_section(tables: Tables, facts: Facts) -> Section | None:
 
 def _findings(losses: Sequence[Losses], window_length: int | None) -> tuple[str, ...]:
     """Return how many dimensions are enough, on which windows that is, and whether other texts agree."""
-    if not losses:
+    first = losses[0]
+    if first.unreadable:
         return ()
-    undamaged = losses[0].undamaged
-    error = "" if undamaged.loss.stderr is None else f" ± {undamaged.loss.stderr:.2g}"
-    windows = f" in windows of {window_length} tokens" if window_length else ""
+    loss = first.undamaged.loss
+    error = " (± one standard error)" if loss.stderr else ""
     read = (
-        f"The undamaged model has a loss of {number(undamaged.loss.value)}{error} nats per token on "
-        f"{undamaged.n_predicted:,} tokens of {text_name(losses[0].text)}{windows}."
+        f"The undamaged model has a loss of {with_error(loss.value, loss.stderr)} nats per token{error} on "
+        f"{tokens_read(first, window_length)}."
     )
-    return tuple(f for f in (fewest_dimensions(losses[0]), read, _other_texts(losses)) if f)
+    return tuple(f for f in (fewest_dimensions(first), read, _other_texts(losses, window_length)) if f)
 
 
-def answer(tables: Tables) -> str:
+def answer(tables: Tables, window_length: int | None = None) -> str:
     """Return how many dimensions are enough on the first text, in one sentence."""
     shown = shown_losses(tables)
     if with_dimensions := [losses for losses in shown if losses.kept_kinds()]:
-        return fewest_dimensions(with_dimensions[0])
+        return fewest_dimensions(with_dimensions[0], window_length)
     if not shown:
         return "The loss of the undamaged model is not a finite number."
-    return f"The loss of the undamaged model is {number(shown[0].undamaged.loss.value)} nats per token on {text_name(shown[0].text)}."
+    if shown[0].unreadable:
+        return f"{unreadable_text(shown[0], window_length)}."
+    loss = shown[0].undamaged.loss.value
+    return (
+        f"The loss of the undamaged model is {number(loss)} nats per token on {tokens_read(shown[0], window_length)}."
+    )
 
 
 def _caption(losses: Losses, shown: Sequence[Losses]) -> str:
@@ -122,29 +130,31 @@ def _gentlest_kind(losses: Losses, n_texts: int = 1) -> Gentlest | None:
     pairs = [pair for contest in contests for pair in combinations(contest, 2)]
     lower = lower_at_once([(a.mean("kl"), b.mean("kl")) for a, b in pairs], n_texts)
     beaten = Counter(
-        ((a if less else b).kind, a.strength) for (a, b), less in zip(pairs, lower, strict=True) if less is not None
+        ((a if lower_of.answer else b).kind, a.strength)
+        for (a, b), lower_of in zip(pairs, lower, strict=True)
+        if lower_of.answer is not None
     )
     wins = Counter(kind for (kind, strength), n in beaten.items() if n == len(by_strength[strength]) - 1)
     return Gentlest(*wins.most_common(1)[0], len(contests)) if wins else None
 
 
-def _title(losses: Losses) -> str:
-    if (unreadable := losses.unreadable) is not None:
-        return sentence(unreadable)
+def _title(losses: Losses, window_length: int | None = None) -> str:
+    if losses.unreadable:
+        return unreadable_text(losses, window_length)
     best = _gentlest_kind(losses)
     if best is None:  # the first finding adds the evidence
         return fewest_dimensions(losses).split(":")[0].removesuffix(".")
     return sentence(f"{kind_name(best.kind)} does the least damage at {best.where}")
 
 
-def fewest_dimensions(losses: Losses) -> str:
+def fewest_dimensions(losses: Losses, window_length: int | None = None) -> str:
     """Return the fewest dimensions that keep the KL within the tolerance, in one sentence.
 
     The intervals of all kinds hold at once. Those of one kind need no correction: strengths are tested from the gentlest on,
     up to the first that is not within (fixed-sequence testing).
     """
-    if (unreadable := losses.unreadable) is not None:
-        return sentence(f"{unreadable}.")
+    if losses.unreadable:
+        return f"{unreadable_text(losses, window_length)}."
     every = _all_kept(losses)
     n = len({draws.kind for draws in every})
     safe = [draws for kind in losses.kinds() if (draws := _fewest(losses, kind, n)) is not None]
@@ -152,9 +162,8 @@ def fewest_dimensions(losses: Losses) -> str:
         gentlest = min(every, key=lambda d: upper_end(d.kl_of(n)), default=None)
         if gentlest is None:
             return "No dimensions were removed."
-        change = f"{kind_name(gentlest.kind)} to {gentlest.strength:,.0f} dimensions"
         return (
-            f"No tested removal of dimensions is clearly harmless: the nearest is {change}, "
+            f"No tested removal of dimensions is clearly harmless: the nearest is {change_name(gentlest)}, "
             f"{compared(gentlest.kl_of(n), n_statements=n)}."
         )
     fewest = min(safe, key=lambda d: d.kept_share or 0)
@@ -180,17 +189,17 @@ def _fewest(losses: Losses, kind: str, n_statements: int) -> Draws | None:
     return fewest
 
 
-def _other_texts(losses: Sequence[Losses]) -> str | None:
-    """Return whether the same kind of change is the gentlest on the other texts."""
-    gentlest = _gentlest_kind(losses[0], len(losses)) if losses else None
+def _other_texts(losses: Sequence[Losses], window_length: int | None) -> str | None:
+    """Return whether the same kind of change is the gentlest on the other texts that can tell."""
+    gentlest = _gentlest_kind(losses[0], len(losses))
     clauses = []
     for other in losses[1:]:
-        best = _gentlest_kind(other, len(losses))
+        best = None if other.unreadable else _gentlest_kind(other, len(losses))
         if other.side != losses[0].side or best is None or gentlest is None:
             continue
         which = "the same kind" if best.kind == gentlest.kind else kind_name(best.kind)
-        base = number(other.undamaged.loss.value)
-        clauses.append(f"on {text_name(other.text)} (undamaged loss {base}), {which} is the gentlest at {best.where}")
+        base = f"undamaged loss {number(other.undamaged.loss.value)} nats per token"
+        clauses.append(f"on {tokens_read(other, window_length)} ({base}), {which} is the gentlest at {best.where}")
     return sentence(f"{listed(clauses)}.") if clauses else None
 
 
@@ -200,25 +209,30 @@ def _breaking_grid(losses: Losses, breaking: pl.DataFrame, shown: Sequence[Losse
         return None
     lines = []
     for (kind,), of_kind in rows.group_by("kind", maintain_order=True):
-        cells = [
-            _strength(str(kind), row["strength"], row["kept_share"], row["safe"], row["kl"])
-            for row in of_kind.sort("threshold").iter_rows(named=True)
-        ]
+        cells = [_strength(row) for row in of_kind.sort("threshold").iter_rows(named=True)]
         lines.append((kind_name(str(kind)), *cells, str(of_kind["n_seeds"][0])))
-    header = ("change", *(f"not within the {mark.kl:g} of {mark.name} from" for mark in THRESHOLDS), "seeds")
+    header = (
+        "change",
+        *(f"first strength not clearly below {mark.kl:g} ({mark.name.split('to ')[1]})" for mark in THRESHOLDS),
+        "seeds",
+    )
     caption = (
-        "The gentlest tested strength whose KL is not within a mark, with the upper end of its 95% interval. "
+        "The gentlest tested strength whose KL is not clearly below a mark: the upper end of its 95% interval (“up to”) is above. "
         f"{_caption(losses, shown)}"
     )
     return Grid(caption, header, tuple(lines), frozenset({3}))
 
 
-def _strength(kind: str, strength: float | None, kept_share: float | None, safe: float | None, kl: float | None) -> str:
-    if strength is None:
-        return f"not at {safe:g}" if safe is not None else "–"
-    unit = find_perturbation(kind).unit.replace("standard deviations", "sd")
-    amount = f"{strength:,.0f} {unit} ({share(kept_share)})" if kept_share is not None else f"{strength:g} {unit}"
-    return f"{amount}: KL {kl:.2g}" if kl is not None else f"{amount}: KL not finite"
+def _strength(row: Mapping[str, Any]) -> str:
+    """Return a strength that is not clearly below a mark, with its KL and the upper end that decides."""
+    unit = find_perturbation(row["kind"]).unit.replace("standard deviations", "sd")
+    if row["strength"] is None:
+        return f"none, not at {row['safe']:g} {unit}" if row["safe"] is not None else "–"
+    kept, kl, high = row["kept_share"], row["kl"], row["kl_high"]
+    amount = f"{row['strength']:,.0f} {unit} ({share(kept)})" if kept is not None else f"{row['strength']:g} {unit}"
+    if kl is None:
+        return f"{amount}: KL not finite"
+    return f"{amount}: KL {two_digits(kl)}{'' if high is None else f', up to {two_digits(high)}'}"
 
 
 # ---- beliefs -------------------------------------------------------------------------------------------------------
@@ -237,10 +251,14 @@ def claims_section(tables: Tables, facts: Facts) -> Section | None:
         blocks=(_claims_grid(frame, texts),),
         how_to_read=(
             "Each row is a belief from the notebook in which these experiments began. It was formed there by reading what "
-            "one model wrote, and is tested here on this model. Damage is the KL from the undamaged model. “Holds” means "
-            "that every comparison agrees with it, “does not hold” that none does and some are against it, “cannot tell” "
-            "that none is decided. A comparison is decided by the paired 95% interval over windows, and over seeds for random "
-            "changes; the intervals of all comparisons of a belief hold at once (Bonferroni). "
+            "one model wrote, and is tested here on this model. Damage is the KL from the undamaged model. The first four beliefs "
+            "rest on several comparisons: one “holds” if all agree with it, “holds in part” if some do, “does not hold” if none "
+            "does and some are against it, and is “undecided” if none is decided. “Two thirds” is tested by the rescaled random "
+            "projection where that was measured, else by all kinds, like “a ninth”: it holds if one of them is harmless. “Cannot "
+            "tell” stands where the undamaged model predicts a text no better than its token frequencies alone would. A comparison "
+            "is decided by the paired 95% interval over windows, and over seeds for random changes. All comparisons of a belief "
+            "hold at once, by the steps of Holm (1979): what is decided leaves fewer to decide, and each interval shown is that "
+            "of the step that decided it, or left it undecided. "
             f"“As well” and “harmless” mean a KL within the {TOLERANCE.kl:g} nats of {TOLERANCE.name}, at the upper "
             f"end of its interval. {SCALE_NOTE}"
         ),
@@ -256,9 +274,11 @@ def claims_section(tables: Tables, facts: Facts) -> Section | None:
 
 def _verdict_counts(claims: pl.DataFrame) -> str:
     verdicts = Counter(claims["verdict"])
+    if verdicts[UNREADABLE]:
+        return "This text cannot test the beliefs about damage"
     others = [
         f"{verdicts[verdict]} {word}"
-        for verdict, word in ((PARTLY, "in part"), (FAILS, "not"), (UNDECIDED, "cannot tell"), (UNTESTED, "not tested"))
+        for verdict, word in ((PARTLY, "in part"), (FAILS, "not"), (UNDECIDED, "undecided"), (UNTESTED, "not tested"))
         if verdicts[verdict]
     ]
     rest = f" ({', '.join(others)})" if others else ""

@@ -4,6 +4,7 @@ import polars as pl
 
 from dimscope.page.section import Facts, Tables
 from dimscope.studies.damage.claims import UNTESTED
+from dimscope.studies.damage.facts import damage_facts
 from dimscope.studies.damage.losses import rows_about, sides_of, texts_of
 from dimscope.studies.damage.plan import UNDAMAGED
 from dimscope.studies.damage.sections import answer
@@ -23,7 +24,7 @@ def summarise(tables: Tables, facts: Facts) -> Summary:
         continued = tables["generations"].partition_by("number", maintain_order=True)
         frames |= {f"generations {n}": _short_generations(frame) for n, frame in enumerate(continued, 1)}
     shown = {name: frame for name, frame in frames.items() if frame.height}
-    return Summary(answer(tables), shown, files=tuple(tables))
+    return Summary(answer(tables, damage_facts(facts).window_length), shown, files=tuple(tables))
 
 
 def change_frames(damage: pl.DataFrame) -> list[pl.DataFrame]:

@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 
 from dimscope.evaluation.unigrams import reads_context
-from dimscope.evaluation.yardstick import TOLERANCE, compared, judge
+from dimscope.evaluation.yardstick import TOLERANCE, compared, judge, with_error
 from dimscope.page.wording import count, listed, sentence
 from dimscope.texts.window_sums import Interval
 
@@ -121,11 +121,19 @@ class TextRead:
         names: Names of the texts.
         n_windows: Windows of the evaluation.
         entropy: Unigram entropy of the text, in nats per token; None where it is not known.
+        length: Tokens of a window; None where it is not known.
     """
 
     names: Sequence[str] = ()
     n_windows: int = 0
     entropy: float | None = None
+    length: int | None = None
+
+    @property
+    def windows(self) -> str:
+        """Return on what a number is the mean: "8 windows of 512 tokens of prose.txt"."""
+        of_length = f" of {self.length} tokens" if self.length else ""
+        return f"{count(self.n_windows, 'window')}{of_length} of {listed(list(self.names)) or 'the text'}"
 
 
 def advice(plan: pl.DataFrame, text: TextRead) -> list[str]:
@@ -139,8 +147,8 @@ def advice(plan: pl.DataFrame, text: TextRead) -> list[str]:
     loss = Interval(dense["loss"], None, None, dense["loss_high"], text.n_windows)
     if text.entropy is not None and not reads_context(loss, text.entropy):
         return [
-            f"This text cannot tell what a cut costs: the dense model reads it no better than its unigrams (loss "
-            f"{dense['loss']:.3g} nats per token, unigram entropy {text.entropy:.3g})",
+            "This text cannot tell what a cut costs: the dense model predicts it no better than its token frequencies alone would "
+            f"(loss {dense['loss']:.3g}, entropy of the frequencies {text.entropy:.3g} nats per token, both on {text.windows})",
             "Pass a text that the model predicts.",
         ]
     answers = {goal: _pick(plan, goal) for goal in GOALS}
@@ -187,7 +195,9 @@ def _detail(plan: pl.DataFrame, goal: str, row: Mapping[str, Any] | None) -> str
             f"{_on_text(nearest)}."
         )
     chance = (
-        "" if row["judged_within"] is None else f"; it is within with a probability of {_percent(row['judged_within'])}"
+        ""
+        if row["judged_within"] is None
+        else f"; the probability that its KL is at most {TOLERANCE.kl:g} is {_percent(row['judged_within'])}"
     )
     return f"{candidate_name(row)}, {_gain(row, _dense(plan), goal)}: {compared(_judged(row))}{_on_text(row)}{chance}."
 
@@ -252,18 +262,22 @@ def _compared(plan: pl.DataFrame) -> list[str]:
         first = own.sort("parameters", descending=True).row(0, named=True)
         size, narrowing = first["parameters"], first["kl"]
     dropping = _at(plan, DROP, None, "kl", size)
-    other = "" if dropping is None else f", and dropping layers one of {dropping:.3f}{_error(plan, DROP, None, size)}"
+    narrow_kl = with_error(narrowing, _stderr(plan, NARROW, basis, size))
+    other = ""
+    if dropping is not None:
+        other = f", and dropping layers one of {with_error(dropping, _stderr(plan, DROP, None, size))}"
+    error = " (± one standard error)" if "±" in narrow_kl + other else ""
     return [
-        f"With {1 - size / parameters:.0%} fewer parameters, narrowing ({basis}) has a KL of "
-        f"{narrowing:.3f}{_error(plan, NARROW, basis, size)} nats{other}, on all windows."
+        f"With {1 - size / parameters:.0%} fewer parameters, by interpolation between the candidates, narrowing ({basis}) has a "
+        f"KL of {narrow_kl} nats{other}, on all windows{error}."
     ]
 
 
-def _error(plan: pl.DataFrame, method: str, basis: str | None, size: float) -> str:
+def _stderr(plan: pl.DataFrame, method: str, basis: str | None, size: float) -> float | None:
     """Return the standard error of a KL between two candidates, interpolated like the KL; that of the dense model is 0."""
     exact = plan.with_columns(pl.when(method=DENSE).then(0.0).otherwise("kl_stderr").alias("kl_stderr"))
     stderr = _at(exact, method, basis, "kl_stderr", size)
     if stderr is None:  # the size of one candidate, with no smaller one on its curve
         own = plan.filter(pl.col("method") == method, pl.col("parameters") == size).drop_nulls("kl_stderr")
         stderr = own["kl_stderr"][0] if own.height else None
-    return "" if stderr is None else f" ± {stderr:.3f}"
+    return stderr

@@ -103,7 +103,8 @@ def _facts(
     windows, target = session.windows, session.target
     return NarrowingFacts(
         advice=advice(
-            plan, TextRead(list(session.texts), len(windows.evaluation), unigram_entropy(windows.evaluation))
+            plan,
+            TextRead(list(session.texts), len(windows.evaluation), unigram_entropy(windows.evaluation), session.length),
         ),
         shown=ShownCandidate(shown["basis"], shown["width"]),
         texts=list(session.texts),

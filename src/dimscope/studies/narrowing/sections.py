@@ -5,11 +5,11 @@ from typing import Any
 
 import polars as pl
 
-from dimscope.evaluation.yardstick import SCALE_NOTE
+from dimscope.evaluation.yardstick import SCALE_NOTE, two_digits, with_error
 from dimscope.page.section import Facts, Grid, Plot, Section, Tables, table
-from dimscope.page.wording import count, listed, share
+from dimscope.page.wording import count, share
 from dimscope.studies.narrowing import figures
-from dimscope.studies.narrowing.advice import DENSE, HEALED, ROUND, candidate_name
+from dimscope.studies.narrowing.advice import DENSE, HEALED, ROUND, TextRead, candidate_name
 from dimscope.studies.narrowing.facts import NarrowingFacts, narrowing_facts
 from dimscope.units import readable_bytes
 
@@ -29,7 +29,7 @@ def plan_section(tables: Tables, facts: Facts) -> Section | None:
         blocks=(
             Plot("narrowing-size", figures.narrowing_plan(plan, "parameters"), "KL by size", "What a size costs"),
             Plot("narrowing-speed", figures.narrowing_plan(plan, "prefill_ratio"), "KL by speed", "What a speed costs"),
-            _candidates(plan),
+            _candidates(plan, own),
         ),
         how_to_read=(
             "Every point is a smaller model, not trained after it was cut: further right it is smaller, or faster; further down "
@@ -38,8 +38,8 @@ def plan_section(tables: Tables, facts: Facts) -> Section | None:
             f"parameters, along a vertical line.{star} {SCALE_NOTE}"
         ),
         caveat=(
-            f"Evaluated on {count(own.n_windows['evaluation'], 'window')} of {own.window_length} tokens of {listed(own.texts)}, "
-            f"where the dense model has a loss of {_dense_loss(plan)} nats per token, and on which nothing was calibrated, by the "
+            f"Evaluated on {_windows(own)}, where the dense model has a loss of {_dense_loss(plan)}, and on which "
+            "nothing was calibrated, by the "
             "KL to the dense model's predictions, not by tasks. Speeds are those of this machine, one sequence at a time, in "
             "rounds beside the dense model: a range that includes 1 shows no difference. The basis hardly changes the speed, so "
             "it is measured once per width. The speed of rounded weights depends on the engine, and is not measured."
@@ -50,18 +50,23 @@ def plan_section(tables: Tables, facts: Facts) -> Section | None:
 
 def _dense_loss(plan: pl.DataFrame) -> str:
     dense = plan.filter(pl.col("method") == DENSE).row(0, named=True)
-    return _with_error(dense["loss"], dense["loss_stderr"], ".3f")
+    error = " (± one standard error)" if dense["loss_stderr"] else ""
+    return f"{with_error(dense['loss'], dense['loss_stderr'])} nats per token{error}"
 
 
-def _candidates(plan: pl.DataFrame) -> Grid:
+def _windows(own: NarrowingFacts) -> str:
+    return TextRead(own.texts, own.n_windows["evaluation"], length=own.window_length).windows
+
+
+def _candidates(plan: pl.DataFrame, own: NarrowingFacts) -> Grid:
     dense = plan.filter(pl.col("method") == DENSE).row(0, named=True)
     rows = tuple(
         (
             candidate_name(row), f"{row['parameters']:,}", f"{row['parameters'] / dense['parameters'] - 1:+.0%}",
             readable_bytes(row["bytes"]), _times(row, "prefill"), _times(row, "decode"), f"{row['loss']:.3f}",
-            "–" if row["method"] == DENSE else _with_error(row["loss_rise"], row["loss_rise_stderr"], "+.3f"),
-            "–" if row["method"] == DENSE else _with_error(row["kl"], row["kl_stderr"], ".4f"), share(row["top_1"]),
-            "–" if row["method"] in (DENSE, ROUND) or row["kl_dropping"] is None else f"{row['kl_dropping']:.4f}",
+            "–" if row["method"] == DENSE else with_error(row["loss_rise"], row["loss_rise_stderr"], sign="+"),
+            "–" if row["method"] == DENSE else with_error(row["kl"], row["kl_stderr"]), share(row["top_1"]),
+            "–" if row["method"] in (DENSE, ROUND) or row["kl_dropping"] is None else two_digits(row["kl_dropping"]),
         )
         for row in plan.iter_rows(named=True)
     )  # fmt: skip
@@ -71,15 +76,10 @@ def _candidates(plan: pl.DataFrame) -> Grid:
     )  # fmt: skip
     caption = (
         "All candidates. Reading and writing: speed relative to the dense model, a median and the range of its rounds. Loss and "
-        "KL in nats per token, ± one standard error over the windows. Same choice: positions with the same top prediction. "
-        "Last column: dropping layers to the same size."
+        f"KL in nats per token on {_windows(own)}, ± one standard error over the windows. Same choice: positions with the same "
+        "top prediction. Last column: dropping layers to the same size, by interpolation between the numbers of layers."
     )
     return Grid(caption, header, rows, frozenset(range(1, len(header))))
-
-
-def _with_error(value: float, stderr: float | None, form: str) -> str:
-    """Return a value with its standard error, which one window does not give."""
-    return f"{value:{form}}" if stderr is None else f"{value:{form}} ± {stderr:{form.lstrip('+')}}"
 
 
 def _times(row: Mapping[str, Any], name: str) -> str:
@@ -101,10 +101,10 @@ def before_after_section(tables: Tables, facts: Facts) -> Section | None:
     after = (healed if healed.height else rows).row(0, named=True)
     before = plan.filter(pl.col("method") == DENSE).row(0, named=True)
     texts = table(tables, "narrow_texts")
-    blocks = [_comparison(before, after, own)]
+    blocks = [_comparison(plan, after, own)]
     if texts is not None:
         blocks.append(Grid("Greedy continuations", ("prompt", "dense", f"width {own.shown.width}"), _text_rows(texts)))
-    tie = "One table stays input and output table, in a basis that makes the gain of the final norm diagonal. "
+    tie = "One table stays input and output table, in a basis that lets one table serve both purposes. "
     return Section(
         anchor="narrow",
         name="Before and after",
@@ -116,9 +116,10 @@ def before_after_section(tables: Tables, facts: Facts) -> Section | None:
         how_to_read=(
             "The narrow model is a standard checkpoint, as dimscope narrow writes it. Weights that read or write the residual "
             "stream shrink with its width; attention heads and the KV cache do not."
+            + (" In the title, ± is one standard error over the windows." if after["top_1_stderr"] else "")
         ),
         caveat=(tie if own.tied else "")
-        + "Texts that begin alike and differ later need not differ in quality: compare the loss above.",
+        + "Texts that begin alike and differ later need not differ in quality: compare the KL above.",
         tables=("plan", "narrow_texts") if texts is not None else ("plan",),
     )  # fmt: skip
 
@@ -126,14 +127,16 @@ def before_after_section(tables: Tables, facts: Facts) -> Section | None:
 def _agreement(row: Mapping[str, Any]) -> str:
     """Return the share of the same top predictions with its standard error."""
     stderr = row["top_1_stderr"]
-    return share(row["top_1"]) if stderr is None else f"{share(row['top_1'])} ± {stderr:.1%}"
+    return f"{with_error(100 * row['top_1'], 100 * stderr)}%" if stderr else share(row["top_1"])
 
 
 def _text_rows(texts: pl.DataFrame) -> tuple[tuple[str, ...], ...]:
     return tuple(texts.select("prompt", "dense", "narrow").iter_rows())
 
 
-def _comparison(before: dict[str, Any], after: dict[str, Any], own: NarrowingFacts) -> Grid:
+def _comparison(plan: pl.DataFrame, after: Mapping[str, Any], own: NarrowingFacts) -> Grid:
+    before = plan.filter(pl.col("method") == DENSE).row(0, named=True)
+
     def change(name: str) -> str:
         return f"{after[name] / before[name] - 1:+.0%}"
 
@@ -143,12 +146,17 @@ def _comparison(before: dict[str, Any], after: dict[str, Any], own: NarrowingFac
         ("bytes of weights", f"{before['bytes']:,}", f"{after['bytes']:,}", change("bytes")),
         ("KV cache, bytes per token", cache, cache, "unchanged"),
         ("loss (nats per token)", f"{before['loss']:.3f}", f"{after['loss']:.3f}", f"{after['loss_rise']:+.3f}"),
-        ("KL to the dense model (nats)", "0", f"{after['kl']:.4f}", ""),
+        ("KL to the dense model (nats)", "0", two_digits(after["kl"]), ""),
         ("same top prediction", "100%", share(after["top_1"]), ""),
     ]  # fmt: skip
     for name, title in (("prefill", "tokens of a prompt read per second"), ("decode", "tokens generated per second")):
-        speed, ratio = after[f"{name}_tokens_per_s"], after[f"{name}_ratio"]
-        if speed is not None:  # beside the dense model of the same minute
-            rows.append((title, f"{speed / ratio:,.0f}", f"{speed:,.0f}", _times(after, name)))
+        own_speed, dense_speed = after[f"{name}_tokens_per_s"], before[f"{name}_tokens_per_s"]
+        if own_speed is not None:  # the ratio is of rounds beside the dense model, the speeds are of each model's own
+            dense_cell = "–" if dense_speed is None else f"{dense_speed:,.0f}"
+            rows.append((title, dense_cell, f"{own_speed:,.0f}", _times(after, name)))
     header = ("", f"dense, {own.dim}", f"narrow, {after['width']}", "change")
-    return Grid("The dense and the narrow model", header, tuple(rows), frozenset({1, 2, 3}))
+    caption = (
+        f"The dense and the narrow model on {_windows(own)}. A speed is the median of the model's own rounds; the change of a "
+        "speed is the median of the ratios in rounds side by side."
+    )
+    return Grid(caption, header, tuple(rows), frozenset({1, 2, 3}))
