@@ -74,7 +74,8 @@ def test_a_text_that_the_model_predicts_no_better_than_token_frequencies_tells_n
     sections = {section.anchor: section for section in _sections(tables)}
     assert sections["damage"].title.startswith("This text cannot tell what the model loses")
     assert (
-        "loss 6.1, entropy of the frequencies 6 nats per token, both on 500 tokens of prose" in sections["damage"].title
+        "loss 6.1, 95% interval up to 6.1, entropy of the frequencies 6 nats per token, both on 500 tokens of prose"
+        in sections["damage"].title
     )
     assert damage.answer(tables) == f"{sections['damage'].title}."
     assert sections["damage"].findings == ()

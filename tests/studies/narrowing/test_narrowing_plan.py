@@ -193,7 +193,10 @@ def test_a_text_that_the_model_reads_no_better_than_its_unigrams_cannot_tell():
     frame = plan(judged(narrow(8, 800, SLIGHT), SLIGHT, SLIGHT)).with_columns(loss=pl.lit(4.0), loss_high=pl.lit(4.4))
     title = advice(frame, TextRead(["prose"], 8, 4.3, length=512))[0]
     assert title.startswith("This text cannot tell what a cut costs")
-    assert "(loss 4, entropy of the frequencies 4.3 nats per token, both on 8 windows of 512 tokens of prose)" in title
+    assert (
+        "(loss 4, 95% interval up to 4.4, entropy of the frequencies 4.3 nats per token, both on 8 windows of 512 tokens of prose)"
+        in title
+    )
     assert "width 8" in advice(frame, TextRead(["prose"], 8, 4.5))[0]
 
 

@@ -53,8 +53,10 @@ def tokens_read(losses: Losses, window_length: int | None) -> str:
 
 def unreadable_text(losses: Losses, window_length: int | None) -> str:
     """Return why a text cannot tell what a change costs."""
+    loss = losses.undamaged.loss
+    upper = "" if loss.high is None else f", 95% interval up to {loss.high:.3g}"
     return (
-        "This text cannot tell what the model loses: the undamaged model predicts it no better than its token frequencies alone "
-        f"would (loss {losses.undamaged.loss.value:.3g}, entropy of the frequencies {losses.entropy:.3g} nats per token, both on "
+        "This text cannot tell what the model loses: the undamaged model predicts it not clearly better than its token frequencies "
+        f"alone would (loss {loss.value:.3g}{upper}, entropy of the frequencies {losses.entropy:.3g} nats per token, both on "
         f"{tokens_read(losses, window_length)})"
     )

@@ -105,7 +105,7 @@ class Losses:
 
     @property
     def unreadable(self) -> bool:
-        """Whether the undamaged model predicts the text no better than its token frequencies alone would.
+        """Whether the undamaged model predicts the text not clearly better than its token frequencies alone would.
 
         Such a text cannot tell what a change costs: the loss of a destroyed model may be lower there.
         """

@@ -239,6 +239,8 @@ def operator_section(tables: Tables, facts: Facts) -> Section | None:
     if statistics is None or block is None or bins is None:
         return None
     k, d, sd = statistics["k"][0], statistics["d"][0], float(bins["sd"][0])
+    measured = statistics.filter(pl.col("metric") == "sd off the diagonal")["value"].item()
+    part = "The whole matrix" if block.height == d * d else "Its top left corner"
     corner, histogram = figures.operator_block(block, sd), figures.operator_histogram(bins)
     cells = tuple(
         (metric, number(value), number(null))
@@ -250,10 +252,10 @@ def operator_section(tables: Tables, facts: Facts) -> Section | None:
         name="What a random projection is",
         title=(
             f"A random projection on {k:,} of {d:,} dimensions is {number(k / d)} times the identity plus normal noise of "
-            f"sd {number(sd)}"
+            f"sd {number(measured)} off the diagonal"
         ),
         blocks=(
-            Plot("operator-block", corner, "entries of the projection", "Its top left corner", square=True),
+            Plot("operator-block", corner, "entries of the projection", part, square=True),
             Plot("operator-histogram", histogram, "entries off the diagonal", "Entries off the diagonal"),
             grid,
         ),

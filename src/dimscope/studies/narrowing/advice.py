@@ -146,10 +146,12 @@ def advice(plan: pl.DataFrame, text: TextRead) -> list[str]:
     dense = _dense(plan)
     loss = Interval(dense["loss"], None, None, dense["loss_high"], text.n_windows)
     if text.entropy is not None and not reads_context(loss, text.entropy):
+        upper = "" if loss.high is None else f", 95% interval up to {loss.high:.3g}"
         return [
-            "This text cannot tell what a cut costs: the dense model predicts it no better than its token frequencies alone would "
-            f"(loss {dense['loss']:.3g}, entropy of the frequencies {text.entropy:.3g} nats per token, both on {text.windows})",
-            "Pass a text that the model predicts.",
+            "This text cannot tell what a cut costs: the dense model predicts it not clearly better than its token frequencies "
+            f"alone would (loss {dense['loss']:.3g}{upper}, entropy of the frequencies {text.entropy:.3g} nats per token, both on "
+            f"{text.windows})",
+            "Use a text like those that the model was trained on, or more windows.",
         ]
     answers = {goal: _pick(plan, goal) for goal in GOALS}
     title = "; ".join(f"{goal}: {_short(row)}" for goal, row in answers.items())
