@@ -98,7 +98,7 @@ def test_without_dimensions_the_section_about_strengths_says_why_a_text_cannot_t
 def test_a_strength_that_is_not_clearly_below_a_mark_is_beside_the_upper_end_that_decides():
     """A KL of 0.0298 nats is itself below 0.03; its interval reaches 2.8% further."""
     [change] = _grid(_breaking({("truncate", 75): (2.1985,)})).rows
-    assert change[1] == "75 dimensions (75.0%): KL 0.030, up to 0.031"
+    assert change[1] == "75 dimensions (75.0%): KL 0.030, up to 0.0306"
     assert change[2] == "none, not at 75 dimensions"
 
 

@@ -133,7 +133,10 @@ def test_a_random_table_is_not_called_structured(tables: Tables, facts: Facts) -
 def test_duplicate_rows_that_are_untrained_too_are_counted(tables: Tables, facts: Facts) -> None:
     frame = pl.DataFrame({"left_out": ["copies"], "n_tokens": [1], "value": [2.0], "value_all": [1.0]})
     (finding,) = _section(directions.dimension_section({**tables, "influence": frame}, facts)).findings
-    assert finding == "1 duplicate row, 1 of them untrained, moves the participation ratio from 2 to 1."
+    assert (
+        finding
+        == "1 duplicate row (all but one of each group, 1 of them untrained) moves the participation ratio from 2 to 1."
+    )
 
 
 @pytest.mark.parametrize(("rho", "words"), [(0.5, "norms rise"), (-0.5, "norms fall"), (0.02, "do not follow")])
@@ -195,8 +198,8 @@ def test_correlation_blocks_for_none_one_and_many(tables: Tables, facts: Facts) 
     ]
     assert titles == [
         "No two tokens of the table are near-perfectly correlated",
-        "One block of 2 tokens is almost perfectly correlated (r of 0.999 or more)",
-        "2 blocks of tokens are almost perfectly correlated, the largest of 3 (r of 0.999 or more)",
+        "One block of 2 tokens is almost perfectly correlated (lowest r 0.999)",
+        "2 blocks of tokens are almost perfectly correlated, the largest of 3 (lowest r 0.999)",
     ]
 
 

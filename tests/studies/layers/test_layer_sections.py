@@ -104,8 +104,16 @@ def test_title_has_the_widest_layer_its_count_and_that_of_the_noise(one: Tables)
 @pytest.mark.parametrize(
     ("values", "place", "numbers"),
     [
-        ([20, 1, 1, 1, 1], "20 (at the embeddings)", [1, 20, 32, 95]),
-        ([1, 1, 1, 1, 20], "20 (after the final norm)", [1, 3, 20, 32, 95]),
+        (
+            [20, 1, 1, 1, 1],
+            "1 (in blocks 1 to 3 and after the final norm) to 20 (at the embeddings)",
+            [1, 1, 3, 20, 32, 95],
+        ),
+        (
+            [1, 1, 1, 1, 20],
+            "1 (at the embeddings and in blocks 1 to 3) to 20 (after the final norm)",
+            [1, 1, 3, 20, 32, 95],
+        ),
         ([7, 7, 7, 7, 7], "All layers use 7 of", [7, 32, 95]),
     ],
 )
@@ -119,7 +127,9 @@ def test_layers_that_do_not_clearly_differ_are_a_range(one: Tables) -> None:
     tables = _planted(one, {"real": [[7, 8, 7, 7, 7]]}, null=None)
     without = tables["layers"].with_columns(halves=pl.lit(None, dtype=pl.List(pl.Float64)))
     title = _section(layers.profile_section({**tables, "layers": without}, _facts())).title
-    assert "Layers use 7 (after the final norm) to 8 (in block 1) of 32" in title
+    assert (
+        "Layers use 7 (at the embeddings, in blocks 2 and 3 and after the final norm) to 8 (in block 1) of 32" in title
+    )
     assert "do not clearly differ" in title
 
 

@@ -25,7 +25,7 @@ from dimscope.studies.damage.plan import UNDAMAGED
 TWO_THIRDS, HUNDRED = 2 / 3, 100 / 896  # of the dimensions; the notebook's hundred are of 896
 TOLERANCE = {TWO_THIRDS: 0.05, HUNDRED: 0.03}  # how far from it a tested share may be
 HOLDS, FAILS, PARTLY, UNDECIDED, UNTESTED = "holds", "does not hold", "holds in part", "undecided", "not tested"
-UNREADABLE = "cannot tell"  # on a text that the undamaged model predicts no better than its token frequencies would
+UNREADABLE = "cannot tell"  # where the text is not predicted clearly better than by its token frequencies
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,9 @@ def claims_frame(damage: pl.DataFrame, windows: pl.DataFrame, generations: pl.Da
         for claim, test in CLAIMS.items():
             outcome = test(measured)
             if measured.losses.unreadable and outcome.verdict != UNTESTED:
-                outcome = Outcome(UNREADABLE, "the model predicts this text no better than its token frequencies would")
+                outcome = Outcome(
+                    UNREADABLE, "the model predicts this text not clearly better than its token frequencies would"
+                )
             rows.append({"text": text, "claim": claim, "verdict": outcome.verdict, "evidence": outcome.evidence})
     return pl.DataFrame(rows, schema=dict.fromkeys(("text", "claim", "verdict", "evidence"), pl.String))
 

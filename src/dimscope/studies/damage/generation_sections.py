@@ -3,9 +3,11 @@
 import polars as pl
 
 from dimscope.page.section import Answer, Facts, Gallery, Section, Tables, finite, table
-from dimscope.page.wording import count
+from dimscope.page.wording import count, listed
 from dimscope.studies.damage.facts import DamageFacts, damage_facts
 from dimscope.studies.damage.plan import UNDAMAGED
+
+MOST_CHANGES = 3  # that a sentence lists
 
 DECODINGS = {
     "greedy": "with the most likely token at every step",
@@ -72,9 +74,10 @@ def _repetition(frame: pl.DataFrame) -> tuple[str, ...]:
     if own.is_empty() or damaged.is_empty():
         return ()
     means = damaged.group_by("change", maintain_order=True).agg(pl.col("repetition").mean())
-    row = means.sort("repetition", descending=True, maintain_order=True).row(0, named=True)
+    most = float(means["repetition"].to_numpy().max())
+    changes = means.filter(pl.col("repetition") == most)["change"].to_list()
     own_share = float(own["repetition"].to_numpy().mean())
     return (
         f"The undamaged model repeats {own_share:.0%} of its sequences of four tokens; the most repetition is "
-        f"{row['repetition']:.0%}, after {row['change']}.",
+        f"{most:.0%}, after {listed(changes) if len(changes) <= MOST_CHANGES else count(len(changes), 'change')}.",
     )

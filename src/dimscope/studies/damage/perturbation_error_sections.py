@@ -1,5 +1,6 @@
 """Sections about the errors of the table: compared with the loss, with theory, and a random projection as a matrix."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
@@ -114,7 +115,8 @@ def _agreement(errors: pl.DataFrame) -> tuple[str, ...]:
             continue
         gap = float((means["value"] / means["null"] - 1).abs().to_numpy().max())
         seeds = f", averaged over {count(int(means['len'].to_numpy().max()), 'seed')}" if random else ""
-        clauses.append(f"within {gap:.1%} for {kind}{seeds}" if gap >= 0.001 else f"within 0.1% for {kind}{seeds}")
+        bound = max(math.ceil(1000 * gap), 1) / 10  # rounded up: a bound
+        clauses.append(f"within {bound:.1f}% for {kind}{seeds}")
     return (f"The measured errors agree with theory {' and '.join(clauses)}.",) if clauses else ()
 
 

@@ -232,7 +232,7 @@ def _strength(row: Mapping[str, Any]) -> str:
     amount = f"{row['strength']:,.0f} {unit} ({share(kept)})" if kept is not None else f"{row['strength']:g} {unit}"
     if kl is None:
         return f"{amount}: KL not finite"
-    return f"{amount}: KL {two_digits(kl)}{'' if high is None else f', up to {two_digits(high)}'}"
+    return f"{amount}: KL {two_digits(kl)}{'' if high is None else f', up to {number(high)}'}"
 
 
 # ---- beliefs -------------------------------------------------------------------------------------------------------
@@ -258,8 +258,7 @@ def claims_section(tables: Tables, facts: Facts) -> Section | None:
             "tell” stands where the undamaged model predicts a text not clearly better than its token frequencies alone "
             "would. A comparison is decided by the paired 95% interval over windows, and over seeds for random changes. All "
             "comparisons of a belief hold at once, by the steps of Holm (1979): what is decided leaves fewer to decide, and each interval "
-            "shown is that "
-            "of the step that decided it, or left it undecided. "
+            "shown is that of the step that decided it, or left it undecided; changes that decide nothing have one of their own. "
             f"“As well” and “harmless” mean a KL within the {TOLERANCE.kl:g} nats of {TOLERANCE.name}, at the upper "
             f"end of its interval. {SCALE_NOTE}"
         ),

@@ -52,8 +52,8 @@ def _correlation_finding(groups: pl.DataFrame | None, row: str) -> str:
     n, largest = groups["block"].n_unique(), groups["size"].to_numpy().max()
     lowest = groups["min_r"].min()
     if n == 1:
-        return f"One block of {largest:,} {row}s is almost perfectly correlated (r of {lowest:.3f} or more)"
-    bound = f"(r of {lowest:.3f} or more)"
+        return f"One block of {largest:,} {row}s is almost perfectly correlated (lowest r {lowest:.3f})"
+    bound = f"(lowest r {lowest:.3f})"
     return f"{n:,} blocks of {row}s are almost perfectly correlated, the largest of {largest:,} {bound}"
 
 

@@ -210,7 +210,7 @@ def _influence_findings(tables: Tables) -> tuple[str, ...]:
         if abs(row["value_all"] / row["value"] - 1) > NOTABLE:
             who, verb = count(row["n_tokens"], _NOUNS[row["left_out"]]), "moves" if row["n_tokens"] == 1 else "move"
             ends = f"from {number(row['value'])} to {number(row['value_all'])}"
-            among = _untrained_copies(tables) if row["left_out"] == "copies" else ""
+            among = f" (all but one of each group{_untrained_copies(tables)})" if row["left_out"] == "copies" else ""
             findings.append(f"{sentence(who)}{among} {verb} the participation ratio {ends}.")
     return tuple(findings)
 
@@ -221,7 +221,7 @@ def _untrained_copies(tables: Tables) -> str:
         return ""
     copies = copy_ids(tables["duplicates"])
     n = tables["tokens"].filter(pl.col("untrained") & pl.col("id").is_in(copies)).height
-    return f", {n:,} of them untrained," if n else ""
+    return f", {n:,} of them untrained" if n else ""
 
 
 _NOUNS = {"untrained": "untrained row", "copies": "duplicate row"}

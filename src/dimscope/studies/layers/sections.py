@@ -169,11 +169,16 @@ def _profile_finding(rows: pl.DataFrame, metric: str, selection: Selection) -> s
     elif most == least:
         words = f"All layers use {most} {purpose}"
     else:
-        ends = [location(end["layer"], end["site"]) for end in (bottom, top)]
+        ends = [_layers_with(profile(rows, metric), end["value"], sites(rows)) for end in (bottom, top)]
         unclear = "" if apart else "; the two do not clearly differ"
         words = f"Layers use {least} ({ends[0]}) to {most} ({ends[1]}) {purpose}{unclear}"
     start = selection.prefix
     return (start + words[0].lower() + words[1:] if start else words) + _noise(top["null"])
+
+
+def _layers_with(points: pl.DataFrame, value: float, names: dict[int, str]) -> str:
+    """Return all layers of this value: counts of neighbouring layers are often equal."""
+    return locations(points.filter(pl.col("value") == value)["layer"].to_list(), names)
 
 
 def _noise(null: float | None) -> str:

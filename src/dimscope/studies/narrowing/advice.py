@@ -259,8 +259,9 @@ def _compared(plan: pl.DataFrame) -> list[str]:
     if own.is_empty():
         return ["No width makes this model smaller: two tables have more parameters than one."]
     size = TENTH * parameters
-    narrowing = _at(plan, NARROW, basis, "kl", size)
+    narrowing, how = _at(plan, NARROW, basis, "kl", size), ", by interpolation between the candidates"
     if narrowing is None:
+        how = ""
         first = own.sort("parameters", descending=True).row(0, named=True)
         size, narrowing = first["parameters"], first["kl"]
     dropping = _at(plan, DROP, None, "kl", size)
@@ -270,8 +271,8 @@ def _compared(plan: pl.DataFrame) -> list[str]:
         other = f", and dropping layers one of {with_error(dropping, _stderr(plan, DROP, None, size))}"
     error = " (± one standard error)" if "±" in narrow_kl + other else ""
     return [
-        f"With {1 - size / parameters:.0%} fewer parameters, by interpolation between the candidates, narrowing ({basis}) has a "
-        f"KL of {narrow_kl} nats{other}, on all windows{error}."
+        f"With {1 - size / parameters:.0%} fewer parameters{how}, narrowing ({basis}) has a KL of {narrow_kl} nats{other}, on all "
+        f"windows{error}."
     ]
 
 
