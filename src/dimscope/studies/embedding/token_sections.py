@@ -255,10 +255,8 @@ def _untrained_signs(tables: Tables, flagged: pl.DataFrame) -> tuple[str, ...]:
     if flagged.is_empty():
         return ()
     signs = flagged.group_by("untrained_sign").len().sort("len", "untrained_sign", descending=[True, False])
-    parts = listed([f"{n:,} {'is' if n == 1 else 'are'} {sign}" for sign, n in signs.iter_rows()])
-    return (
-        f"Of these, {parts}, by comparison with the ordinary tokens and with {count(_n_seed(tables), 'seed row')}.",
-    )
+    parts = listed([f"{sign} ({n:,})" for sign, n in signs.iter_rows()])
+    return (f"Reasons: {parts}, by comparison with the ordinary tokens and with {count(_n_seed(tables), 'seed row')}.",)
 
 
 def _n_seed(tables: Tables) -> int:

@@ -160,7 +160,8 @@ def _profile_reading(rows: pl.DataFrame, metric: str) -> str:
 
 
 def _profile_finding(rows: pl.DataFrame, metric: str, selection: Selection) -> str:
-    top, bottom, apart = extremes(profile(rows, metric))
+    points = profile(rows, metric)
+    top, bottom, apart = extremes(points)
     purpose = f"of {top['dim']:,} dimensions for {percent(metric):g}% of the variance"
     most, least = number(top["value"]), number(bottom["value"])
     who, ending = subject(top["layer"], top["site"])
@@ -169,7 +170,7 @@ def _profile_finding(rows: pl.DataFrame, metric: str, selection: Selection) -> s
     elif most == least:
         words = f"All layers use {most} {purpose}"
     else:
-        ends = [_layers_with(profile(rows, metric), end["value"], sites(rows)) for end in (bottom, top)]
+        ends = [_layers_with(points, end["value"], sites(rows)) for end in (bottom, top)]
         unclear = "" if apart else "; the two do not clearly differ"
         words = f"Layers use {least} ({ends[0]}) to {most} ({ends[1]}) {purpose}{unclear}"
     start = selection.prefix
