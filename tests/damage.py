@@ -207,6 +207,20 @@ def _mlx(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def _fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the numbers of blocks of 128 x 128, each divided by its scale, as DeepSeek-V3 stores them."""
+    import torch
+
+    blocks = [-(-size // 128) for size in weight.shape]
+    scales = torch.empty(blocks)
+    packed = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    for i, j in ((i, j) for i in range(blocks[0]) for j in range(blocks[1])):
+        part = (slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1)))
+        scales[i, j] = weight[part].float().abs().max() / 448
+        packed[part] = (weight[part].float() / scales[i, j]).to(packed.dtype)
+    return {name: packed, f"{name}_scale_inv": scales}
+
+
 QUANTIZATIONS: dict[str, tuple[Callable[[str, torch.Tensor], dict[str, torch.Tensor]], bool, dict[str, Any]]] = {
     "gptq": (
         _gptq,
@@ -229,6 +243,11 @@ QUANTIZATIONS: dict[str, tuple[Callable[[str, torch.Tensor], dict[str, torch.Ten
         _int8,
         False,
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+    ),
+    "fp8": (
+        _fp8,
+        False,
+        {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}},
     ),
     "mlx": (_mlx, True, {"quantization": {"group_size": 32, "bits": 4}}),
 }

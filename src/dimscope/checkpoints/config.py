@@ -70,8 +70,9 @@ def _read_json(source: Source) -> dict[str, Any]:
 
 def quantisation(config: "PretrainedConfig") -> str | None:
     """Return the method by which a config declares its weights quantised, or None."""
-    # MLX writes its own key; everybody else the one of transformers.
-    declared = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
+    if getattr(config, "quantization", None):
+        return "MLX"
+    declared = getattr(config, "quantization_config", None)
     if not declared:
         return None
     return (
