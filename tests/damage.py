@@ -154,6 +154,18 @@ def set_rows(
     return edit_tensors(file_of(folder, name), edit)
 
 
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write weights as two shards and their index, beside whatever is in the folder."""
+    from safetensors.torch import save_file
+
+    names = sorted(tensors)
+    parts = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
+
+
 # ---- quantised weights ---------------------------------------------------------------------------------------------
 
 
@@ -247,7 +259,13 @@ QUANTIZATIONS: dict[str, tuple[Callable[[str, torch.Tensor], dict[str, torch.Ten
     "fp8": (
         _fp8,
         False,
-        {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}},
+        {
+            "quantization_config": {
+                "quant_method": "fp8",
+                "activation_scheme": "dynamic",
+                "weight_block_size": [128, 128],
+            }
+        },
     ),
     "mlx": (_mlx, True, {"quantization": {"group_size": 32, "bits": 4}}),
 }

@@ -158,6 +158,8 @@ def test_weights_of_nan_and_inf_are_named(checkpoint, editable, refuse, digest, 
 
 def test_states_that_overflow_are_named_by_layer(checkpoint, editable, refuse, text, tmp_path):
     folder = poison(editable(checkpoint("qwen2")), "model.layers.0.mlp.down_proj.weight", 6e4)
+    poison(folder, "model.layers.0.mlp.up_proj.weight", 100.0)
+    poison(folder, "model.layers.0.mlp.gate_proj.weight", 100.0)
     names = ("layer 1 (block 1)", "hidden states", "window", "float32")
     refuse(folder, "--text", text, *SMALL, "--dtype", "float16", names=names)
 
