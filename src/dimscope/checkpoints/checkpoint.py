@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dimscope.checkpoints import BUILTIN, gguf
+from dimscope.checkpoints.hub import cache_errors, find_on_hub
+from dimscope.checkpoints.hub_environment import check_import_variables
 from dimscope.checkpoints.skeleton import Skeleton, build_skeleton
-from dimscope.checkpoints.sources import HubRepository, LocalFolder, Source, find_on_hub
+from dimscope.checkpoints.sources import LocalFolder, Source
 from dimscope.checkpoints.tensors import TensorInfo, TensorReader
 from dimscope.checkpoints.weights import open_weights
 from dimscope.errors import CheckpointNotFound, CorruptCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
@@ -103,7 +105,13 @@ def open_checkpoint(
         UnsafeCheckpoint: Weights or architecture are code, and the option that accepts it is off.
         MissingExtra: The file is GGUF, and the package gguf is not installed.
     """
+    check_import_variables()
     source, gguf_file = _find_source(str(name), revision)
+    with cache_errors(source):
+        return _open(source, gguf_file, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+
+
+def _open(source: Source, gguf_file: str | None, *, allow_pickle: bool, trust_remote_code: bool) -> Checkpoint:
     if gguf_file is not None:
         return _located_gguf(source, gguf.open_gguf(source, gguf_file))
     has_config = "config.json" in source.files
@@ -157,13 +165,9 @@ def _read_config(source: Source, trust_remote_code: bool) -> "PretrainedConfig":
         )
     if not builtin and "auto_map" not in raw:
         raise UnsupportedCheckpoint(f"{source.name}: transformers does not know the model type {model_type!r}")
-    location = source.name if isinstance(source, HubRepository) and not builtin else str(path.parent)
+    location = path.parent if builtin else source.folder(["config.json"])
     try:
-        return AutoConfig.from_pretrained(
-            location,
-            revision=source.revision if location == source.name else None,
-            trust_remote_code=trust_remote_code and not builtin,
-        )
+        return AutoConfig.from_pretrained(str(location), trust_remote_code=trust_remote_code and not builtin)
     except (ValueError, TypeError, KeyError, OSError) as e:
         raise CorruptCheckpoint(
             f"{source.name}: config.json does not describe a model ({str(e).splitlines()[0]})"

@@ -13,8 +13,8 @@ import psutil
 import torch
 
 from dimscope.checkpoints.checkpoint import Checkpoint
+from dimscope.checkpoints.hub import cache_advice
 from dimscope.checkpoints.loaded import LoadedModel
-from dimscope.checkpoints.sources import HubRepository
 from dimscope.checkpoints.tensors import StateDictReader
 from dimscope.errors import CorruptCheckpoint, DimscopeError, InvalidArgument, MissingExtra, UnsupportedCheckpoint
 from dimscope.units import readable_bytes
@@ -106,7 +106,7 @@ def load_model(
         return source.model
     placement = placement or place(checkpoint)
     _require_memory(checkpoint, placement)
-    location = source.name if isinstance(source, HubRepository) else str(source.fetch("config.json").parent)
+    location = str(source.folder({info.file for info in checkpoint.tensors.values()}))
     # accelerate may keep weights on disk; safetensors files it reads where they are, others it writes there
     offload = tempfile.mkdtemp(prefix="dimscope-") if placement.device == "map" else None
     try:
@@ -119,7 +119,8 @@ def load_model(
         if is_out_of_memory(e):
             raise out_of_memory(checkpoint.name) from e
         reason = " ".join(str(e).split())[:200]
-        raise CorruptCheckpoint(f"{checkpoint.name}: the weights cannot be loaded ({reason})") from e
+        advice = cache_advice(source)
+        raise CorruptCheckpoint(f"{checkpoint.name}: the weights cannot be loaded ({reason}){advice}") from e
     if offload is not None:
         weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
     return model.eval()
@@ -130,10 +131,8 @@ def _from_pretrained(
 ) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
-    source = checkpoint.source
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         location,
-        revision=source.revision if isinstance(source, HubRepository) else None,
         dtype=DTYPES[placement.dtype],
         device_map="auto" if placement.device == "map" else None,
         offload_folder=offload,

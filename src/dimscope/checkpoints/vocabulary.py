@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dimscope.checkpoints.hub import HubRepository, cache_advice
 from dimscope.checkpoints.loaded import LoadedModel
-from dimscope.checkpoints.sources import HubRepository, Source
+from dimscope.checkpoints.sources import Source
 from dimscope.errors import DimscopeError, TokenizerMissing
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def read_tokenizer(source: Source) -> "PreTrainedTokenizerBase | None":
     if not {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"} & set(present):
         return None
     if isinstance(source, HubRepository):
-        present.append("config.json")  # some tokenizers find their class through it
+        # Some tokenizers find their class through the config; the template belongs to the tokenizer.
+        present += [f for f in ("config.json", "chat_template.jinja") if f in source.files]
     paths = [source.fetch(f) for f in present]
     return AutoTokenizer.from_pretrained(str(paths[0].parent), trust_remote_code=False)
 
@@ -122,7 +124,7 @@ def _try_tokenizer(source: Source) -> "tuple[PreTrainedTokenizerBase | None, str
     except DimscopeError:
         raise
     except Exception as e:  # damaged or of an unknown kind: tokenizers raises bare Exception
-        return None, f"the tokenizer cannot be read ({' '.join(str(e).split())[:200]})"
+        return None, f"the tokenizer cannot be read ({' '.join(str(e).split())[:200]}){cache_advice(source)}"
 
 
 def describe_vocabulary(tokenizer: "PreTrainedTokenizerBase", n_rows: int) -> Vocabulary:
