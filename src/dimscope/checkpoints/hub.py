@@ -82,11 +82,15 @@ class HubRepository:
         return path
 
     def folder(self, files: Iterable[str]) -> Path:
-        """Return the folder of the snapshot with these files and all small ones, downloaded if need be."""
-        for file in sorted({*files, *self.small_files}):
+        """Return the folder of the snapshot with these files and all small ones that can be had, downloaded if need be."""
+        for file in (*sorted(files), *self.at_hand(self.small_files)):
             self.fetch(file)
         self.cache.reference(self.reference, self.revision)
         return self.cache.snapshot(self.revision)
+
+    def at_hand(self, files: Iterable[str]) -> list[str]:
+        """Return those files that can be fetched: all of them, or without the hub those in the cache."""
+        return [file for file in files if not self.unreachable or self.cache.whole(self.revision, file)]
 
     def size(self, file: str) -> int:
         """Return the bytes of a file, without downloading it.

@@ -83,11 +83,14 @@ def read_tokenizer(source: Source) -> "PreTrainedTokenizerBase | None":
     from transformers import AutoTokenizer
 
     present = [f for f in TOKENIZER_FILES if f in source.files]
-    if not {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"} & set(present):
+    vocabularies = {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"}
+    if not vocabularies & set(present):
         return None
     if isinstance(source, HubRepository):
         # Some tokenizers find their class through the config; the template belongs to the tokenizer.
         present += [f for f in ("config.json", "chat_template.jinja") if f in source.files]
+        if vocabularies & set(at_hand := source.at_hand(present)):  # one of several kinds is enough
+            present = at_hand
     paths = [source.fetch(f) for f in present]
     return AutoTokenizer.from_pretrained(str(paths[0].parent), trust_remote_code=False)
 
