@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -134,7 +135,8 @@ class HubServer:
     range_shift: int = 0  # bytes by which the ranges begin too late, as Content-Range says too
     range_excess: int = 0  # bytes after the last that was requested
     promised: int = 0  # bytes that Content-Length names and that are never sent
-    flipped: tuple[str, int] | None = None  # name of a file, and the byte of it that arrives inverted
+    delay: float = 0  # seconds before every answer
+    spoilt: tuple[str, int, bytes] | None = None  # name of a file, and wrong bytes that arrive from some byte of it on
 
     def __enter__(self) -> HubServer:
         return self.start()
@@ -258,6 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.origin,
         )
         hub.requests.append(self.record)
+        time.sleep(hub.delay)
         try:
             if hub.broken_status is not None:
                 raise _Refused(hub.broken_status, None, "The hub is having a bad day")
@@ -362,8 +365,8 @@ class _Handler(BaseHTTPRequestHandler):
             hub.aborts_left -= 1
             stop = start + (hub.abort_after or 0)
         for chunk in _chunks(path, start, stop):
-            if hub.flipped and path.name == hub.flipped[0]:
-                chunk = _inverted(chunk, hub.flipped[1] - start)
+            if hub.spoilt and path.name == hub.spoilt[0]:
+                chunk = _overwritten(chunk, hub.spoilt[1] - start, hub.spoilt[2])
             start += len(chunk)
             self.record.bytes_sent += len(chunk)  # before the write: who has read the body finds it counted
             self.wfile.write(chunk)
@@ -467,9 +470,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(refusal.status, headers, json.dumps({"error": refusal.message}).encode())
 
 
-def _inverted(chunk: bytes, at: int) -> bytes:
-    """Return the bytes with the one at a place inverted, where there is such a place."""
-    return chunk[:at] + bytes([chunk[at] ^ 0xFF]) + chunk[at + 1 :] if 0 <= at < len(chunk) else chunk
+def _overwritten(chunk: bytes, at: int, wrong: bytes) -> bytes:
+    """Return the bytes with wrong ones at a place, where there is such a place."""
+    return chunk[:at] + wrong + chunk[at + len(wrong) :] if 0 <= at <= len(chunk) - len(wrong) else chunk
 
 
 def _span(first: str, last: str, size: int) -> tuple[int, int]:

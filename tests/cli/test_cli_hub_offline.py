@@ -168,22 +168,47 @@ def test_a_cache_of_other_programs_without_weights_is_called_incomplete(
 
 def test_a_wrong_byte_in_the_cache_is_named_with_its_file(checkpoint, hub, hub_home, cli, refused, tmp_path, text):
     hub.add("owner/wrong", checkpoint("llama"))
-    hub.flipped = ("model.safetensors", 20)  # in the header, which travels as a range without a hash
+    hub.spoilt = ("model.safetensors", 20, b"\xff")  # in the header, which travels as a range without a hash
     line = refused(cli("spectrum", "owner/wrong"), "owner/wrong", "delete")
     [header] = ranges(hub_home, "owner/wrong")
     assert str(header) in line
-    hub.flipped = None
+    hub.spoilt = None
     assert refused(cli("spectrum", "owner/wrong")) == line
     header.unlink()
     succeed(cli("spectrum", "owner/wrong"))
     options = ("--text", text, *READ, *MODEL_COMMANDS["damage"])
-    hub.flipped = ("model.safetensors", 9000)  # a whole file has a hash
+    hub.spoilt = ("model.safetensors", 9000, b"\xff\xff")  # a whole file has a hash
     refused(cli("damage", "owner/wrong", *options), "model.safetensors", "arrived damaged")
-    hub.flipped = None
+    hub.spoilt = None
     succeed(cli("damage", "owner/wrong", *options))
     [config] = (hub_home / "hub").glob("models--owner--wrong/snapshots/*/config.json")
     config.resolve().write_bytes(config.read_bytes().replace(b"{", b"}", 1))
     refused(cli("spectrum", "owner/wrong"), "config.json", "delete", config.resolve())
+
+
+def test_wrong_bytes_in_a_table_are_named_with_their_file(checkpoint, hub, hub_home, cli, refused):
+    folder = checkpoint("llama", hidden_size=64, tie_word_embeddings=True)
+    hub.add("owner/table", folder)
+    length = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    hub.spoilt = ("model.safetensors", 8 + length + 400, b"\xff" * 4)  # NaN
+    line = refused(cli("spectrum", "owner/table"), "owner/table", "NaN", "delete")
+    [table] = [path for path in ranges(hub_home, "owner/table") if not path.name.endswith(".0-100000")]
+    assert str(table) in line
+    hub.spoilt = None
+    table.unlink()
+    succeed(cli("spectrum", "owner/table"))
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(checkpoint, hub, forked_python, refused):
+    hub.add("owner/slow", checkpoint("llama"))
+    program = (
+        "import runpy, sys; from huggingface_hub import constants; constants.HF_HUB_ETAG_TIMEOUT = 0.5\n"
+        "sys.argv = ['dimscope', 'spectrum', '{}']; runpy.run_module('dimscope', run_name='__main__')"
+    )
+    succeed(forked_python("-c", program.format("owner/slow")))
+    hub.delay = 2
+    succeed(forked_python("-c", program.format("owner/slow")))
+    refused(forked_python("-c", program.format("owner/other")), "owner/other", "timed out")
 
 
 @pytest.mark.parametrize(

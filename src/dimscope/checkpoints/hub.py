@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from dimscope.checkpoints.hub_cache import COMMIT, RepositoryCache, is_damaged, is_safe_name
-from dimscope.checkpoints.hub_client import hub_errors, reason_of, stream_range
+from dimscope.checkpoints.hub_client import hub_errors, stream_range
 from dimscope.checkpoints.hub_environment import check_connection_variables
 from dimscope.checkpoints.sources import Source, read_range
-from dimscope.errors import CheckpointNotFound, CorruptCheckpoint, NetworkError
+from dimscope.errors import CheckpointNotFound, CorruptCheckpoint, NetworkError, NonFiniteRows
 from dimscope.storage import writing
 
 SMALL_FILES = re.compile(r".*\.(json|txt|model|py|jinja|tiktoken)", re.DOTALL)
@@ -23,7 +23,7 @@ SMALL_FILES = re.compile(r".*\.(json|txt|model|py|jinja|tiktoken)", re.DOTALL)
 
 LONGEST_LIST = 3  # paths in one line
 
-OFFLINE = "HF_HUB_OFFLINE is set"
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,8 @@ def find_on_hub(name: str, revision: str | None) -> HubRepository:
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
-        return _find_in_cache(name, revision or "main", OFFLINE)
+        variable = next((name for name in OFFLINE if os.environ.get(name)), OFFLINE[0])
+        return _find_in_cache(name, revision or "main", f"{variable} is set")
     check_connection_variables()
     try:
         with hub_errors(name, revision):
@@ -209,8 +210,8 @@ def find_on_hub(name: str, revision: str | None) -> HubRepository:
                 name, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
             )
     except NetworkError as e:
-        cause = e.__cause__ or e
-        return _find_in_cache(name, revision or "main", f"the hub could not be reached ({reason_of(cause)})")
+        reason = str(e).removeprefix(f"{name}: ").rpartition(";")[0] or "the hub could not be reached"
+        return _find_in_cache(name, revision or "main", reason)
     return _repository(name, revision or "main", info)
 
 
@@ -247,24 +248,27 @@ def _find_in_cache(name: str, revision: str, unreachable: str) -> HubRepository:
 
 
 @contextmanager
-def cache_errors(source: Source) -> Generator[None]:
-    """Add to the errors about a repository which cached file to delete, or that the cache is incomplete.
+def cache_errors(source: Source, file: str = "") -> Generator[None]:
+    """Add to the errors about a repository, or one file of it, which cached file to delete, or that the cache is incomplete.
 
     Raises:
         CheckpointError: The error with the advice.
+        NonFiniteRows: Likewise.
     """
     try:
         yield
-    except (CheckpointNotFound, CorruptCheckpoint) as e:
-        if advice := cache_advice(source, str(e)):
+    except (CheckpointNotFound, CorruptCheckpoint, NonFiniteRows) as e:
+        advice = cache_advice(source, f"{e} {file}", headers=not isinstance(e, NonFiniteRows))
+        if advice:
             raise type(e)(f"{e}{advice}") from e
         raise
 
 
-def cache_advice(source: Source, message: str = "") -> str:
+def cache_advice(source: Source, message: str = "", *, headers: bool = True) -> str:
     """Return which cached file is, or may be, at fault for an error; empty where none can be.
 
-    Whole files are compared with the hash that the hub names; ranges have none, and are named where their file is.
+    Whole files are compared with the hash that the hub names. Ranges have none: those of headers, or all others, are
+    named where the message names their file, or no file.
     """
     if not isinstance(source, HubRepository):
         return ""
@@ -273,13 +277,9 @@ def cache_advice(source: Source, message: str = "") -> str:
     whole = [path for file in named if (path := cache.whole(commit, file))]
     if damaged := next(filter(is_damaged, whole), None):
         return f"; the cached file {damaged.resolve()} is damaged: delete it and run the same command again"
-    headers = [path for file in named for path, begin, _ in cache.kept_ranges(commit, file) if begin == 0]
-    if headers:
-        at = (
-            " and ".join(map(str, headers))
-            if len(headers) <= LONGEST_LIST
-            else f"the files *.0-* in {headers[0].parent}"
-        )
+    kept = [(path, begin) for file in named for path, begin, _ in cache.kept_ranges(commit, file)]
+    if ranges := [path for path, begin in kept if not headers or begin == 0]:
+        at = " and ".join(map(str, ranges)) if len(ranges) <= LONGEST_LIST else f"the byte ranges in {ranges[0].parent}"
         return f"; if the download was damaged, delete {at} and run the same command again"
     if source.unreachable and not cache.is_listed(commit):
         command = download_command(source.name, source.reference)

@@ -46,7 +46,7 @@ def hub_errors(name: str, revision: str | None) -> Generator[None]:
                 f"{e.filename or 'the cache'} cannot be written: {e.strerror}; set HF_HOME to another folder for the cache"
             ) from e
         raise NetworkError(
-            f"{name}: no such folder here, and the hub could not be reached or broke off ({reason_of(e)}); "
+            f"{name}: the hub could not be reached or broke off ({reason_of(e)}); "
             "check the connection, or give a local folder"
         ) from e
     except ValueError as e:

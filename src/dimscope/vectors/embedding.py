@@ -1,6 +1,7 @@
 """The token-embedding tables of a checkpoint as streams of row blocks."""
 
 from dimscope.checkpoints.checkpoint import Checkpoint
+from dimscope.checkpoints.hub import cache_errors
 from dimscope.errors import InvalidArgument
 from dimscope.vectors.table import VectorTable, require_finite
 
@@ -38,4 +39,5 @@ def open_table(
         lambda start, stop: reader.read_rows(info.name, start, stop),
         name=checkpoint.name,
     )
-    return require_finite(table, info.name, skip_nonfinite=skip_nonfinite, advice=advice)
+    with cache_errors(checkpoint.source, info.file):
+        return require_finite(table, info.name, skip_nonfinite=skip_nonfinite, advice=advice)
