@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -231,7 +232,9 @@ def test_a_range_that_is_not_the_requested_one_is_one_line(
         "import runpy, sys; from huggingface_hub import constants; constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.5\n"
         "sys.argv = ['dimscope', 'tokens', 'owner/range']; runpy.run_module('dimscope', run_name='__main__')"
     )
+    start = time.monotonic()
     refused(forked_python("-c", program), "owner/range", named)
+    assert time.monotonic() - start < 20  # seconds; the hub keeps the connection open
     assert ranges(hub_home, "owner/range") == []
 
 
@@ -239,7 +242,7 @@ def test_an_answer_that_no_hub_gives_is_one_line(checkpoint, hub, hub_home, cli,
     commit = hub.add("owner/odd", checkpoint("llama"))
     files, sha = commit.blobs, commit.sha
     commit.__dict__["sha"] = "../../../odd"
-    refused(cli("inspect", "owner/odd"), "owner/odd", "../../../odd")
+    refused(cli("inspect", "owner/odd"), "owner/odd", "../../../odd", "commit", "HF_ENDPOINT")
     commit.__dict__.update(sha=sha, blobs={**files, "../../odd": files["config.json"]})
     refused(cli("inspect", "owner/odd"), "owner/odd", "../../odd")
     assert not [path for path in hub_home.rglob("*odd*") if path.is_file()]

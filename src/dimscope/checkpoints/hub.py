@@ -239,7 +239,7 @@ def _find_in_cache(name: str, revision: str, unreachable: str) -> HubRepository:
     if commit is None:
         raise NetworkError(
             f"{name}: no such folder here, the model{at} is not in the cache of the hub ({cache.hub.parent}), and "
-            f"{unreachable}; run `{download_command(name, revision)}` once online"
+            f"{unreachable}; check the connection or give a local folder, or run `{download_command(name, revision)}` once online"
         )
     repository = HubRepository(name, commit, cache.sizes(commit), revision, unreachable)
     if not cache.is_listed(commit) and not any(f == "config.json" or f.endswith(".gguf") for f in repository.files):
