@@ -167,6 +167,23 @@ def test_a_cache_of_other_programs_without_weights_is_called_incomplete(
     refused(offline("tokens", "owner/part"), "owner/part", "weights", "dimscope download owner/part")
 
 
+def test_what_other_programs_left_out_is_not_missed(
+    checkpoint, editable, hub, cli, forked_python, offline, tmp_path, text
+):
+    folder = editable(checkpoint("llama"), "more")
+    for name in ("notes.txt", "spiece.model", "vocab.txt"):
+        (folder / name).write_text("nothing that the tokenizer reads")
+    hub.add("owner/more", folder)
+    succeed(cli("inspect", "owner/more"))  # brings the list of all files
+    program = (
+        "import transformers; transformers.AutoModelForCausalLM.from_pretrained('owner/more'); "
+        "transformers.AutoTokenizer.from_pretrained('owner/more')"
+    )
+    succeed(forked_python("-c", program))
+    hub.stop()
+    succeed(offline("layers", "owner/more", *MODEL_COMMANDS["layers"], "--text", text, *READ, "-o", tmp_path / "out"))
+
+
 def test_a_wrong_byte_in_the_cache_is_named_with_its_file(checkpoint, hub, hub_home, cli, refused, tmp_path, text):
     hub.add("owner/wrong", checkpoint("llama"))
     hub.spoilt = ("model.safetensors", 20, b"\xff")  # in the header, which travels as a range without a hash
@@ -185,6 +202,11 @@ def test_a_wrong_byte_in_the_cache_is_named_with_its_file(checkpoint, hub, hub_h
     [config] = (hub_home / "hub").glob("models--owner--wrong/snapshots/*/config.json")
     config.resolve().write_bytes(config.read_bytes().replace(b"{", b"}", 1))
     refused(cli("spectrum", "owner/wrong"), "config.json", "delete", config.resolve())
+    config.resolve().unlink()
+    succeed(cli("spectrum", "owner/wrong"))
+    tokenizer = config.with_name("tokenizer.json").resolve()
+    tokenizer.write_bytes(tokenizer.read_bytes().replace(b"{", b"}", 1))
+    refused(cli("spectrum", "owner/wrong"), "delete", tokenizer)
 
 
 def test_wrong_bytes_in_a_table_are_named_with_their_file(checkpoint, hub, hub_home, cli, refused):

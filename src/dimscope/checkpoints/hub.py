@@ -264,6 +264,14 @@ def cache_errors(source: Source, file: str = "") -> Generator[None]:
         raise
 
 
+def damaged_file(source: Source, files: Iterable[str]) -> Path | None:
+    """Return the first of these files whose copy in the hub's cache differs from the hash that the hub names."""
+    if not isinstance(source, HubRepository):
+        return None
+    whole = (path for file in files if (path := source.cache.whole(source.revision, file)))
+    return next((path.resolve() for path in whole if is_damaged(path)), None)
+
+
 def cache_advice(source: Source, message: str = "", *, headers: bool = True) -> str:
     """Return which cached file is, or may be, at fault for an error; empty where none can be.
 
@@ -274,10 +282,10 @@ def cache_advice(source: Source, message: str = "", *, headers: bool = True) -> 
         return ""
     cache, commit = source.cache, source.revision
     named = [file for file in source.sizes if file in message] or sorted(source.sizes)
-    whole = [path for file in named if (path := cache.whole(commit, file))]
-    if damaged := next(filter(is_damaged, whole), None):
-        return f"; the cached file {damaged.resolve()} is damaged: delete it and run the same command again"
-    kept = [(path, begin) for file in named for path, begin, _ in cache.kept_ranges(commit, file)]
+    if damaged := damaged_file(source, named):
+        return f"; the cached file {damaged} is damaged: delete it and run the same command again"
+    read = [file for file in named if not cache.whole(commit, file)]
+    kept = [(path, begin) for file in read for path, begin, _ in cache.kept_ranges(commit, file)]
     if ranges := [path for path, begin in kept if not headers or begin == 0]:
         at = " and ".join(map(str, ranges)) if len(ranges) <= LONGEST_LIST else f"the byte ranges in {ranges[0].parent}"
         return f"; if the download was damaged, delete {at} and run the same command again"

@@ -18,10 +18,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from urllib.parse import quote
-
-from dimscope.errors import DimscopeError
-from dimscope.storage import write_whole
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHORT_COMMIT = re.compile(r"[0-9a-f]{4,39}")
@@ -75,18 +73,18 @@ class RepositoryCache:
 
     def remember(self, revision: str, commit: str, sizes: Mapping[str, int | None]) -> None:
         """Keep the commit of a revision and the files of the commit. A cache that cannot be written stays as it is."""
-        with suppress(DimscopeError):
-            write_whole(self.ranges / "refs" / quote(revision, safe=""), commit.encode())
+        with suppress(OSError):
+            _write(self.ranges / "refs" / quote(revision, safe=""), commit)
             if self._listed(commit) != sizes:
-                write_whole(self._list(commit), json.dumps(dict(sizes), indent=1).encode())
+                _write(self._list(commit), json.dumps(dict(sizes), indent=1))
 
     def reference(self, revision: str, commit: str) -> None:
         """Name a commit of the hub's cache by a branch or tag, as huggingface_hub does, for other programs."""
         path = self.hub / "refs" / revision
         if COMMIT.fullmatch(revision) or not _is_inside(revision) or not self.snapshot(commit).is_dir():
             return
-        with suppress(DimscopeError):
-            write_whole(path, commit.encode())
+        with suppress(OSError):
+            _write(path, commit)
 
     def sizes(self, commit: str) -> dict[str, int | None]:
         """Return the files of a commit with their sizes: all that the hub lists, else those that are here whole."""
@@ -128,6 +126,14 @@ class RepositoryCache:
     def _commits(self) -> set[str]:
         folders = [folder for folder in (self.hub / "snapshots", self.ranges) if folder.is_dir()]
         return {path.name for folder in folders for path in folder.iterdir() if COMMIT.fullmatch(path.name)}
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file whole, whatever other processes write at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{token_hex(4)}")  # tempfile's are readable by their owner only
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _is_inside(path: str) -> bool:

@@ -106,7 +106,8 @@ def load_model(
         return source.model
     placement = placement or place(checkpoint)
     _require_memory(checkpoint, placement)
-    location = str(source.folder({info.file for info in checkpoint.tensors.values()}))
+    weights = {info.file for info in checkpoint.tensors.values()}
+    location = str(source.folder(weights))
     # accelerate may keep weights on disk; safetensors files it reads where they are, others it writes there
     offload = tempfile.mkdtemp(prefix="dimscope-") if placement.device == "map" else None
     try:
@@ -119,7 +120,7 @@ def load_model(
         if is_out_of_memory(e):
             raise out_of_memory(checkpoint.name) from e
         reason = " ".join(str(e).split())[:200]
-        advice = cache_advice(source)
+        advice = cache_advice(source, " ".join(weights))
         raise CorruptCheckpoint(f"{checkpoint.name}: the weights cannot be loaded ({reason}){advice}") from e
     if offload is not None:
         weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dimscope.checkpoints.hub import HubRepository, cache_advice
+from dimscope.checkpoints.hub import HubRepository, damaged_file
 from dimscope.checkpoints.loaded import LoadedModel
 from dimscope.checkpoints.sources import Source
-from dimscope.errors import DimscopeError, TokenizerMissing
+from dimscope.errors import CorruptCheckpoint, DimscopeError, TokenizerMissing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,7 +127,11 @@ def _try_tokenizer(source: Source) -> "tuple[PreTrainedTokenizerBase | None, str
     except DimscopeError:
         raise
     except Exception as e:  # damaged or of an unknown kind: tokenizers raises bare Exception
-        return None, f"the tokenizer cannot be read ({' '.join(str(e).split())[:200]}){cache_advice(source)}"
+        if damaged := damaged_file(source, TOKENIZER_FILES):
+            raise CorruptCheckpoint(
+                f"{source.name}: the cached file {damaged} is damaged: delete it and run the same command again"
+            ) from e
+        return None, f"the tokenizer cannot be read ({' '.join(str(e).split())[:200]})"
 
 
 def describe_vocabulary(tokenizer: "PreTrainedTokenizerBase", n_rows: int) -> Vocabulary:
