@@ -294,6 +294,13 @@ def test_a_variable_that_cannot_be_used_is_named(cli, refused, variable, value):
     assert "hf_" not in line
 
 
+def test_a_token_file_that_cannot_be_used_is_named(hub, hub_home, cli, refused):
+    hub_home.mkdir()
+    for token in ("hf_\xe9".encode(), b"hf_\xff"):
+        (hub_home / "token").write_bytes(token)
+        assert "hf_" not in refused(cli("inspect", "owner/any"), hub_home / "token")
+
+
 def test_a_variable_without_which_packages_cannot_be_imported_is_named(run_cli, refused, checkpoint):
     for variable, value in (("HF_ENDPOINT", "http://["), ("HF_HUB_DOWNLOAD_TIMEOUT", "long")):
         refused(run_cli("inspect", checkpoint("llama"), env={variable: value}), variable)

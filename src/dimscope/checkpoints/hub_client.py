@@ -41,14 +41,7 @@ def hub_errors(name: str, revision: str | None) -> Generator[None]:
     except errors.HfHubHTTPError as e:
         raise _refusal(name, e) from e
     except _transport_errors() as e:
-        if isinstance(e, OSError) and e.errno and not isinstance(e, ConnectionError | TimeoutError):
-            raise InvalidArgument(
-                f"{e.filename or 'the cache'} cannot be written: {e.strerror}; set HF_HOME to another folder for the cache"
-            ) from e
-        raise NetworkError(
-            f"{name}: the hub could not be reached or broke off ({reason_of(e)}); "
-            "check the connection, or give a local folder"
-        ) from e
+        raise _broken(name, e) from e
     except ValueError as e:
         raise NetworkError(
             f"{name}: the server does not answer as a hub does ({reason_of(e)}); check HF_ENDPOINT"
@@ -60,6 +53,19 @@ def _transport_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub import errors
 
     return tuple(b for b in errors.HfHubHTTPError.__bases__ if issubclass(b, Exception))
+
+
+def _broken(name: str, error: Exception) -> DimscopeError:
+    """Return the error for a connection that failed, or a cache that cannot be written."""
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
+        where = error.filename or "the cache"
+        return InvalidArgument(
+            f"{where} cannot be written: {error.strerror}; set HF_HOME to another folder for the cache"
+        )
+    return NetworkError(
+        f"{name}: the hub could not be reached or broke off ({reason_of(error)}); "
+        "check the connection, or give a local folder"
+    )
 
 
 def _refusal(name: str, error: Any) -> DimscopeError:

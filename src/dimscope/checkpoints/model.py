@@ -106,8 +106,7 @@ def load_model(
         return source.model
     placement = placement or place(checkpoint)
     _require_memory(checkpoint, placement)
-    weights = {info.file for info in checkpoint.tensors.values()}
-    location = str(source.folder(weights))
+    location = str(source.folder({info.file for info in checkpoint.tensors.values()}))
     # accelerate may keep weights on disk; safetensors files it reads where they are, others it writes there
     offload = tempfile.mkdtemp(prefix="dimscope-") if placement.device == "map" else None
     try:
@@ -120,8 +119,7 @@ def load_model(
         if is_out_of_memory(e):
             raise out_of_memory(checkpoint.name) from e
         reason = " ".join(str(e).split())[:200]
-        advice = cache_advice(source, " ".join(weights))
-        raise CorruptCheckpoint(f"{checkpoint.name}: the weights cannot be loaded ({reason}){advice}") from e
+        raise CorruptCheckpoint(f"{checkpoint.name}: weights cannot be loaded ({reason}){cache_advice(source)}") from e
     if offload is not None:
         weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
     return model.eval()
