@@ -118,8 +118,8 @@ def load_model(
             raise
         if is_out_of_memory(e):
             raise out_of_memory(checkpoint.name) from e
-        reason = " ".join(str(e).split())[:200]
-        raise CorruptCheckpoint(f"{checkpoint.name}: weights cannot be loaded ({reason}){cache_advice(source)}") from e
+        reason = f"({' '.join(str(e).split())[:200]}){cache_advice(source)}"
+        raise CorruptCheckpoint(f"{checkpoint.name}: the weights cannot be loaded {reason}") from e
     if offload is not None:
         weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
     return model.eval()
