@@ -2,6 +2,7 @@
 
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.gguf import GgufReader
+from dimscope.checkpoints.hub import cache_errors
 from dimscope.checkpoints.quantised import reads_floats
 from dimscope.errors import InvalidArgument, UnsupportedCheckpoint
 from dimscope.vectors.table import VectorTable, require_finite
@@ -46,4 +47,5 @@ def open_table(
         lambda start, stop: reader.read_rows(info.name, start, stop),
         name=checkpoint.name,
     )
-    return require_finite(table, info.name, skip_nonfinite=skip_nonfinite, advice=advice)
+    with cache_errors(checkpoint.source, info.file):
+        return require_finite(table, info.name, skip_nonfinite=skip_nonfinite, advice=advice)
