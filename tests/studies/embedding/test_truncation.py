@@ -153,9 +153,18 @@ def test_the_title_names_the_sizes_of_both_methods(tables: Tables, facts: Facts)
     def with_truncation(value: float) -> Tables:
         return {"truncation": frame.with_columns(value=pl.when(at).then(value).otherwise("value"))}
 
-    assert answer(with_truncation(0.9), 4, "row").endswith("in 3 of 4 dimensions, truncation needs all")
-    none = {"truncation": frame.with_columns(value=pl.col("value") / 2)}
-    assert answer(none, 4, "row").startswith("Neither PCA nor truncation keeps 90%")
+    assert answer(with_truncation(0.9), 4, "row").endswith("in 3 of 4 dimensions, truncation may need all")
+    assert answer(with_truncation(0.8), 4, "row").endswith("in 3 of 4 dimensions, truncation needs more than 3")
+    swapped = {
+        "truncation": with_truncation(0.8)["truncation"].with_columns(
+            pl.col("method").replace({PCA: TRUNCATION, TRUNCATION: PCA})
+        )
+    }
+    assert answer(swapped, 4, "row").startswith("Truncation keeps 90% of the 10 nearest neighbours of a row in 3 of 4")
+    for factor, verb in ((0.5, "keeps"), (0.9 / 0.97, "is certain to keep")):
+        none = {"truncation": frame.with_columns(value=pl.col("value") * factor)}
+        start = f"With up to 3 of 4 dimensions, neither PCA nor truncation {verb} 90%"
+        assert answer(none, 4, "row").startswith(start)
     assert answer({}, 4, "row") == ""
 
 

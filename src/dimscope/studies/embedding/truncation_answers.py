@@ -122,18 +122,25 @@ def answer(tables: Tables, dim: int, row: str) -> str:
     frame = truncation_of(tables)
     if frame is None:
         return ""
-    pca, cut = (needed(frame, method, NEIGHBOR_OVERLAP, 0.9, dim).size for method in (PCA, TRUNCATION))
-    what = f"90% of the {frame['neighbors'][0]} nearest neighbours of a {row}"
-    if pca == cut == dim:
-        return f"Neither PCA nor truncation keeps {what} in fewer than all {dim:,} dimensions that were tried"
-    if pca == cut:
-        return f"PCA and truncation both keep {what} in {pca:,} of {dim:,} dimensions"
-    first = (
-        f"PCA keeps {what} in {pca:,} of {dim:,} dimensions"
-        if pca < dim
-        else f"PCA needs all {dim:,} dimensions for {what}"
+    pca, cut = (needed(frame, method, NEIGHBOR_OVERLAP, 0.9, dim) for method in (PCA, TRUNCATION))
+    what, largest = (
+        f"90% of the {frame['neighbors'][0]} nearest neighbours of a {row}",
+        int(frame["size"].to_numpy().max()),
     )
-    return f"{first}, truncation {'needs all' if cut == dim else f'in {cut:,}'}"
+    if pca.size == cut.size == dim:
+        verb = "keeps" if pca.possible == cut.possible == dim else "is certain to keep"
+        return f"With up to {largest:,} of {dim:,} dimensions, neither PCA nor truncation {verb} {what}"
+    if pca.size == cut.size:
+        return f"PCA and truncation both keep {what} in {pca.size:,} of {dim:,} dimensions"
+    if pca.size == dim:
+        return f"Truncation keeps {what} in {cut.size:,} of {dim:,} dimensions, PCA {_in_words(pca, dim, largest)}"
+    return f"PCA keeps {what} in {pca.size:,} of {dim:,} dimensions, truncation {_in_words(cut, dim, largest)}"
+
+
+def _in_words(found: Needed, dim: int, largest: int) -> str:
+    if found.size < dim:
+        return f"in {found.size:,}"
+    return f"needs more than {largest:,}" if found.possible == dim else "may need all"
 
 
 def _quantile(share: float, degrees: int) -> float:

@@ -95,18 +95,21 @@ def curves(frame: pl.DataFrame, metric: str, dim: int, title: str) -> go.Figure:
 
 
 def _grid(frame: pl.DataFrame, dim: int) -> Grid:
+    largest = int(frame["size"].to_numpy().max())
     header = tuple(
         f"{target:.0%} of the neighbours" if metric == NEIGHBOR_OVERLAP else f"rank correlation {target:g}"
         for metric, target in TARGETS
     )
     rows = tuple(
-        (NAMES.get(method, method), *(_cell(needed(frame, method, *target, dim), dim) for target in TARGETS))
+        (NAMES.get(method, method), *(_cell(needed(frame, method, *target, dim), dim, largest) for target in TARGETS))
         for method in ANSWERED
     )
     return Grid(f"Dimensions that are needed, of {dim:,}", ("", *header), rows, frozenset({1, 2, 3}))
 
 
-def _cell(found: Needed, dim: int) -> str:
+def _cell(found: Needed, dim: int, largest: int) -> str:
+    if found.possible == dim:
+        return f"more than {largest:,}"
     size = "all" if found.size == dim else f"{found.size:,}"
     return size if found.possible == found.size else f"{size} (perhaps {found.possible:,})"
 
