@@ -116,6 +116,7 @@ def kept_by_size(
         constants: The square of a further coordinate that all rows share, for each number of leading coordinates; zero by default.
     """
     n_queries = len(reference.neighbors)
+    is_neighbor = torch.zeros(n_queries, len(rows), dtype=torch.bool).scatter_(1, reference.neighbors, True)
     products, squares, start = torch.zeros(n_queries, len(rows)), torch.zeros(len(rows)), 0
     for size in sizes_of(rows.shape[1]):
         part = rows[:, start:size]
@@ -125,8 +126,7 @@ def kept_by_size(
         scores = _scores(products, squares, 0.0 if constants is None else float(constants[size - 1]))
         correlation = (_ranks(scores.gather(1, reference.compared)) * reference.ranks).sum(dim=1)
         nearest = _nearest(scores, reference.neighbors.shape[1])
-        same = (nearest[:, :, None] == reference.neighbors[:, None, :]).any(dim=2)
-        yield size, same.float().mean(dim=1), correlation
+        yield size, is_neighbor.gather(1, nearest).float().mean(dim=1), correlation
 
 
 def pca_coordinates(
