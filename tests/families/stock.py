@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,19 +40,27 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """What stock transformers has and computes.
-
-    Attributes:
-        n_parameters: The parameters that it saves: sinusoidal position tables are computed when a model is built.
-        hidden_states: The input of the first block and the output of each; the last entry is after the final norm.
-        before_norm: The output of the last block, where that is another one and transformers gives it out.
-    """
+class Tables:
+    """What a model of stock transformers has: the parameters that it saves, and its tables."""
 
     n_parameters: int
     input_table: torch.Tensor
     output_table: torch.Tensor | None
     tied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What stock transformers has and computes.
+
+    Attributes:
+        tables: The tables of the model.
+        hidden_states: The input of the first block and the output of each; the last entry is after the final norm.
+        before_norm: The output of the last block, where that is another one and transformers gives it out.
+        logits: The logits at all positions, of a model that has an output table.
+    """
+
+    tables: Tables
     hidden_states: tuple[torch.Tensor, ...]
     before_norm: torch.Tensor | None
     logits: torch.Tensor | None
@@ -67,8 +76,18 @@ def find_cases() -> list[Case]:
     return list(cases.values())
 
 
-def build(case: Case) -> Any:
-    """Return a tiny model in evaluation mode; no weight has a value that would hide a wrong site, as 0 or 1."""
+def cases_of(*kinds: str) -> list[Case]:
+    """Return the cases of some kinds."""
+    return [case for case in find_cases() if case.kind in kinds]
+
+
+def build(case: Case, *, tie_other_way: bool = False) -> Any:
+    """Return a tiny model in evaluation mode; no weight has a value that would hide a wrong site, as 0 or 1.
+
+    Args:
+        case: The type and its class.
+        tie_other_way: Tie the tables of a type that has two by default, or untie them.
+    """
     model_class = getattr(transformers, case.model_class)
     config = tiny_config(case.model_type, causal=case.kind == "causal")
     nested = [
@@ -78,13 +97,33 @@ def build(case: Case) -> Any:
         config = nested[0]
         if any((c.model_type, c.model_class) == (config.model_type, case.model_class) for c in find_cases()):
             raise ValueError(f"{case.model_class} is the class of the type {config.model_type}")
+    if tie_other_way:
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            part.tie_word_embeddings = not getattr(part, "tie_word_embeddings", True)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = model_class._from_config(config).eval()
-        for parameter in model.parameters():
+        for parameter in saved_parameters(model):
             if parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
+
+
+def with_pooler(model: Any) -> Any:
+    """Return the model below the output table of an encoder, as AutoModel builds it: with a pooler where the type has one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = type(model.base_model)._from_config(model.config).eval()
+    base.load_state_dict(model.base_model.state_dict(), strict=False)
+    return base
+
+
+def stock_fault(model: Any, folder: Path) -> str | None:
+    """Return what is wrong with the files of a model if transformers itself does not load what it saved."""
+    _, loading = type(model).from_pretrained(folder, output_loading_info=True)
+    if not loading["missing_keys"]:
+        return None
+    return f"it saves names that it does not load, so it has no {min(loading['missing_keys'])} afterwards"
 
 
 def some_ids(model: Any) -> torch.Tensor:
@@ -103,30 +142,41 @@ def input_table(model: Any) -> torch.Tensor:
 
 def reference(model: Any, ids: torch.Tensor) -> Reference:
     """Return what a model has and computes; of an encoder-decoder the states of its encoder."""
-    head = getattr(model.get_output_embeddings(), "weight", None)
+    head = model.get_output_embeddings()
     runs = model.get_encoder() if model.config.is_encoder_decoder else model
+    applied: list[torch.Tensor] = []  # what the output table is applied to
+    hooks = [head.register_forward_pre_hook(lambda m, args: applied.append(args[0]))] if head is not None else []
     result = _run(runs, ids)
+    for hook in hooks:
+        hook.remove()
     states = _tensors(result.get("hidden_states"))
     if not states:
         raise ValueError("transformers gives out no hidden states of this type")
-    if model.config.model_type in WITHOUT_EMBEDDINGS:
-        states = (model.get_input_embeddings()(ids).detach(), *states)
     with _last_states_before_norm(model):
         last = _tensors(_run(runs, ids).get("hidden_states"))[-1]
-    return Reference(
-        n_parameters=_n_saved(model),
+    if model.config.model_type in WITHOUT_EMBEDDINGS:
+        states = (model.get_input_embeddings()(ids).detach(), *states)
+    if (copy := getattr(model.config, "altup_active_idx", None)) is not None:
+        # Gemma 3n has copies of the stream, of which one is active, and no state after the final norm among them.
+        last, states = last[copy], (*(entry[copy] for entry in states[:-1]), applied[-1])
+    return Reference(tables(model), states, None if torch.equal(last, states[-1]) else last, result.get("logits"))
+
+
+def tables(model: Any) -> Tables:
+    """Return the tables of a model, and how many parameters it saves."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return Tables(
+        n_parameters=sum(p.numel() for p in saved_parameters(model)),
         input_table=input_table(model),
-        output_table=None if head is None else head.detach(),
-        tied=head is model.get_input_embeddings().weight,
-        hidden_states=states,
-        before_norm=None if torch.equal(last, states[-1]) else last,
-        logits=result.get("logits"),
+        output_table=None if weight is None else weight.detach(),
+        tied=weight is model.get_input_embeddings().weight,
     )
 
 
-def _n_saved(model: Any) -> int:
+def saved_parameters(model: Any) -> list[torch.nn.Parameter]:
+    """Return the parameters that a folder holds; sinusoidal position tables are computed when a model is built."""
     unsaved = model._keys_to_ignore_on_save or ()
-    return sum(p.numel() for name, p in model.named_parameters() if not any(re.search(key, name) for key in unsaved))
+    return [p for name, p in model.named_parameters() if not any(re.search(key, name) for key in unsaved)]
 
 
 def _run(model: Any, ids: torch.Tensor) -> Any:
