@@ -71,14 +71,31 @@ def test_a_block_of_a_vocabulary_larger_than_the_limit_is_one_row(model_of, monk
     assert logits_of(model_of("gpt2"), some_ids())[1] == [1] * 33
 
 
-def test_logits_that_are_not_the_head_applied_to_the_last_hidden_state_are_refused(model_of):
-    model, blocks = model_of("CohereForCausalLM"), []
-    model.config.logit_scale = 0.9  # the model itself goes on with the scale that it was built with
-    message = r"^CohereForCausalLM: its logits are not its output embedding applied .*; pass `logits`=False$"
+def test_logits_that_are_not_the_head_applied_to_the_last_hidden_state_are_refused():
+    """BERT's head transforms the states before it applies the table."""
+    config = transformers.BertConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        is_decoder=True,
+    )
+    model, blocks = built("BertLMHeadModel", config), []
+    message = r"^BertLMHeadModel: its logits are not its output embedding applied .*; pass `logits`=False$"
     with pytest.raises(UnsupportedCheckpoint, match=message):
         run_batch(model, some_ids(), logits=lambda rows, block: blocks.append(rows))
     assert blocks == []
     run_batch(model, some_ids())  # as that says
+
+
+def test_the_scale_is_that_of_the_model_whatever_its_config_says(model_of):
+    model, ids = model_of("CohereForCausalLM"), some_ids()
+    expected = stock(model, ids).logits.flatten(0, 1)
+    model.config.logit_scale = 0.9  # the model itself goes on with the scale that it was built with
+    blocks: dict[int, torch.Tensor] = {}
+    run_batch(model, ids, logits=lambda rows, block: blocks.update(zip(rows.tolist(), block, strict=True)))
+    torch.testing.assert_close(torch.stack([blocks[row] for row in range(len(expected))]), expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -127,5 +144,6 @@ def test_the_model_runs_without_its_cache_and_makes_logits_of_one_position_only(
     model, calls = model_of("llama"), []
     model.lm_head.register_forward_hook(lambda m, args, out: calls.append(tuple(out.shape)))
     model.model.register_forward_hook(lambda m, args, out: calls.append(out.past_key_values))
-    run_batch(model, some_ids())
-    assert calls == [None, (3, 1, 512)]
+    run_batch(model, some_ids())  # the head does not run
+    run_batch(model, some_ids(), logits=lambda rows, block: None)
+    assert calls[:3] == [None, None, (3, 1, 512)]

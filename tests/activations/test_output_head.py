@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from dimscope.activations.forward import final_states
-from dimscope.activations.output_head import output_head
+from dimscope.activations.output_head import OutputHead, output_head
 from dimscope.errors import UnsupportedCheckpoint
 
 SIZES = {
@@ -63,7 +63,7 @@ def test_a_frozen_head_holds_no_copy():
 
 def test_a_table_that_is_not_in_memory_cannot_be_frozen():
     with pytest.raises(UnsupportedCheckpoint, match=r"^the output table is offloaded from memory"):
-        output_head(built("Llama").to("meta")).frozen()
+        OutputHead(built("Llama").to("meta").lm_head).frozen()
 
 
 def test_a_model_without_an_output_table_is_refused():

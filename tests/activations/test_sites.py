@@ -19,8 +19,9 @@ from causal_models import (
     stock,
 )
 
-from dimscope.activations.forward import input_device, run_batch, watched
+from dimscope.activations.forward import run_batch, watched
 from dimscope.activations.sites import Site, find_sites
+from dimscope.checkpoints.model import input_device
 from dimscope.errors import UnsupportedCheckpoint
 
 
@@ -150,7 +151,7 @@ def test_the_hooks_are_gone_afterwards_after_an_exception_too(model_of, layer):
 def test_a_model_whose_blocks_are_no_list_is_refused():
     config = transformers.XLMConfig(vocab_size=60, emb_dim=16, n_layers=2, n_heads=2, causal=True)
     model = built("XLMWithLMHeadModel", config)
-    with pytest.raises(UnsupportedCheckpoint, match=r"^XLMWithLMHeadModel: its blocks are not one list, so layers"):
+    with pytest.raises(UnsupportedCheckpoint, match=r"^XLMModel: its blocks are no modules but parts that take turns"):
         find_sites(model)
 
 

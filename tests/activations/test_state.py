@@ -32,11 +32,12 @@ def test_a_pass_of_another_definition_is_computed_again(tmp_path, checkpoint, mo
     ids = torch.arange(3, 15)
     windows = [Window(i, ids + i, ids.cumsum(0), torch.ones_like(ids), 0) for i in range(2)]
     state, batches = tmp_path / "state", []
+    sites = find_sites(model)
     model.get_decoder().register_forward_hook(lambda *_: batches.append(1))
-    run_pass(model, find_sites(model), windows, state=state)
-    run_pass(model, find_sites(model), windows, state=state)
+    run_pass(model, sites, windows, state=state)
+    run_pass(model, sites, windows, state=state)
     assert (len(batches), is_complete(state)) == (2, True)
     monkeypatch.setattr(module, "DEFINITION", "another")
     assert (load_collection(state), is_complete(state)) == (None, False)
-    run_pass(model, find_sites(model), windows, state=state)
+    run_pass(model, sites, windows, state=state)
     assert (len(batches), is_complete(state)) == (4, True)

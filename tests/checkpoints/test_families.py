@@ -16,6 +16,7 @@ from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dimscope.vectors.embedding import open_table
 
 ROLES = {
+    "token-type embedding",
     "input embedding", "output embedding", "position embedding", "attention", "mlp", "norm", "other", "buffer", "tied copy", "not loaded",
 }  # fmt: skip
 

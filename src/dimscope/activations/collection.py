@@ -80,9 +80,9 @@ def empty_collection(model: "PreTrainedModel", sites: Sequence[Site], reservoir:
         reservoir: Rows of the sample, at most.
         seed: Of the sample.
     """
-    dim = model.config.get_text_config().hidden_size
-    n_input, n_output = (_n_rows(table) for table in (model.get_input_embeddings(), model.get_output_embeddings()))
-    sums = {site.layer: SiteSums(site.name, dim) for site in sites}
+    output = model.get_output_embeddings()
+    n_input, n_output = _n_rows(model.get_input_embeddings()), 0 if output is None else _n_rows(output)
+    sums = {site.layer: SiteSums(site.name, site.dim) for site in sites}
     return Collection(sums, Reservoir(reservoir, seed), Predictions(n_output), torch.zeros(n_input, dtype=torch.bool))
 
 

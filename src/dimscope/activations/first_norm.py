@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dimscope.activations.forward import input_device
 from dimscope.activations.hooks import Hook, evaluating, hooked
-from dimscope.activations.sites import find_sites, input_states
+from dimscope.activations.sites import find_sites
+from dimscope.activations.structure import input_states, run_stack, text_stack
+from dimscope.checkpoints.model import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,5 +37,5 @@ def first_norm(model: "PreTrainedModel") -> nn.Module | None:
     norms = [m for m in block.modules() if "norm" in type(m).__name__.lower()]
     ids = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
     with evaluating(model), hooked([Hook(block, enter, before=True), *(Hook(m, read, before=True) for m in norms)]):
-        model.get_decoder()(input_ids=ids, use_cache=False)
+        run_stack(text_stack(model), ids)
     return readers[0] if readers else None

@@ -1,8 +1,8 @@
 """One forward pass: hidden states handed on as the pass reaches them, logits by blocks. Nothing is kept here."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dimscope.activations.hooks import Hook, evaluating, hooked
-from dimscope.activations.output_head import OutputHead, output_head
-from dimscope.activations.sites import Site, input_states, output_states
-from dimscope.errors import NonFiniteActivations, UnsupportedCheckpoint
+from dimscope.activations.output_head import OutputHead, states_and_head
+from dimscope.activations.sites import Site
+from dimscope.activations.structure import input_states, output_states, run_stack, text_stack
+from dimscope.checkpoints.model import input_device
+from dimscope.errors import NonFiniteActivations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,11 +27,15 @@ def watched(sites: Sequence[Site], consume: Consumer) -> AbstractContextManager[
     """Hand the hidden states of each site to `consume` in every forward pass, as long as the context is open."""
 
     def hook(site: Site) -> Hook:
+        calls = count()
+
+        def hand_on(states: Tensor) -> None:
+            if next(calls) % site.n_calls == site.call:
+                consume(site, site.select(states))
+
         if site.takes_input:
-            return Hook(
-                site.module, lambda m, args, kwargs: consume(site, input_states(args, kwargs).detach()), before=True
-            )
-        return Hook(site.module, lambda m, args, kwargs, result: consume(site, output_states(result)))
+            return Hook(site.module, lambda m, args, kwargs: hand_on(input_states(args, kwargs)), before=True)
+        return Hook(site.module, lambda m, args, kwargs, result: hand_on(output_states(result)))
 
     return hooked(hook(site) for site in sites)
 
@@ -47,7 +53,7 @@ def run_batch(
     """Run one forward pass in evaluation mode.
 
     Args:
-        model: A causal language model.
+        model: A model; one that predicts the next token where `logits` is passed.
         ids: b sequences of t token ids.
         mask: False at padding, which is on the right.
         sites: Where hidden states are read.
@@ -59,49 +65,22 @@ def run_batch(
         NonFiniteActivations: Logits are NaN or Inf.
         UnsupportedCheckpoint: The model's own logits are not its output table applied to its last hidden state.
     """
-    device = input_device(model)
-    options: dict[str, Any] = {"use_cache": False}
-    if mask is not None:
-        options["attention_mask"] = mask.to(device).long()
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = 1
-    last: list[Tensor] = []
-    catch = Hook(model.get_decoder(), lambda m, args, kwargs, result: last.append(output_states(result)))
-    with evaluating(model), hooked([catch]), watched(sites, consume):
-        result = model(input_ids=ids.to(device), **options)
-    if logits is None:
-        return
-    head = output_head(model)
-    _require_own_logits(model, head.logits(last[0][:, -1]), result.logits[:, -1])
+    device, stack = input_device(model), text_stack(model)
+    options: dict[str, Any] = {} if mask is None else {"attention_mask": mask.to(device).long()}
+    with evaluating(model), watched(sites, consume):
+        if logits is None:
+            run_stack(stack, ids.to(device), **options)
+            return
+        states, head = states_and_head(model, stack, ids.to(device), **options)
     kept = torch.arange(ids.numel()) if mask is None else torch.nonzero(mask.cpu().flatten()).squeeze(1)
-    _finite_logits(head, last[0].flatten(0, 1), kept, logits)
+    _finite_logits(head, states.flatten(0, 1), kept, logits)
 
 
 @torch.no_grad()
 def final_states(model: "PreTrainedModel", ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
     """Return the states after the final norm, which the output table is applied to. No logit is computed."""
     with evaluating(model):
-        return output_states(model.get_decoder()(input_ids=ids.to(input_device(model)), use_cache=False))
-
-
-def input_device(model: "PreTrainedModel") -> torch.device:
-    """Return the device for token ids; accelerate may have the weights elsewhere, or not in memory at all."""
-    embedding = model.get_input_embeddings()
-    hook = getattr(embedding, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return torch.device(device) if device is not None else next(embedding.parameters()).device
-
-
-def _require_own_logits(model: "PreTrainedModel", computed: Float[Tensor, "b v"], own: Float[Tensor, "b v"]) -> None:
-    """Refuse a model whose logits at the last position are not those that its output head computes."""
-    own = own.to(computed.device)
-    # bfloat16 rounds products of other shapes otherwise; a missing scale or bias is off by far more.
-    if bool(torch.isfinite(own).all()) and not torch.allclose(
-        computed, own.float(), rtol=2e-2, atol=2e-2 * float(own.abs().max())
-    ):
-        raise UnsupportedCheckpoint(
-            f"{type(model).__name__}: its logits are not its output embedding applied to the last hidden state; pass `logits`=False"
-        )
+        return output_states(run_stack(text_stack(model), ids.to(input_device(model))))
 
 
 def _finite_logits(

@@ -1,19 +1,29 @@
 """Opening a folder, a GGUF file, a hub id or `builtin`: config, tensor index and tables, without the weights."""
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dimscope.checkpoints import BUILTIN, gguf
+from dimscope.checkpoints.config import CONFIG, quantisation, read_config, unknown_model_type
 from dimscope.checkpoints.skeleton import Skeleton, build_skeleton
-from dimscope.checkpoints.sources import HubRepository, LocalFolder, Source, find_on_hub
+from dimscope.checkpoints.sources import LocalFolder, Source, find_on_hub
+from dimscope.checkpoints.tables import has_head_of_its_own, locate_tables, only_matrix, untie
 from dimscope.checkpoints.tensors import TensorInfo, TensorReader
-from dimscope.checkpoints.weights import open_weights
-from dimscope.errors import CheckpointNotFound, CorruptCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
+from dimscope.checkpoints.weights import (
+    WeightFiles,
+    adapter_note,
+    choose_weights,
+    hint_below,
+    open_weights,
+    refuse_adapter_alone,
+    stale_note,
+)
+from dimscope.checkpoints.wrappers import unwrap
+from dimscope.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedCheckpoint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -23,7 +33,18 @@ if TYPE_CHECKING:
 class Checkpoint:
     """An opened model: what it is made of and how to read it. Nothing is ever written to it.
 
-    `config` and `skeleton` are None for a GGUF file, which describes its tables itself.
+    Attributes:
+        name: As the user wrote it.
+        source: Where its files are.
+        reader: Reads its tensors.
+        config: Its config, corrected by what the files hold; None for a GGUF file or a static table.
+        skeleton: The model without its weights; None where `config` is.
+        input_table: The input table.
+        output_table: The output table; None where the model has none, or where it is the input table.
+        tied: Both are one.
+        weights: The files of the weights; None for a model in memory.
+        renamed: The tensors have other names here than in the files, which have wrappers' prefixes.
+        notes: What the user should know of the files.
 
     >>> open_checkpoint("builtin")
     Checkpoint('builtin', LlamaForCausalLM, 4,224 x 256, tied)
@@ -35,8 +56,11 @@ class Checkpoint:
     config: "PretrainedConfig | None"
     skeleton: Skeleton | None
     input_table: TensorInfo
-    output_table: TensorInfo | None  # None where the model has none, or where it is the input table
+    output_table: TensorInfo | None
     tied: bool
+    weights: WeightFiles | None = None
+    renamed: bool = False
+    notes: tuple[str, ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:
         """Return the model in one line: its tensors are thousands."""
@@ -60,10 +84,15 @@ class Checkpoint:
         return self.reader.tensors
 
     @property
+    def quantisation(self) -> str | None:
+        """Return the method by which the weights are quantised, or None."""
+        return None if self.config is None else quantisation(self.config)
+
+    @property
     def architecture(self) -> str:
         """Return the model class that the config names, or the model type."""
         if self.config is None:
-            return "GGUF"
+            return "GGUF" if isinstance(self.reader, gguf.GgufReader) else "static table"
         return (self.config.architectures or [self.config.model_type])[0]
 
 
@@ -99,24 +128,51 @@ def open_checkpoint(
         CheckpointNotFound: There is no such model, or no access to it.
         NetworkError: The hub cannot be reached.
         CorruptCheckpoint: The files are damaged.
-        UnsupportedCheckpoint: The weights are quantised, or transformers does not know the architecture.
+        UnsupportedCheckpoint: transformers does not know the architecture, or has no model for the config.
         UnsafeCheckpoint: Weights or architecture are code, and the option that accepts it is off.
         MissingExtra: The file is GGUF, and the package gguf is not installed.
     """
     source, gguf_file = _find_source(str(name), revision)
     if gguf_file is not None:
-        return _located_gguf(source, gguf.open_gguf(source, gguf_file))
-    has_config = "config.json" in source.files
-    if not has_config and not any(f.endswith(".gguf") for f in source.files):
-        raise CheckpointNotFound(f"{source.name}: no config.json there, so it is not a model")
-    config = _read_config(source, trust_remote_code) if has_config else None
-    if config is not None:
-        refuse_quantised(config, source.name)
-    reader = open_weights(source, allow_pickle=allow_pickle)
-    if config is None or isinstance(reader, gguf.GgufReader):  # GGUF repositories often carry a config too
-        return _located_gguf(source, reader)
+        return _open_gguf(source, WeightFiles("gguf", (gguf_file,)))
+    refuse_adapter_alone(source)
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    if config is None and not any(f.endswith((".gguf", ".safetensors")) for f in source.files):
+        raise _no_model(source)
+    explicit = getattr(config, "transformers_weights", None)
+    weights = choose_weights(source, explicit, allow_pickle=allow_pickle)
+    if weights.kind == "gguf":  # GGUF repositories often carry a config too
+        return _open_gguf(source, weights)
+    if config is None:
+        return _open_static(source, weights)
+    return _open_model(source, weights, config, trust_remote_code=trust_remote_code)
+
+
+def _open_model(
+    source: Source, weights: WeightFiles, config: "PretrainedConfig", *, trust_remote_code: bool
+) -> Checkpoint:
     skeleton = build_skeleton(config, source.name, trust_remote_code=trust_remote_code)
-    return locate_tables(source, reader, config, skeleton)
+    unwrapped = unwrap(open_weights(source, weights), skeleton)
+    reader, notes = unwrapped.reader, [*stale_note(source, weights), *adapter_note(source, weights)]
+    if unwrapped.removed:
+        notes.append(f"{source.name}: {', '.join(unwrapped.removed)} was taken off the names of its tensors")
+    if has_head_of_its_own(reader, skeleton):
+        notes.append(
+            f"{source.name}: config.json ties the output table to the input table, but the weights hold another output "
+            f"table, {skeleton.head_name}; both are used, as stock transformers does"
+        )
+        untie(config)
+        skeleton = build_skeleton(config, source.name, trust_remote_code=trust_remote_code)
+    tables = locate_tables(source, reader, skeleton)
+    if unfilled := [] if quantisation(config) else skeleton.unfilled(reader.tensors):
+        notes.append(
+            f"{source.name}: the weights fill {len(skeleton.shapes) - len(unfilled):,} of the {len(skeleton.shapes):,} "
+            f"parameters of the model; {len(unfilled):,} are unfilled, such as {unfilled[0]}"
+        )
+    return Checkpoint(
+        source.name, source, reader, config, skeleton, tables.input, tables.output, tables.tied,
+        weights, bool(unwrapped.removed), tuple(notes),
+    )  # fmt: skip
 
 
 def _find_source(name: str, revision: str | None) -> tuple[Source, str | None]:
@@ -139,100 +195,25 @@ def _find_source(name: str, revision: str | None) -> tuple[Source, str | None]:
     return find_on_hub(name, revision), None
 
 
-def _read_config(source: Source, trust_remote_code: bool) -> "PretrainedConfig":
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    path = source.fetch("config.json")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        model_type = raw.get("model_type")
-    except (ValueError, AttributeError) as e:
-        raise CorruptCheckpoint(f"{source.name}: config.json is not valid JSON ({e})") from e
-    builtin = model_type in CONFIG_MAPPING  # transformers has the code
-    if not builtin and "auto_map" in raw and not trust_remote_code:
-        raise UnsafeCheckpoint(
-            f"{source.name}: its architecture {model_type!r} is code in the repository, which would run on this machine; "
-            "pass `trust_remote_code` if you trust it"
-        )
-    if not builtin and "auto_map" not in raw:
-        raise UnsupportedCheckpoint(f"{source.name}: transformers does not know the model type {model_type!r}")
-    location = source.name if isinstance(source, HubRepository) and not builtin else str(path.parent)
-    try:
-        return AutoConfig.from_pretrained(
-            location,
-            revision=source.revision if location == source.name else None,
-            trust_remote_code=trust_remote_code and not builtin,
-        )
-    except (ValueError, TypeError, KeyError, OSError) as e:
-        raise CorruptCheckpoint(
-            f"{source.name}: config.json does not describe a model ({str(e).splitlines()[0]})"
-        ) from e
-    except Exception as e:  # huggingface_hub's validation errors share no base that is public in all its versions
-        if "Validation" not in type(e).__name__:
-            raise
-        reason = " ".join(str(e).split())
-        raise CorruptCheckpoint(f"{source.name}: config.json contradicts itself ({reason})") from e
+def _no_model(source: Source) -> CheckpointNotFound | UnsupportedCheckpoint:
+    """Return the error about a folder without a config that transformers knows."""
+    if CONFIG in source.files:
+        return unknown_model_type(source)
+    return CheckpointNotFound(f"{source.name}: no config.json there, so it is not a model{hint_below(source)}")
 
 
-def refuse_quantised(config: "PretrainedConfig", name: str) -> None:
-    """Refuse a config that declares quantised weights.
-
-    Raises:
-        UnsupportedCheckpoint: The config declares a quantisation.
-    """
-    # MLX writes its own key; everybody else the one of transformers.
-    quantised = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
-    if quantised:
-        method = (
-            quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else type(quantised).__name__
-        )
-        raise UnsupportedCheckpoint(
-            f"{name}: its weights are quantised ({method}); use the checkpoint they were quantised from"
-        )
+def _open_static(source: Source, weights: WeightFiles) -> Checkpoint:
+    """Open a folder without a model of transformers as one table of static embeddings."""
+    reader = open_weights(source, weights)
+    table = only_matrix(list(reader.tensors.values()))
+    if table is None:
+        raise _no_model(source)
+    return Checkpoint(source.name, source, reader, None, None, table, None, False, weights)
 
 
-def locate_tables(source: Source, reader: TensorReader, config: "PretrainedConfig", skeleton: Skeleton) -> Checkpoint:
-    """Find the embedding tables among the tensors of a checkpoint, and check their shapes and dtypes.
-
-    Raises:
-        CorruptCheckpoint: A table is missing, or has another shape than the config says.
-        UnsupportedCheckpoint: A table is quantised.
-    """
-    names = set(reader.tensors)
-    input_file = skeleton.file_name(skeleton.input_name, names)
-    if input_file is None and skeleton.tied:
-        # A tied table may have been saved under the name of the head alone.
-        input_file = next((n for n in names if n.endswith("lm_head.weight")), None)
-    if input_file is None:
-        raise CorruptCheckpoint(f"{source.name}: the weights hold no {skeleton.input_name}, the token-embedding table")
-    input_table = _checked(reader.tensors[input_file], skeleton.shapes[skeleton.input_name], source.name)
-    output_table = None
-    if skeleton.output_name is not None and not skeleton.tied:
-        output_file = skeleton.file_name(skeleton.output_name, names)
-        if output_file is None and skeleton.causal:
-            raise CorruptCheckpoint(
-                f"{source.name}: the config says that input and output tables differ, but the weights hold no {skeleton.output_name}"
-            )
-        if output_file is not None:
-            output_table = _checked(reader.tensors[output_file], skeleton.shapes[skeleton.output_name], source.name)
-    return Checkpoint(source.name, source, reader, config, skeleton, input_table, output_table, skeleton.tied)
-
-
-def _located_gguf(source: Source, reader: TensorReader) -> Checkpoint:
+def _open_gguf(source: Source, weights: WeightFiles) -> Checkpoint:
+    reader = open_weights(source, weights)
     if gguf.INPUT_TABLE not in reader.tensors:
         raise CorruptCheckpoint(f"{source.name}: the file holds no {gguf.INPUT_TABLE}, the token-embedding table")
-    output = reader.tensors.get(gguf.OUTPUT_TABLE)
-    return Checkpoint(source.name, source, reader, None, None, reader.tensors[gguf.INPUT_TABLE], output, output is None)
-
-
-def _checked(info: TensorInfo, expected: tuple[int, ...], name: str) -> TensorInfo:
-    if info.shape != expected:
-        raise CorruptCheckpoint(
-            f"{name}: {info.name} has shape {' x '.join(map(str, info.shape))}, but config.json says {' x '.join(map(str, expected))}"
-        )
-    if info.dtype not in ("F64", "F32", "F16", "BF16"):
-        raise UnsupportedCheckpoint(
-            f"{name}: {info.name} is stored as {info.dtype}; quantised tables cannot be studied"
-        )
-    return info
+    table, output = reader.tensors[gguf.INPUT_TABLE], reader.tensors.get(gguf.OUTPUT_TABLE)
+    return Checkpoint(source.name, source, reader, None, None, table, output, output is None, weights)

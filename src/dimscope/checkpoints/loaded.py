@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dimscope.checkpoints.checkpoint import Checkpoint, locate_tables, open_checkpoint, refuse_quantised
+from dimscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dimscope.checkpoints.skeleton import skeleton_of
+from dimscope.checkpoints.tables import locate_tables
 from dimscope.checkpoints.tensors import read_state_dict
 from dimscope.errors import InvalidArgument, UnsupportedCheckpoint
 
@@ -77,16 +78,16 @@ def checkpoint_of(
         name: The name in tables and messages; by default where the model came from, else its class.
 
     Raises:
-        UnsupportedCheckpoint: The model is quantised, offloaded, or has no token-embedding table.
+        UnsupportedCheckpoint: The model is offloaded, or has no token-embedding table.
     """
     name = name or model.name_or_path or type(model).__name__
-    refuse_quantised(model.config, name)
     parameters = dict(model.named_parameters())
     if offloaded := next((n for n, p in parameters.items() if p.is_meta), None):
         raise UnsupportedCheckpoint(f"{name}: {offloaded} is not in memory (offloaded, or on the meta device)")
-    skeleton = skeleton_of(model, name, rename=str)
-    source = LoadedModel(name, model, tokenizer)
-    return locate_tables(source, read_state_dict(parameters, {}), model.config, skeleton)
+    skeleton = skeleton_of(model, name, targets=lambda name: (name,))
+    source, reader = LoadedModel(name, model, tokenizer), read_state_dict(parameters, {})
+    tables = locate_tables(source, reader, skeleton)
+    return Checkpoint(name, source, reader, model.config, skeleton, tables.input, tables.output, tables.tied)
 
 
 def as_checkpoint(source: Any, tokenizer: "PreTrainedTokenizerBase | None" = None, **options: Any) -> Checkpoint:

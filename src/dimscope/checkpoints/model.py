@@ -7,6 +7,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -14,8 +15,9 @@ import torch
 
 from dimscope.checkpoints.checkpoint import Checkpoint
 from dimscope.checkpoints.loaded import LoadedModel
-from dimscope.checkpoints.sources import HubRepository
-from dimscope.checkpoints.tensors import StateDictReader
+from dimscope.checkpoints.sources import HubRepository, Source
+from dimscope.checkpoints.tensors import StateDictReader, TensorReader, read_tensor
+from dimscope.checkpoints.weights import SINGLE
 from dimscope.errors import CorruptCheckpoint, DimscopeError, InvalidArgument, MissingExtra, UnsupportedCheckpoint
 from dimscope.units import readable_bytes
 
@@ -86,7 +88,7 @@ def _same_device(requested: str, actual: str) -> bool:
 def load_model(
     checkpoint: Checkpoint, placement: Placement | None = None, *, trust_remote_code: bool = False
 ) -> "PreTrainedModel":
-    """Return the causal language model of a checkpoint: loaded in evaluation mode, or the very model in memory as it is.
+    """Return the model of a checkpoint: loaded in evaluation mode, or the very model in memory as it is.
 
     Args:
         checkpoint: What to load.
@@ -94,57 +96,119 @@ def load_model(
         trust_remote_code: Run code of the repository.
 
     Raises:
-        UnsupportedCheckpoint: The checkpoint is not a causal language model.
-        CorruptCheckpoint: The weights do not fit the config.
+        UnsupportedCheckpoint: The checkpoint cannot be run.
+        CorruptCheckpoint: The weights do not fit the config, or hold NaN or Inf.
         InvalidArgument: The weights do not fit into memory, or a model in memory has another dtype or device.
     """
-    require_causal(checkpoint)
+    require_runnable(checkpoint)
     source = checkpoint.source
     if isinstance(source, LoadedModel):
         if placement is not None:
             _placement_of(source, placement.dtype, placement.device)
+        require_finite_weights(source.model, source.name)
         return source.model
     placement = placement or place(checkpoint)
     _require_memory(checkpoint, placement)
-    location = source.name if isinstance(source, HubRepository) else str(source.fetch("config.json").parent)
     # accelerate may keep weights on disk; safetensors files it reads where they are, others it writes there
-    offload = tempfile.mkdtemp(prefix="dimscope-") if placement.device == "map" else None
+    folder = Path(tempfile.mkdtemp(prefix="dimscope-"))
     try:
-        model = _from_pretrained(checkpoint, location, placement, offload, trust_remote_code)
-    except (OSError, RuntimeError, ValueError, MemoryError) as e:
-        if offload is not None:
-            shutil.rmtree(offload, ignore_errors=True)
-        if isinstance(e, DimscopeError):
-            raise
-        if is_out_of_memory(e):
-            raise out_of_memory(checkpoint.name) from e
-        reason = " ".join(str(e).split())[:200]
-        raise CorruptCheckpoint(f"{checkpoint.name}: the weights cannot be loaded ({reason})") from e
-    if offload is not None:
-        weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
+        model = _from_pretrained(checkpoint, folder, placement, trust_remote_code)
+    except (OSError, RuntimeError, ValueError, ImportError, MemoryError) as e:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise _loading_error(checkpoint, e) from e
+    if placement.device == "map":
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    require_finite_weights(model, checkpoint.name)
     return model.eval()
 
 
-def _from_pretrained(
-    checkpoint: Checkpoint, location: str, placement: Placement, offload: str | None, trust_remote_code: bool
-) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
+def _loading_error(checkpoint: Checkpoint, error: Exception) -> DimscopeError:
+    """Return what to say where transformers cannot load the weights."""
+    if isinstance(error, DimscopeError):
+        return error
+    if is_out_of_memory(error):
+        return out_of_memory(checkpoint.name)
+    reason = " ".join(str(error).split())[:200]
+    if method := checkpoint.quantisation:
+        return UnsupportedCheckpoint(
+            f"{checkpoint.name}: transformers cannot run its {method} weights on this machine ({reason}); "
+            "use the checkpoint they were quantised from"
+        )
+    return CorruptCheckpoint(f"{checkpoint.name}: the weights cannot be loaded ({reason})")
 
-    source = checkpoint.source
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        location,
-        revision=source.revision if isinstance(source, HubRepository) else None,
+
+def _from_pretrained(
+    checkpoint: Checkpoint, folder: Path, placement: Placement, trust_remote_code: bool
+) -> "PreTrainedModel":
+    """Load the weights that the checkpoint's reader reads, and nothing that lies beside them."""
+    config = deepcopy(require_runnable(checkpoint))  # transformers writes into it
+    spread = placement.device == "map"
+    options: dict[str, Any] = {"pretrained_model_name_or_path": None, "state_dict": _state_dict(checkpoint.reader)}
+    if not _needs_state_dict(checkpoint):
+        location = _linked(checkpoint, folder) if _is_stock(config) else _remote_location(checkpoint.source)
+        options = {"use_safetensors": not isinstance(checkpoint.reader, StateDictReader), **location}
+    from_pretrained = _class_of(checkpoint).from_pretrained
+    if not _is_stock(config):
+        options["trust_remote_code"] = trust_remote_code
+    loaded: Any = from_pretrained(
+        config=config,
         dtype=DTYPES[placement.dtype],
-        device_map="auto" if placement.device == "map" else None,
-        offload_folder=offload,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=not isinstance(checkpoint.reader, StateDictReader),
+        device_map="auto" if spread else None,
+        offload_folder=str(folder) if spread else None,
         output_loading_info=True,
+        **options,
     )
     model, loading = loaded
     if loading["missing_keys"]:  # transformers would fill them with random weights
         raise CorruptCheckpoint(f"{checkpoint.name}: the weights hold no {sorted(loading['missing_keys'])[0]}")
-    return model if placement.device == "map" else model.to(placement.device)
+    return model if spread or checkpoint.quantisation else model.to(placement.device)
+
+
+def _needs_state_dict(checkpoint: Checkpoint) -> bool:
+    """Whether transformers could not find the weights in the files: under other names, or in pickles without an index."""
+    weights = checkpoint.weights
+    return checkpoint.renamed or (weights is not None and len(weights.files) > 1 and weights.index is None)
+
+
+def _state_dict(reader: TensorReader) -> dict[str, torch.Tensor]:
+    return {name: read_tensor(reader, name) for name in reader.tensors}
+
+
+def _linked(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+    """Link the files of the weights and their configs into a folder, and return it as arguments of `from_pretrained`.
+
+    In the folder of the user, transformers would apply adapters beside the weights, and find no file of another name.
+    """
+    source, weights = checkpoint.source, checkpoint.weights
+    assert weights is not None, checkpoint.name
+    links = {f: SINGLE[weights.kind] if weights.index is None else f for f in weights.files}
+    links |= {f: f for f in (weights.index, "config.json", "generation_config.json") if f and f in source.files}
+    for file, link in links.items():
+        (folder / link).symlink_to(source.fetch(file).resolve())
+    return {"pretrained_model_name_or_path": str(folder)}
+
+
+def _remote_location(source: Source) -> dict[str, Any]:
+    """Return where code of the repository, which transformers imports, lies beside the weights."""
+    if isinstance(source, HubRepository):
+        return {"pretrained_model_name_or_path": source.name, "revision": source.revision}
+    return {"pretrained_model_name_or_path": str(source.fetch("config.json").parent)}
+
+
+def _is_stock(config: "PretrainedConfig") -> bool:
+    """Whether the architecture is one of transformers itself."""
+    return type(config).__module__.startswith("transformers.")
+
+
+def _class_of(checkpoint: Checkpoint) -> Any:
+    """Return the class that builds the model: the one of its skeleton, or the one that finds code of the repository."""
+    from transformers import AutoModelForCausalLM
+
+    skeleton = checkpoint.skeleton
+    assert skeleton is not None, checkpoint.name
+    return skeleton.model_class if _is_stock(require_runnable(checkpoint)) else AutoModelForCausalLM
 
 
 def randomly_initialised(
@@ -156,7 +220,7 @@ def randomly_initialised(
         CheckpointError: What `load_model` raises.
         InvalidArgument: The weights do not fit into memory.
     """
-    config = deepcopy(require_causal(checkpoint))  # transformers writes the dtype into it
+    config = deepcopy(require_runnable(checkpoint))  # transformers writes the dtype into it
     _require_memory(checkpoint, placement)
     build = _builder(checkpoint, trust_remote_code)
     with torch.random.fork_rng(devices=[]):
@@ -172,12 +236,19 @@ def randomly_initialised(
 
 
 def _builder(checkpoint: Checkpoint, trust_remote_code: bool) -> Callable[..., Any]:
-    """Return what builds a model from a config: the class of a model in memory, else the one transformers knows."""
-    if isinstance(checkpoint.source, LoadedModel):
-        return type(checkpoint.source.model)._from_config
-    from transformers import AutoModelForCausalLM
+    """Return what builds a model from a config."""
+    model_class = _class_of(checkpoint)
+    if hasattr(model_class, "_from_config"):
+        return model_class._from_config
+    return partial(model_class.from_config, trust_remote_code=trust_remote_code)
 
-    return partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
+
+def input_device(model: "PreTrainedModel") -> torch.device:
+    """Return the device for token ids; accelerate may have the weights elsewhere, or not in memory at all."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(device) if device is not None else next(embedding.parameters()).device
 
 
 def pick_device(device: str) -> str:
@@ -237,16 +308,53 @@ def _n_weights(checkpoint: Checkpoint) -> int:
     return sum(info.n_elements for info in checkpoint.tensors.values())
 
 
+def require_runnable(checkpoint: Checkpoint) -> "PretrainedConfig":
+    """Return the config of a checkpoint that transformers can run.
+
+    Raises:
+        UnsupportedCheckpoint: It is a GGUF file, or a table and no model.
+    """
+    if checkpoint.config is not None:
+        return checkpoint.config
+    reason = "GGUF weights are read, not run; use the original checkpoint"
+    if checkpoint.architecture != "GGUF":
+        reason = "it holds one table and no model that could run"
+    raise UnsupportedCheckpoint(f"{checkpoint.name}: {reason}")
+
+
+def predicts(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint is a causal language model, which predicts the next token."""
+    return checkpoint.skeleton is not None and checkpoint.skeleton.causal
+
+
 def require_causal(checkpoint: Checkpoint) -> "PretrainedConfig":
     """Return the config of a causal language model.
 
     Raises:
         UnsupportedCheckpoint: The checkpoint is not a causal language model, or cannot be run.
     """
-    if checkpoint.skeleton is None or checkpoint.config is None:
-        raise UnsupportedCheckpoint(f"{checkpoint.name}: GGUF weights are read, not run; use the original checkpoint")
-    if not checkpoint.skeleton.causal:
+    config = require_runnable(checkpoint)
+    if not predicts(checkpoint):
         raise UnsupportedCheckpoint(
-            f"{checkpoint.name}: {checkpoint.architecture} is not a causal language model, and only those are run"
+            f"{checkpoint.name}: {checkpoint.architecture} does not predict the next token, which this needs"
         )
-    return checkpoint.config
+    return config
+
+
+def require_finite_weights(model: "PreTrainedModel", name: str) -> None:
+    """Refuse a model with NaN or Inf in its weights; one sum per parameter.
+
+    Raises:
+        CorruptCheckpoint: A parameter holds NaN or Inf; names it.
+    """
+    for parameter, tensor in model.named_parameters():
+        if tensor.is_meta or tensor.dtype not in (torch.float64, *DTYPES.values()):
+            continue
+        total = tensor.detach().sum(dtype=torch.float64 if tensor.dtype is torch.float64 else torch.float32)
+        if bool(torch.isfinite(total)):
+            continue
+        if n_bad := int((~torch.isfinite(tensor.detach())).sum()):
+            hint = "; `dtype` float32 or bfloat16 may hold them" if tensor.dtype is torch.float16 else ""
+            raise CorruptCheckpoint(
+                f"{name}: {n_bad:,} of {tensor.numel():,} numbers of {parameter} are NaN or Inf{hint}"
+            )

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -77,6 +77,12 @@ class TensorReader(Protocol):
         ...
 
 
+def read_tensor(reader: TensorReader, name: str) -> Tensor:
+    """Return a whole tensor; one without dimensions is a single number."""
+    shape = reader.tensors[name].shape
+    return reader.read_rows(name, 0, shape[0] if shape else 1).reshape(shape)
+
+
 def parse_header(source: Source, file: str) -> dict[str, TensorInfo]:
     """Return the tensors that one safetensors file declares, checked against the length of the file.
 
@@ -132,8 +138,9 @@ class SafetensorsReader:
             CorruptCheckpoint: The file is truncated.
         """
         info = self.tensors[name]
-        width = info.n_bytes // max(1, info.shape[0])
-        stop = min(stop, info.shape[0])
+        n_rows = info.shape[0] if info.shape else 1
+        width = info.n_bytes // max(1, n_rows)
+        stop = min(stop, n_rows)
         data = self.source.read(info.file, info.begin + start * width, info.begin + stop * width)
         if data.numel() != (stop - start) * width:
             raise CorruptCheckpoint(f"{self.source.name}: {info.file} ends in the middle of {name}; download it again")
@@ -169,7 +176,7 @@ def read_state_dict(state: Mapping[str, Tensor], files: Mapping[str, str]) -> St
     return StateDictReader(state, infos)
 
 
-def open_safetensors(source: Source, files: list[str]) -> SafetensorsReader:
+def open_safetensors(source: Source, files: Sequence[str]) -> SafetensorsReader:
     """Open safetensors files.
 
     Raises:
@@ -181,24 +188,29 @@ def open_safetensors(source: Source, files: list[str]) -> SafetensorsReader:
     return SafetensorsReader(source, tensors)
 
 
-def open_sharded(source: Source, index_file: str) -> SafetensorsReader:
+def read_weight_map(source: Source, index: str) -> dict[str, str]:
+    """Return the file of each tensor, as an index has them.
+
+    Raises:
+        CorruptCheckpoint: The index is damaged.
+    """
+    try:
+        weight_map: dict[str, str] = json.loads(source.fetch(index).read_text(encoding="utf-8"))["weight_map"]
+        if other := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
+            raise ValueError(f"the file of {other[0]} is not a name")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CorruptCheckpoint(f"{source.name}: {index} is damaged ({e})") from e
+    return weight_map
+
+
+def open_sharded(source: Source, index: str, shards: Sequence[str]) -> SafetensorsReader:
     """Open the shards that an index names.
 
     Raises:
-        CorruptCheckpoint: The index is damaged, a shard is missing, or a tensor is not in the shard that the index names.
+        CorruptCheckpoint: A file is damaged, or a tensor is not in the shard that the index names.
     """
-    path = source.fetch(index_file)
-    try:
-        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CorruptCheckpoint(f"{source.name}: {index_file} is damaged ({e})") from e
-    if missing := [s for s in shards if s not in source.files]:
-        raise CorruptCheckpoint(
-            f"{source.name}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); download the model again"
-        )
     reader = open_safetensors(source, shards)
-    for name, shard in weight_map.items():
+    for name, shard in read_weight_map(source, index).items():
         if name not in reader.tensors or reader.tensors[name].file != shard:
-            raise CorruptCheckpoint(f"{source.name}: {index_file} says that {name} is in {shard}, but it is not")
+            raise CorruptCheckpoint(f"{source.name}: {index} says that {name} is in {shard}, but it is not")
     return reader

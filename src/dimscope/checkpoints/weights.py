@@ -1,25 +1,131 @@
-"""The weights of a checkpoint, in whatever format its files are."""
+"""The weights of a checkpoint: which of its files hold them, as stock transformers chooses, and the reader of their format."""
 
+import json
 import pickle
+import re
 import zipfile
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dimscope.checkpoints.gguf import open_gguf
-from dimscope.checkpoints.sources import Source
+from dimscope.checkpoints.sources import LocalFolder, Source
 from dimscope.checkpoints.tensors import (
-    SafetensorsReader,
     StateDictReader,
     TensorReader,
     open_safetensors,
     open_sharded,
     read_state_dict,
+    read_weight_map,
 )
 from dimscope.errors import CheckpointNotFound, CorruptCheckpoint, UnsafeCheckpoint
 
+ADAPTER_CONFIG = "adapter_config.json"  # as peft writes it
+SINGLE = {"safetensors": "model.safetensors", "pickle": "pytorch_model.bin"}
+SHARD = {"safetensors": re.compile(r"model-\d+-of-\d+\.safetensors"), "pickle": re.compile(r"pytorch_model-.*\.bin")}
 
-def open_pickle(source: Source, files: list[str]) -> StateDictReader:
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The files that hold the weights.
+
+    Attributes:
+        kind: Their format.
+        files: Their names.
+        index: The file that says which tensor is in which of them; None for a single file.
+        stale: Files of another save of the weights beside them, which are not read.
+    """
+
+    kind: Literal["safetensors", "gguf", "pickle"]
+    files: tuple[str, ...]
+    index: str | None = None
+    stale: tuple[str, ...] = ()
+
+
+def choose_weights(source: Source, explicit: str | None = None, *, allow_pickle: bool = False) -> WeightFiles:
+    """Choose the files of the weights, in the order of preference of stock transformers.
+
+    The order is: what the config names, a single safetensors file, a safetensors index, a safetensors file under another
+    name, GGUF, a single pickle, a pickle index.
+
+    Args:
+        source: Where the files are.
+        explicit: The entry `transformers_weights` of the config.
+        allow_pickle: Accept pickles where there are no others.
+
+    Raises:
+        CheckpointNotFound: There are no weights, or several GGUF files.
+        CorruptCheckpoint: Files are missing, or the index is damaged.
+        UnsafeCheckpoint: There are only pickle weights, and `allow_pickle` is off.
+    """
+    files = source.files
+    if explicit is not None:
+        if explicit not in files or not explicit.endswith((".safetensors", ".safetensors.index.json")):
+            raise CorruptCheckpoint(f"{source.name}: config.json names the weights {explicit}, which is not there")
+        return _indexed(source, explicit) if explicit.endswith(".json") else WeightFiles("safetensors", (explicit,))
+    if chosen := _saved(source, "safetensors"):
+        return chosen
+    if loose := sorted(f for f in files if f.endswith(".safetensors") and not f.startswith("adapter")):
+        if len(loose) > 1:
+            raise CorruptCheckpoint(
+                f"{source.name}: {len(loose)} safetensors files but no model.safetensors.index.json; download the model again"
+            )
+        return WeightFiles("safetensors", tuple(loose))
+    if gguf := sorted(f for f in files if f.endswith(".gguf")):
+        if len(gguf) > 1:
+            raise CheckpointNotFound(f"{source.name}: {len(gguf)} GGUF files here; name one of them ({gguf[0]})")
+        return WeightFiles("gguf", tuple(gguf))
+    if pickles := [f for f in files if f.startswith("pytorch_model") and f.endswith(".bin")]:
+        if not allow_pickle:
+            raise UnsafeCheckpoint(
+                f"{source.name}: only pickle weights ({min(pickles)}), which can run code when loaded; "
+                "convert them to safetensors, or pass `allow_pickle` if you trust them"
+            )
+        return _saved(source, "pickle") or WeightFiles("pickle", tuple(sorted(pickles)))
+    raise CheckpointNotFound(f"{source.name}: no weights found (no *.safetensors, no *.gguf){hint_below(source)}")
+
+
+def _saved(source: Source, kind: Literal["safetensors", "pickle"]) -> WeightFiles | None:
+    """Return the single file, else the shards of the index, as transformers names them; None where there is neither."""
+    single, shards = SINGLE[kind], {f for f in source.files if SHARD[kind].fullmatch(f)}
+    index = f"{single}.index.json"
+    if single in source.files:
+        stale = sorted(shards | ({index} & source.files))
+        return WeightFiles(kind, (single,), stale=tuple(stale))
+    if index in source.files:
+        chosen = _indexed(source, index, kind)
+        return WeightFiles(kind, chosen.files, index, tuple(sorted(shards - set(chosen.files))))
+    return None
+
+
+def _indexed(source: Source, index: str, kind: Literal["safetensors", "pickle"] = "safetensors") -> WeightFiles:
+    shards = sorted(set(read_weight_map(source, index).values()))
+    if missing := [s for s in shards if s not in source.files]:
+        raise CorruptCheckpoint(
+            f"{source.name}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); download the model again"
+        )
+    return WeightFiles(kind, tuple(shards), index)
+
+
+def open_weights(source: Source, weights: WeightFiles) -> TensorReader:
+    """Return the reader of the chosen files.
+
+    Raises:
+        CorruptCheckpoint: Files are damaged.
+        MissingExtra: The file is GGUF, and the package gguf is not installed.
+    """
+    if weights.kind == "gguf":
+        return open_gguf(source, weights.files[0])
+    if weights.kind == "pickle":
+        return open_pickle(source, weights.files)
+    if weights.index is not None:
+        return open_sharded(source, weights.index, weights.files)
+    return open_safetensors(source, weights.files)
+
+
+def open_pickle(source: Source, files: tuple[str, ...]) -> StateDictReader:
     """Open weights in torch's pickle format, memory-mapped where the file allows it, loaded with `weights_only`.
 
     Raises:
@@ -42,42 +148,54 @@ def open_pickle(source: Source, files: list[str]) -> StateDictReader:
     return read_state_dict(state, origin)
 
 
-def open_weights(source: Source, *, allow_pickle: bool) -> TensorReader:
-    """Return the reader for the format of the files: GGUF, safetensors, or pickle where that is allowed.
+def hint_below(source: Source) -> str:
+    """Return which folder below a source holds a model, to end an error message; the latest of numbered ones."""
+    below = {
+        f.partition("/")[0] for f in source.files if f.count("/") == 1 and f.endswith(("/config.json", ".safetensors"))
+    }
+    if isinstance(source, LocalFolder):
+        found = (path for pattern in ("*/config.json", "*/*.safetensors") for path in source.path.glob(pattern))
+        below |= {path.parent.name for path in found}
+    if not below:
+        return ""
+    latest = max(below, key=lambda name: (int(re.sub(r"\D", "", name) or 0), name))
+    others = f", and {len(below) - 1} more folders do" if len(below) > 1 else ""
+    return f"; its folder {latest} holds one{others}"
+
+
+def stale_note(source: Source, weights: WeightFiles) -> list[str]:
+    """Return what to say of files of another save of the weights, which are not read."""
+    if not weights.stale:
+        return []
+    files = ", ".join(weights.stale[:4]) + (", ..." if len(weights.stale) > 4 else "")
+    return [f"{source.name}: the weights are read from {weights.index or weights.files[0]}, not from {files}"]
+
+
+def adapter_note(source: Source, weights: WeightFiles) -> list[str]:
+    """Return what to say of adapter files beside the weights: they are not applied, by any command."""
+    if ADAPTER_CONFIG not in source.files:
+        return []
+    return [
+        f"{source.name}: the adapter in {ADAPTER_CONFIG} is not applied; the weights are studied as they stand in {weights.files[0]}"
+    ]
+
+
+def refuse_adapter_alone(source: Source) -> None:
+    """Refuse a folder that holds an adapter, and no weights of a model.
 
     Raises:
-        CheckpointNotFound: There are no weights, or several GGUF files.
-        CorruptCheckpoint: Files are missing or damaged.
-        UnsafeCheckpoint: There are only pickle weights, and `allow_pickle` is off.
-        MissingExtra: The file is GGUF, and the package gguf is not installed.
+        CheckpointNotFound: It holds nothing but an adapter; the message says how to merge it.
     """
-    files = source.files
-    gguf = sorted(f for f in files if f.endswith(".gguf"))
-    if "model.safetensors.index.json" in files:
-        return open_sharded(source, "model.safetensors.index.json")
-    if "model.safetensors" in files:
-        return open_safetensors(source, ["model.safetensors"])
-    if loose := sorted(f for f in files if f.endswith(".safetensors") and not f.startswith("adapter")):
-        return _open_loose(source, loose)
-    if len(gguf) == 1:
-        return open_gguf(source, gguf[0])
-    if gguf:
-        raise CheckpointNotFound(f"{source.name}: {len(gguf)} GGUF files here; name one of them ({gguf[0]})")
-    pickles = sorted(f for f in files if f.startswith("pytorch_model") and f.endswith(".bin"))
-    if pickles and allow_pickle:
-        return open_pickle(source, pickles)
-    if pickles:
-        raise UnsafeCheckpoint(
-            f"{source.name}: only pickle weights ({pickles[0]}), which can run code when loaded; "
-            "convert them to safetensors, or pass `allow_pickle` if you trust them"
-        )
-    raise CheckpointNotFound(f"{source.name}: no weights found (no *.safetensors, no *.gguf)")
-
-
-def _open_loose(source: Source, files: list[str]) -> SafetensorsReader:
-    """Open files without an index: one safetensors file under another name, or shards whose index is missing."""
-    if len(files) > 1:
-        raise CorruptCheckpoint(
-            f"{source.name}: {len(files)} safetensors files but no model.safetensors.index.json; download the model again"
-        )
-    return open_safetensors(source, files)
+    weights = [f for f in source.files if f.endswith((".safetensors", ".gguf", ".bin")) and not f.startswith("adapter")]
+    if ADAPTER_CONFIG not in source.files or weights:
+        return
+    try:
+        config = json.loads(source.fetch(ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        kind, base = config.get("peft_type") or "LORA", config.get("base_model_name_or_path") or "an unnamed model"
+    except (ValueError, AttributeError) as e:
+        raise CorruptCheckpoint(f"{source.name}: {ADAPTER_CONFIG} is not valid JSON ({e})") from e
+    kind = "LoRA" if kind == "LORA" else kind
+    raise CheckpointNotFound(
+        f"{source.name}: this is a {kind} adapter for {base}, not a model; merge it first: "
+        f"AutoPeftModelForCausalLM.from_pretrained({source.name!r}).merge_and_unload().save_pretrained(FOLDER)"
+    )

@@ -52,12 +52,15 @@ class Common:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         hub_logging.set_verbosity_error()
-        return open_checkpoint(
+        checkpoint = open_checkpoint(
             model,
             revision=revision or self.revision,
             allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
         )
+        for note in checkpoint.notes:
+            announce(note)
+        return checkpoint
 
     def open_source(self, source: str) -> Checkpoint | VectorTable:
         """Open a model, or vectors from a .npy, .npz, .parquet or .safetensors file."""

@@ -157,7 +157,7 @@ def evaluate(model: PreTrainedModel, base: Baseline, *, changed: bool = True) ->
         base: Its baseline.
         changed: False takes the states of the baseline in place of a forward pass.
     """
-    head, sums = output_head(model), WindowSums(len(SUMS))
+    head, sums = replace(base.head, module=model.get_output_embeddings()), WindowSums(len(SUMS))
     for number, (group, before) in enumerate(zip(grouped(base.windows, base.batch), base.states, strict=True)):
         ids = _ids(group)
         targets = next_tokens(group, ids).flatten()

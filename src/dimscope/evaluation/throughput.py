@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dimscope.activations.forward import input_device
 from dimscope.activations.hooks import evaluating
+from dimscope.checkpoints.model import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

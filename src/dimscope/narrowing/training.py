@@ -18,8 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dimscope.activations.forward import final_states, input_device
+from dimscope.activations.forward import final_states
 from dimscope.activations.output_head import output_head
+from dimscope.activations.structure import run_stack, text_stack
+from dimscope.checkpoints.model import input_device
 from dimscope.narrowing.training_state import Point, TrainingState, copies, restore, write
 from dimscope.texts.windows import Window, grouped
 
@@ -127,7 +129,7 @@ def kl_divergence(
     """
     target = final_states(teacher, ids) if target is None else target
     with _autocast(student, low):
-        output = student.get_decoder()(input_ids=ids.to(input_device(student)), use_cache=False).last_hidden_state
+        output = run_stack(text_stack(student), ids.to(input_device(student))).last_hidden_state
     states = output.flatten(0, 1)
     # The head runs block by block; its gradients are collected at the final states, from which one pass goes on.
     leaf = states.detach().requires_grad_(torch.is_grad_enabled())

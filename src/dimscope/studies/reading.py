@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dimscope.checkpoints.checkpoint import Checkpoint
-from dimscope.checkpoints.model import Placement, require_causal
+from dimscope.checkpoints.model import Placement, require_runnable
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
 from dimscope.texts.texts import Text, open_text
@@ -77,9 +77,11 @@ def context_of(checkpoint: Checkpoint) -> int | None:
     """Return how many tokens the model reads at once; None where its config has no limit.
 
     Raises:
-        UnsupportedCheckpoint: The checkpoint is not a causal language model.
+        UnsupportedCheckpoint: The checkpoint cannot be run.
     """
-    return getattr(require_causal(checkpoint).get_text_config(), "max_position_embeddings", None)
+    positions = getattr(require_runnable(checkpoint).get_text_config(), "max_position_embeddings", None)
+    skeleton = checkpoint.skeleton
+    return positions if positions is None or skeleton is None else positions - skeleton.position_offset
 
 
 def window_length(checkpoint: Checkpoint, length: int | None, longest: int) -> int:
@@ -87,7 +89,7 @@ def window_length(checkpoint: Checkpoint, length: int | None, longest: int) -> i
 
     Raises:
         InvalidArgument: `length` is larger than the context of the model.
-        UnsupportedCheckpoint: The checkpoint is not a causal language model.
+        UnsupportedCheckpoint: The checkpoint cannot be run.
     """
     context = context_of(checkpoint)
     if length is None:

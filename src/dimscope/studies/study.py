@@ -255,6 +255,7 @@ def run_study(
     Raises:
         DimscopeError: What the study, and opening, reading and running its models raise.
     """
+    from dimscope.checkpoints.checkpoint import Checkpoint
     from dimscope.storage import FORMAT, CountingStore, MemoryStore, ResultFolder
     from dimscope.studies.provenance import definition_number, fingerprint, source_facts
 
@@ -266,7 +267,7 @@ def run_study(
     own = {
         "facts": dict(output.facts),
         "tables": list(output.tables),
-        "warnings": list(output.warnings),
+        "warnings": [*(source.notes if isinstance(source, Checkpoint) else ()), *output.warnings],
         "seconds": round(time.monotonic() - began, 1),
         "definition": [FORMAT, study.definition],
     }

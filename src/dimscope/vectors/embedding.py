@@ -1,6 +1,7 @@
 """The token-embedding tables of a checkpoint as streams of row blocks."""
 
 from dimscope.checkpoints.checkpoint import Checkpoint
+from dimscope.checkpoints.tables import require_floats
 from dimscope.errors import InvalidArgument
 from dimscope.vectors.table import VectorTable, require_finite
 
@@ -20,6 +21,7 @@ def open_table(
 
     Raises:
         NonFiniteRows: where rows hold NaN or Inf and are not skipped, or where every row does.
+        UnsupportedCheckpoint: where the table is quantised.
         InvalidArgument: for a side that the model does not have.
     """
     if side not in SIDES:
@@ -29,6 +31,7 @@ def open_table(
         if checkpoint.output_table is None:
             raise InvalidArgument(f"{checkpoint.name}: this model has no output table")
         info = checkpoint.output_table
+    require_floats(info, checkpoint.name)
     reader = checkpoint.reader
     reader.prefetch(info.name)
     table = VectorTable(

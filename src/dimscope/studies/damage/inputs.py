@@ -12,9 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dimscope.activations.first_norm import first_norm
-from dimscope.activations.forward import input_device
 from dimscope.checkpoints.checkpoint import Checkpoint
-from dimscope.checkpoints.model import Placement, load_model, place
+from dimscope.checkpoints.model import Placement, input_device, load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
 from dimscope.evaluation.evaluate import Baseline, baseline

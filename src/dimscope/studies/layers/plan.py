@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from dimscope.activations.layer_selection import parse_layers
 from dimscope.checkpoints.checkpoint import Checkpoint
-from dimscope.checkpoints.model import Placement, place, require_causal
+from dimscope.checkpoints.model import Placement, place, predicts, require_runnable
 from dimscope.studies.layers.rows import Pass
 from dimscope.studies.layers.settings import LayersSettings
 from dimscope.studies.layers.text_windows import TextWindows, cut_texts
@@ -81,15 +81,19 @@ def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> 
     Raises:
         InvalidArgument: Texts or windows do not fit.
         TokenizerMissing: A model has no tokenizer.
-        UnsupportedCheckpoint: A model is no causal language model.
+        UnsupportedCheckpoint: A model cannot be run.
     """
     for checkpoint in checkpoints:  # before the passes of the other models
-        parse_layers(settings.layers, require_causal(checkpoint).get_text_config().num_hidden_layers + 1)
+        parse_layers(settings.layers, require_runnable(checkpoint).get_text_config().num_hidden_layers + 1)
     titles = distinct([c.title for c in checkpoints], [c.name for c in checkpoints])
+    unable = [title for c, title in zip(checkpoints, titles, strict=True) if not predicts(c)]
+    if unable and settings.logits:
+        settings = replace(settings, logits=False)
     placements = [place(c, dtype=settings.dtype, device=settings.device) for c in checkpoints]
     texts = named_texts(settings.texts, keep_line_ends=settings.keep_line_ends)
     cut = cut_texts(checkpoints, texts, settings)
     warnings = (*line_end_warnings(texts), *cut.warnings, *_few_tokens(checkpoints, titles, cut.sources))
+    warnings += tuple(f"{title} does not predict the next token: the study is without predictions" for title in unable)
     passes: list[PlannedPass] = []
     marks = [fingerprint(checkpoint) for checkpoint in checkpoints]
     # Model by model, so that each is loaded once; random weights are a model of their own.
@@ -124,7 +128,7 @@ def _few_tokens(
 ) -> Iterator[str]:
     """Yield a warning for every model and text with fewer tokens than a measure needs to reach all dimensions."""
     for (model, text), source in sources.items():
-        dim = require_causal(checkpoints[model]).get_text_config().hidden_size
+        dim = require_runnable(checkpoints[model]).get_text_config().hidden_size
         if source.n_tokens is not None and source.n_tokens <= dim:
             yield (
                 f"{text}: N = {source.n_tokens:,} tokens for the {dim:,} dimensions of {titles[model]}: "

@@ -48,7 +48,7 @@ def run_layers(checkpoint: Checkpoint, settings: LayersSettings, store: Store, m
         return RunOutput({}, {}, waiting=waiting)
     with _one_shard_at_a_time(runner):
         for number, planned in enumerate(plan.passes, 1):
-            for name in _pass_tables(planned, settings):
+            for name in _pass_tables(planned, plan.settings):
                 _pass_table(runner, store, planned, name)
             runner.forget(planned)
             monitor.stage(f"pass {number} of {len(plan.passes)} finished: {planned.title}")

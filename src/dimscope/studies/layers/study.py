@@ -5,7 +5,7 @@ from dimscope.studies.study import Study, StudyCode
 
 
 def _load() -> StudyCode:
-    from dimscope.checkpoints.model import require_causal
+    from dimscope.checkpoints.model import require_runnable
     from dimscope.studies.layers import (
         comparison_sections,
         intrinsic_sections,
@@ -31,7 +31,7 @@ def _load() -> StudyCode:
         comparison_sections.texts_section,
         model_sections.models_section,
     )
-    return StudyCode(run_layers, makers, summarise, check=require_causal, highlights=sections.layers_strip)
+    return StudyCode(run_layers, makers, summarise, check=require_runnable, highlights=sections.layers_strip)
 
 
 LAYERS = Study(
