@@ -26,7 +26,7 @@ INTRODUCTION = """\
 
 `docs/make_families.py` writes this page.
 It takes every type that transformers {version} lists in its mappings for causal language models, for models of images or sounds
-with text, for masked language models and for sequence-to-sequence models.
+with text, for masked language models, for encoding text and for sequence-to-sequence models.
 It builds a tiny model of the type with random weights, saves it and opens the folder with dimscope.
 Then it compares these with what stock transformers has and computes:
 

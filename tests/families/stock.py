@@ -15,11 +15,11 @@ import transformers
 from tiny_configs import FIRST_ORDINARY_ID, VOCAB_SIZE, tiny_config
 from transformers.models.auto import modeling_auto
 
-# Mappings of transformers by kind; a type that stands in two with the same class counts in the first.
+# Mappings of transformers by kind; a type counts once in each kind, and with the same class in the first kind only.
 MAPPINGS: dict[str, tuple[str, ...]] = {
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",),
     "multimodal": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
-    "encoder": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES",),
+    "encoder": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES"),
     "encoder-decoder": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",),
 }
 # Their hidden_states begin with the output of the first block instead of its input.
@@ -67,13 +67,15 @@ class Reference:
 
 
 def find_cases() -> list[Case]:
-    """Return all cases, each type and class once."""
-    cases: dict[tuple[str, str], Case] = {}
+    """Return all cases."""
+    cases: list[Case] = []
     for kind, mappings in MAPPINGS.items():
+        before = {(case.model_type, case.model_class) for case in cases}
+        types: dict[str, str] = {}
         for mapping in mappings:
-            for model_type, model_class in getattr(modeling_auto, mapping).items():
-                cases.setdefault((model_type, model_class), Case(kind, model_type, model_class))
-    return list(cases.values())
+            types = getattr(modeling_auto, mapping) | types
+        cases += [Case(kind, *item) for item in types.items() if item not in before]
+    return cases
 
 
 def cases_of(*kinds: str) -> list[Case]:
@@ -152,6 +154,8 @@ def reference(model: Any, ids: torch.Tensor) -> Reference:
     states = _tensors(result.get("hidden_states"))
     if not states:
         raise ValueError("transformers gives out no hidden states of this type")
+    if (final := result.get("last_hidden_state")) is not None:  # the list of some types ends before the final norm
+        states = (*states[:-1], final)
     with _last_states_before_norm(model):
         last = _tensors(_run(runs, ids).get("hidden_states"))[-1]
     if model.config.model_type in WITHOUT_EMBEDDINGS:
