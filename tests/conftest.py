@@ -28,7 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 DROPPED = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "DIMSCOPE_")
 PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
 
-LONGEST = {"test_cli_layers", "test_layers_run", "test_cli_report", "test_browser"}  # half a minute or more
+LONGEST = {
+    "test_cli_layers",
+    "test_layers_run",
+    "test_cli_report",
+    "test_browser",
+    "test_cli_hub_offline",
+}  # half a minute or more
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

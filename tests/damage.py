@@ -154,6 +154,18 @@ def set_rows(
     return edit_tensors(file_of(folder, name), edit)
 
 
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write weights as two shards and their index, beside whatever is in the folder."""
+    from safetensors.torch import save_file
+
+    names = sorted(tensors)
+    parts = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
+
+
 # ---- quantised weights ---------------------------------------------------------------------------------------------
 
 
@@ -207,6 +219,20 @@ def _mlx(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def _fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the numbers of blocks of 128 x 128, each divided by its scale, as DeepSeek-V3 stores them."""
+    import torch
+
+    blocks = [-(-size // 128) for size in weight.shape]
+    scales = torch.empty(blocks)
+    packed = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    for i, j in ((i, j) for i in range(blocks[0]) for j in range(blocks[1])):
+        part = (slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1)))
+        scales[i, j] = weight[part].float().abs().max() / 448
+        packed[part] = (weight[part].float() / scales[i, j]).to(packed.dtype)
+    return {name: packed, f"{name}_scale_inv": scales}
+
+
 QUANTIZATIONS: dict[str, tuple[Callable[[str, torch.Tensor], dict[str, torch.Tensor]], bool, dict[str, Any]]] = {
     "gptq": (
         _gptq,
@@ -229,6 +255,17 @@ QUANTIZATIONS: dict[str, tuple[Callable[[str, torch.Tensor], dict[str, torch.Ten
         _int8,
         False,
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+    ),
+    "fp8": (
+        _fp8,
+        False,
+        {
+            "quantization_config": {
+                "quant_method": "fp8",
+                "activation_scheme": "dynamic",
+                "weight_block_size": [128, 128],
+            }
+        },
     ),
     "mlx": (_mlx, True, {"quantization": {"group_size": 32, "bits": 4}}),
 }

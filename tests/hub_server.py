@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -131,6 +132,11 @@ class HubServer:
     broken_status: int | None = None
     abort_after: int | None = None
     aborts_left: int = 0
+    range_shift: int = 0  # bytes by which the ranges begin too late, as Content-Range says too
+    range_excess: int = 0  # bytes after the last that was requested
+    promised: int = 0  # bytes that Content-Length names and that are never sent
+    delay: float = 0  # seconds before every answer
+    spoilt: tuple[str, int, bytes] | None = None  # name of a file, and wrong bytes that arrive from some byte of it on
 
     def __enter__(self) -> HubServer:
         return self.start()
@@ -254,6 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.origin,
         )
         hub.requests.append(self.record)
+        time.sleep(hub.delay)
         try:
             if hub.broken_status is not None:
                 raise _Refused(hub.broken_status, None, "The hub is having a bad day")
@@ -339,12 +346,16 @@ class _Handler(BaseHTTPRequestHandler):
         start, stop, status = 0, blob.size, 200
         if wanted := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
             start, stop, status = *_span(wanted[1], wanted[2], blob.size), 206
+            start, stop = start + self.server.hub.range_shift, stop + self.server.hub.range_excess
             if start >= stop:
                 raise _Refused(416, None, "Range Not Satisfiable", **{"Content-Range": f"bytes */{blob.size}"})
-            headers = {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{blob.size}"}
-        self._begin(status, {**headers, "Content-Length": str(stop - start)})
+            last = stop - self.server.hub.range_excess - 1
+            headers = {**headers, "Content-Range": f"bytes {start}-{last}/{blob.size}"}
+        promised = self.server.hub.promised if status == 206 else 0
+        self._begin(status, {**headers, "Content-Length": str(stop - start + promised)})
         if self.command != "HEAD":
             self._pour(blob.path, start, stop)
+        self.close_connection = self.close_connection and not promised
 
     def _pour(self, path: Path, start: int, stop: int) -> None:
         """Send a span of a file, or less of it where the hub was told to cut connections."""
@@ -354,6 +365,9 @@ class _Handler(BaseHTTPRequestHandler):
             hub.aborts_left -= 1
             stop = start + (hub.abort_after or 0)
         for chunk in _chunks(path, start, stop):
+            if hub.spoilt and path.name == hub.spoilt[0]:
+                chunk = _overwritten(chunk, hub.spoilt[1] - start, hub.spoilt[2])
+            start += len(chunk)
             self.record.bytes_sent += len(chunk)  # before the write: who has read the body finds it counted
             self.wfile.write(chunk)
         self.close_connection = self.close_connection or cut
@@ -454,6 +468,11 @@ class _Handler(BaseHTTPRequestHandler):
             del headers["X-Error-Message"]
         with suppress(ConnectionError):
             self._send(refusal.status, headers, json.dumps({"error": refusal.message}).encode())
+
+
+def _overwritten(chunk: bytes, at: int, wrong: bytes) -> bytes:
+    """Return the bytes with wrong ones at a place, where there is such a place."""
+    return chunk[:at] + wrong + chunk[at + len(wrong) :] if 0 <= at <= len(chunk) - len(wrong) else chunk
 
 
 def _span(first: str, last: str, size: int) -> tuple[int, int]:

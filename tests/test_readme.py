@@ -34,6 +34,7 @@ def test_every_command_of_the_table_exists(cli):
         "damage",
         "narrow",
         "report",
+        "download",
     }
     assert all(name in listed for name in named)
 

@@ -8,6 +8,7 @@ DimscopeError
 │   ├── UnsupportedCheckpoint   quantised weights, an architecture that transformers does not know
 │   └── UnsafeCheckpoint        pickle weights or remote code, without the flag that accepts the risk
 ├── TokenizerMissing            text is needed, and there is no tokenizer
+├── NonFiniteWeights            NaN or Inf in the weights of a model, or in what would be written (also a ValueError)
 ├── NonFiniteRows               NaN or Inf in the table (also a ValueError)
 ├── NonFiniteActivations        NaN or Inf in the hidden states or logits (also a FloatingPointError)
 ├── MissingExtra                a package that only an extra installs (also an ImportError)
@@ -45,6 +46,10 @@ class UnsafeCheckpoint(CheckpointError):
 
 class TokenizerMissing(DimscopeError):
     """The checkpoint has no tokenizer, and the question needs one."""
+
+
+class NonFiniteWeights(DimscopeError, ValueError):
+    """A weight of a model, or of a checkpoint that is to be written, is NaN or Inf."""
 
 
 class NonFiniteRows(DimscopeError, ValueError):

@@ -154,7 +154,7 @@ def test_texts_that_are_none(checkpoint, refuses, options, named):
 
 
 def test_models_without_a_tokenizer_or_without_a_next_token(checkpoint, declines, cli, refused, tmp_path):
-    for folder, named in ((checkpoint("llama", tokenizer=None), "tokenizer"), (checkpoint("bert"), "causal")):
+    for folder, named in ((checkpoint("llama", tokenizer=None), "tokenizer"), (checkpoint("bert"), "next token")):
         declines(folder, folder, named)
     path = damage.write_gguf(tmp_path / "a.gguf", checkpoint("llama"))
     refused(cli("damage", path, "-o", tmp_path / "out"), "a.gguf", "GGUF")

@@ -12,7 +12,7 @@ from forks import write_shims
 import dimscope
 
 TABLE_COMMANDS = ("tokens", "neighbors", "pairs", "correlate", "spectrum", "report")
-COMMANDS = ("inspect", *TABLE_COMMANDS, "embedding", "layers", "damage", "narrow")
+COMMANDS = ("inspect", *TABLE_COMMANDS, "embedding", "layers", "damage", "narrow", "download")
 PROBE = """
 import sys
 from dimscope.cli.app import main

@@ -141,26 +141,27 @@ def poison(folder: Path, tensor: str, value: float = float("nan")) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "value", "layer"),
+    ("family", "tensor", "value"),
     [
-        ("model.layers.0.mlp.down_proj.weight", float("inf"), "layer 1 (block 1)"),
-        ("model.norm.weight", float("nan"), "layer 3 (after final norm)"),
+        ("qwen2", "model.layers.0.mlp.down_proj.weight", float("inf")),
+        ("qwen2", "model.norm.weight", float("nan")),
+        ("llama", "lm_head.weight", float("nan")),
     ],
 )
-def test_nan_and_inf_in_the_hidden_states_are_named_by_layer(
-    checkpoint, editable, refuse, digest, text, tmp_path, tensor, value, layer
-):
-    folder, out = poison(editable(checkpoint("qwen2")), tensor, value), tmp_path / "out"
+def test_weights_of_nan_and_inf_are_named(checkpoint, editable, refuse, digest, text, tmp_path, family, tensor, value):
+    folder, out = poison(editable(checkpoint(family)), tensor, value), tmp_path / "out"
     before = digest(folder)
-    refuse(folder, "--text", text, *SMALL, "-o", out, names=(layer, "hidden states", "window"))
+    refuse(folder, "--text", text, *SMALL, "-o", out, names=(tensor, "NaN or Inf"))
     assert not out.exists()
     assert digest(folder) == before
 
 
-def test_nan_in_the_output_table_is_found_in_the_logits_only(checkpoint, editable, refuse, text):
-    folder = poison(editable(checkpoint("llama")), "lm_head.weight")
-    refuse(folder, "--text", text, *SMALL, names=("logits",))
-    assert main(["layers", str(folder), "--text", str(text), *SMALL, *BARE, "--no-logits"]) == 0
+def test_states_that_overflow_are_named_by_layer(checkpoint, editable, refuse, text, tmp_path):
+    folder = poison(editable(checkpoint("qwen2")), "model.layers.0.mlp.down_proj.weight", 6e4)
+    poison(folder, "model.layers.0.mlp.up_proj.weight", 100.0)
+    poison(folder, "model.layers.0.mlp.gate_proj.weight", 100.0)
+    names = ("layer 1 (block 1)", "hidden states", "window", "float32")
+    refuse(folder, "--text", text, *SMALL, "--dtype", "float16", names=names)
 
 
 def test_a_compared_model_of_nan_costs_nothing_of_what_is_finished(
@@ -168,7 +169,7 @@ def test_a_compared_model_of_nan_costs_nothing_of_what_is_finished(
 ):
     broken, out = poison(editable(checkpoint("qwen2")), "model.norm.weight"), tmp_path / "out"
     command = (checkpoint("gpt2"), "--text", text, *SMALL, "--shuffles", "1", "-o", out)
-    refuse(*command, "--compare", broken, names=("layer 3 (after final norm)",))
+    refuse(*command, "--compare", broken, names=("model.norm.weight",))
     assert not (out / "index.html").exists()
     before = digest(out / "tables")
     assert main(["layers", *map(str, command)]) == 0
@@ -179,7 +180,7 @@ def test_a_compared_model_of_nan_costs_nothing_of_what_is_finished(
 def test_models_that_cannot_read_the_text_are_refused_compared_ones_too(checkpoint, refuse, text, tmp_path):
     bare, sound = checkpoint("qwen2", tokenizer=None), checkpoint("gpt2")
     gguf = damage.write_gguf(tmp_path / "a.gguf", checkpoint("llama"))
-    for model, word in ((checkpoint("bert"), "causal"), (bare, "tokenizer"), (gguf, "GGUF")):
+    for model, word in ((bare, "tokenizer"), (gguf, "GGUF")):
         refuse(model, "--text", text, names=(model.name, word))
         refuse(sound, "--text", text, "--compare", checkpoint("llama"), model, names=(model.name, word))
 
@@ -190,7 +191,7 @@ def test_tokens_beyond_the_table(checkpoint, refuse, text):
 
 
 def test_quantised_and_pickled_weights(checkpoint, editable, refuse, text):
-    refuse(damage.quantize(editable(checkpoint("llama")), "gptq"), names=("quantised",))
+    refuse(damage.quantize(editable(checkpoint("llama")), "gptq"), "--text", text, names=("gptq", "quantised"))
     pickled = damage.to_pickle(editable(checkpoint("llama"), "pickled"))
     refuse(pickled, "--text", text, names=("--allow-pickle",))
     assert main(["layers", str(pickled), "--text", str(text), *SMALL, *BARE, "--allow-pickle"]) == 0

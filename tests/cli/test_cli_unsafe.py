@@ -13,14 +13,6 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow  # whole commands or studies
 
 
-@pytest.mark.parametrize("method", damage.QUANTIZATIONS)
-@pytest.mark.parametrize("tables", [False, True])
-def test_quantised_weights_are_refused_by_that_name(checkpoint, editable, refuses, method, tables):
-    folder = editable(checkpoint("llama"))
-    damage.quantize(folder, method, tables=tables)
-    assert "quantis" in refuses(folder, folder, command="inspect")
-
-
 def test_pickles_are_refused_unless_allowed(checkpoint, editable, refuses, cli, digest):
     stock = json.loads(cli("tokens", checkpoint("gpt2"), "--json").stdout)
     folder = damage.to_pickle(editable(checkpoint("gpt2")))

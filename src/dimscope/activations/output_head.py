@@ -108,6 +108,11 @@ def output_head(model: "PreTrainedModel") -> OutputHead:
         return states_and_head(model, text_stack(model), torch.arange(4, device=device)[None] % vocab_size)[1]
 
 
+def plain_head(model: "PreTrainedModel") -> OutputHead:
+    """Return the head of a family that does nothing to its logits, as those that are narrowed, without a run."""
+    return OutputHead(model.get_output_embeddings())
+
+
 @torch.no_grad()
 def states_and_head(
     model: "PreTrainedModel", stack: nn.Module, ids: Int[Tensor, "b t"], **options: Any

@@ -6,8 +6,8 @@ from math import prod
 import polars as pl
 
 from dimscope.checkpoints.checkpoint import Checkpoint
+from dimscope.checkpoints.quantised import FLOATS
 from dimscope.checkpoints.skeleton import role_of
-from dimscope.checkpoints.tables import FLOATS
 from dimscope.checkpoints.tensors import TensorInfo
 
 SCHEMA = {

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 
 from dimscope.checkpoints import BUILTIN, gguf
 from dimscope.checkpoints.config import CONFIG, quantisation, read_config, unknown_model_type
+from dimscope.checkpoints.hub import cache_errors, find_on_hub
+from dimscope.checkpoints.hub_environment import check_import_variables
+from dimscope.checkpoints.quantised import dequantised
 from dimscope.checkpoints.skeleton import Skeleton, build_skeleton
-from dimscope.checkpoints.sources import LocalFolder, Source, find_on_hub
+from dimscope.checkpoints.sources import LocalFolder, Source
 from dimscope.checkpoints.tables import has_head_of_its_own, locate_tables, only_matrix, untie
 from dimscope.checkpoints.tensors import TensorInfo, TensorReader
 from dimscope.checkpoints.weights import (
@@ -132,7 +135,13 @@ def open_checkpoint(
         UnsafeCheckpoint: Weights or architecture are code, and the option that accepts it is off.
         MissingExtra: The file is GGUF, and the package gguf is not installed.
     """
+    check_import_variables()
     source, gguf_file = _find_source(str(name), revision)
+    with cache_errors(source):
+        return _open(source, gguf_file, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+
+
+def _open(source: Source, gguf_file: str | None, *, allow_pickle: bool, trust_remote_code: bool) -> Checkpoint:
     if gguf_file is not None:
         return _open_gguf(source, WeightFiles("gguf", (gguf_file,)))
     refuse_adapter_alone(source)
@@ -152,7 +161,12 @@ def _open_model(
     source: Source, weights: WeightFiles, config: "PretrainedConfig", *, trust_remote_code: bool
 ) -> Checkpoint:
     skeleton = build_skeleton(config, source.name, trust_remote_code=trust_remote_code)
-    unwrapped = unwrap(open_weights(source, weights), skeleton)
+    stored = open_weights(source, weights)
+    if lora := next((name for name in stored.tensors if ".lora_" in name), None):
+        raise UnsupportedCheckpoint(
+            f"{source.name}: its adapters are not merged into the weights ({lora}); merge them first"
+        )
+    unwrapped = unwrap(stored, skeleton)
     reader, notes = unwrapped.reader, [*stale_note(source, weights), *adapter_note(source, weights)]
     if unwrapped.removed:
         notes.append(f"{source.name}: {', '.join(unwrapped.removed)} was taken off the names of its tensors")
@@ -164,6 +178,9 @@ def _open_model(
         untie(config)
         skeleton = build_skeleton(config, source.name, trust_remote_code=trust_remote_code)
     tables = locate_tables(source, reader, skeleton)
+    if quantisation(config):
+        stored_tables = (tables.input, *([tables.output] if tables.output else []))
+        reader = dequantised(reader, [info.name for info in stored_tables], config)
     if unfilled := [] if quantisation(config) else skeleton.unfilled(reader.tensors):
         notes.append(
             f"{source.name}: the weights fill {len(skeleton.shapes) - len(unfilled):,} of the {len(skeleton.shapes):,} "

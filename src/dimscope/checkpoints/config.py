@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING, Any
 
-from dimscope.checkpoints.sources import HubRepository, Source
+from dimscope.checkpoints.sources import Source
 from dimscope.errors import CorruptCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
 
 if TYPE_CHECKING:
@@ -34,13 +34,9 @@ def read_config(source: Source, *, trust_remote_code: bool) -> "PretrainedConfig
             f"{source.name}: its architecture {model_type!r} is code in the repository, which would run on this machine; "
             "pass `trust_remote_code` if you trust it"
         )
-    location = source.name if isinstance(source, HubRepository) and not builtin else str(source.fetch(CONFIG).parent)
+    location = source.fetch(CONFIG).parent if builtin else source.folder([CONFIG])
     try:
-        return AutoConfig.from_pretrained(
-            location,
-            revision=source.revision if location == source.name else None,
-            trust_remote_code=trust_remote_code and not builtin,
-        )
+        return AutoConfig.from_pretrained(str(location), trust_remote_code=trust_remote_code and not builtin)
     except (ValueError, TypeError, KeyError, OSError) as e:
         raise CorruptCheckpoint(
             f"{source.name}: config.json does not describe a model ({str(e).splitlines()[0]})"
@@ -70,8 +66,9 @@ def _read_json(source: Source) -> dict[str, Any]:
 
 def quantisation(config: "PretrainedConfig") -> str | None:
     """Return the method by which a config declares its weights quantised, or None."""
-    # MLX writes its own key; everybody else the one of transformers.
-    declared = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
+    if getattr(config, "quantization", None):
+        return "MLX"
+    declared = getattr(config, "quantization_config", None)
     if not declared:
         return None
     return (

@@ -132,6 +132,15 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
 
     config = require_causal(checkpoint)
     kind = config.model_type
+    if method := checkpoint.quantisation:
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.name}: its weights are quantised ({method}), and no rotation goes through their steps; "
+            "narrow the checkpoint they were quantised from"
+        )
+    if config.get_text_config() is not config:
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.name}: {kind} models are not narrowed: images or sounds write into the same stream"
+        )
     if kind not in LAYOUTS:
         reason = REFUSED.get(kind, f"which of its weights touch the stream is known for {', '.join(LAYOUTS)} only")
         raise UnsupportedCheckpoint(f"{checkpoint.name}: {kind} models are not narrowed: {reason}")
@@ -144,8 +153,7 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
         raise UnsupportedCheckpoint(
             f"{checkpoint.name}: this Phi has norms on queries and keys, whose size transformers takes from the width"
         )
-    beside = ["adapter_config.json"] if "adapter_config.json" in checkpoint.source.files else []
-    if adapters := [*beside, *(name for name in checkpoint.tensors if ".lora_" in name)]:
+    if adapters := [name for name in checkpoint.tensors if ".lora_" in name]:  # of a model in memory
         raise UnsupportedCheckpoint(f"{checkpoint.name}: it holds adapters ({adapters[0]}); merge them first")
     return LAYOUTS[kind]
 

@@ -1,6 +1,6 @@
 """A `transformers` model in memory as a checkpoint. Its weights are read where they are, and never changed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,10 @@ class LoadedModel:
     def fetch(self, file: str) -> Path:
         """Refuse: there are no files."""
         raise self._no_files(file)
+
+    def folder(self, files: Iterable[str]) -> Path:
+        """Refuse: there are no files."""
+        raise self._no_files(next(iter(files), "of its own"))
 
     def size(self, file: str) -> int:
         """Refuse: there are no files."""

@@ -14,11 +14,18 @@ import psutil
 import torch
 
 from dimscope.checkpoints.checkpoint import Checkpoint
+from dimscope.checkpoints.hub import cache_advice
 from dimscope.checkpoints.loaded import LoadedModel
-from dimscope.checkpoints.sources import HubRepository, Source
 from dimscope.checkpoints.tensors import StateDictReader, TensorReader, read_tensor
 from dimscope.checkpoints.weights import SINGLE
-from dimscope.errors import CorruptCheckpoint, DimscopeError, InvalidArgument, MissingExtra, UnsupportedCheckpoint
+from dimscope.errors import (
+    CorruptCheckpoint,
+    DimscopeError,
+    InvalidArgument,
+    MissingExtra,
+    NonFiniteWeights,
+    UnsupportedCheckpoint,
+)
 from dimscope.units import readable_bytes
 
 if TYPE_CHECKING:
@@ -97,7 +104,8 @@ def load_model(
 
     Raises:
         UnsupportedCheckpoint: The checkpoint cannot be run.
-        CorruptCheckpoint: The weights do not fit the config, or hold NaN or Inf.
+        CorruptCheckpoint: The weights do not fit the config.
+        NonFiniteWeights: A weight is NaN or Inf.
         InvalidArgument: The weights do not fit into memory, or a model in memory has another dtype or device.
     """
     require_runnable(checkpoint)
@@ -136,7 +144,9 @@ def _loading_error(checkpoint: Checkpoint, error: Exception) -> DimscopeError:
             f"{checkpoint.name}: transformers cannot run its {method} weights on this machine ({reason}); "
             "use the checkpoint they were quantised from"
         )
-    return CorruptCheckpoint(f"{checkpoint.name}: the weights cannot be loaded ({reason})")
+    return CorruptCheckpoint(
+        f"{checkpoint.name}: the weights cannot be loaded ({reason}){cache_advice(checkpoint.source)}"
+    )
 
 
 def _from_pretrained(
@@ -145,10 +155,12 @@ def _from_pretrained(
     """Load the weights that the checkpoint's reader reads, and nothing that lies beside them."""
     config = deepcopy(require_runnable(checkpoint))  # transformers writes into it
     spread = placement.device == "map"
-    options: dict[str, Any] = {"pretrained_model_name_or_path": None, "state_dict": _state_dict(checkpoint.reader)}
-    if not _needs_state_dict(checkpoint):
-        location = _linked(checkpoint, folder) if _is_stock(config) else _remote_location(checkpoint.source)
-        options = {"use_safetensors": not isinstance(checkpoint.reader, StateDictReader), **location}
+    options: dict[str, Any]
+    if _needs_state_dict(checkpoint):
+        options = {"pretrained_model_name_or_path": None, "state_dict": _state_dict(checkpoint.reader)}
+    else:
+        options = _linked(checkpoint, folder) if _is_stock(config) else _whole_folder(checkpoint)
+        options["use_safetensors"] = not isinstance(checkpoint.reader, StateDictReader)
     from_pretrained = _class_of(checkpoint).from_pretrained
     if not _is_stock(config):
         options["trust_remote_code"] = trust_remote_code
@@ -181,20 +193,21 @@ def _linked(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
 
     In the folder of the user, transformers would apply adapters beside the weights, and find no file of another name.
     """
-    source, weights = checkpoint.source, checkpoint.weights
+    weights = checkpoint.weights
     assert weights is not None, checkpoint.name
     links = {f: SINGLE[weights.kind] if weights.index is None else f for f in weights.files}
-    links |= {f: f for f in (weights.index, "config.json", "generation_config.json") if f and f in source.files}
+    whole = checkpoint.source.folder(links)
+    links |= {f: f for f in (weights.index, "config.json", "generation_config.json") if f and (whole / f).exists()}
     for file, link in links.items():
-        (folder / link).symlink_to(source.fetch(file).resolve())
+        (folder / link).symlink_to((whole / file).resolve())
     return {"pretrained_model_name_or_path": str(folder)}
 
 
-def _remote_location(source: Source) -> dict[str, Any]:
-    """Return where code of the repository, which transformers imports, lies beside the weights."""
-    if isinstance(source, HubRepository):
-        return {"pretrained_model_name_or_path": source.name, "revision": source.revision}
-    return {"pretrained_model_name_or_path": str(source.fetch("config.json").parent)}
+def _whole_folder(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the folder of the weights, with the code of the repository that transformers imports."""
+    return {
+        "pretrained_model_name_or_path": str(checkpoint.source.folder({t.file for t in checkpoint.tensors.values()}))
+    }
 
 
 def _is_stock(config: "PretrainedConfig") -> bool:
@@ -345,7 +358,7 @@ def require_finite_weights(model: "PreTrainedModel", name: str) -> None:
     """Refuse a model with NaN or Inf in its weights; one sum per parameter.
 
     Raises:
-        CorruptCheckpoint: A parameter holds NaN or Inf; names it.
+        NonFiniteWeights: A parameter holds NaN or Inf; names it.
     """
     for parameter, tensor in model.named_parameters():
         if tensor.is_meta or tensor.dtype not in (torch.float64, *DTYPES.values()):
@@ -355,6 +368,6 @@ def require_finite_weights(model: "PreTrainedModel", name: str) -> None:
             continue
         if n_bad := int((~torch.isfinite(tensor.detach())).sum()):
             hint = "; `dtype` float32 or bfloat16 may hold them" if tensor.dtype is torch.float16 else ""
-            raise CorruptCheckpoint(
+            raise NonFiniteWeights(
                 f"{name}: {n_bad:,} of {tensor.numel():,} numbers of {parameter} are NaN or Inf{hint}"
             )

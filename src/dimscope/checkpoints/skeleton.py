@@ -76,17 +76,19 @@ class Skeleton:
                 filled.add(tied_to)
         return own
 
-    def unfilled(self, names: Iterable[str]) -> list[str]:
-        """Return the parameters that no tensor of the files fills."""
+    def unfilled(self, names: Iterable[str], *, exact: bool = False) -> list[str]:
+        """Return the parameters that no tensor of the files fills; with `exact`, also by no name that only ends alike."""
         names = list(names)
         filled = {parameter for name in names for parameter in self.targets(name)}
         filled |= {self.aliases[parameter] for parameter in filled if parameter in self.aliases}
+        own = self.parameters_of(names)
+        others = [name for name in names if name not in own]
         return [
             p
             for p in self.shapes
             if p not in filled
             and not any(re.search(pattern, p) for pattern in self.optional)
-            and self._alike(p, names) is None
+            and (exact or self._alike(p, others) is None)
         ]
 
     def file_name(self, parameter: str, names: Iterable[str]) -> str | None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from dimscope.checkpoints.quantised import FLOATS
 from dimscope.checkpoints.skeleton import Skeleton
 from dimscope.checkpoints.sources import Source
 from dimscope.checkpoints.tensors import TensorInfo, TensorReader
-from dimscope.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from dimscope.errors import CorruptCheckpoint
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 BLOCK = 8192  # rows that are compared at once
 
 
@@ -90,18 +90,6 @@ def only_matrix(tensors: Sequence[TensorInfo]) -> TensorInfo | None:
     """Return the only matrix among tensors: the table of a static embedding; None where there are none or several."""
     matrices = [info for info in tensors if len(info.shape) == 2 and info.dtype in FLOATS]
     return matrices[0] if len(matrices) == 1 and all(len(info.shape) <= 2 for info in tensors) else None
-
-
-def require_floats(info: TensorInfo, name: str) -> None:
-    """Refuse a table whose numbers are packed.
-
-    Raises:
-        UnsupportedCheckpoint: The table is quantised.
-    """
-    if info.dtype not in FLOATS:
-        raise UnsupportedCheckpoint(
-            f"{name}: {info.name} is stored as {info.dtype}; quantised tables cannot be studied"
-        )
 
 
 def _packed(parameter: str, names: set[str]) -> str | None:

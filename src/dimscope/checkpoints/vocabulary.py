@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dimscope.checkpoints.hub import HubRepository, damaged_file
 from dimscope.checkpoints.loaded import LoadedModel
-from dimscope.checkpoints.sources import HubRepository, Source
-from dimscope.errors import DimscopeError, TokenizerMissing
+from dimscope.checkpoints.sources import Source
+from dimscope.errors import CorruptCheckpoint, DimscopeError, TokenizerMissing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,10 +83,14 @@ def read_tokenizer(source: Source) -> "PreTrainedTokenizerBase | None":
     from transformers import AutoTokenizer
 
     present = [f for f in TOKENIZER_FILES if f in source.files]
-    if not {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"} & set(present):
+    vocabularies = {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"}
+    if not vocabularies & set(present):
         return None
     if isinstance(source, HubRepository):
-        present.append("config.json")  # some tokenizers find their class through it
+        # Some tokenizers find their class through the config; the template belongs to the tokenizer.
+        present += [f for f in ("config.json", "chat_template.jinja") if f in source.files]
+        if vocabularies & set(at_hand := source.at_hand(present)):  # one of several kinds is enough
+            present = at_hand
     paths = [source.fetch(f) for f in present]
     return AutoTokenizer.from_pretrained(str(paths[0].parent), trust_remote_code=False)
 
@@ -122,6 +127,10 @@ def _try_tokenizer(source: Source) -> "tuple[PreTrainedTokenizerBase | None, str
     except DimscopeError:
         raise
     except Exception as e:  # damaged or of an unknown kind: tokenizers raises bare Exception
+        if damaged := damaged_file(source, TOKENIZER_FILES):
+            raise CorruptCheckpoint(
+                f"{source.name}: the cached file {damaged} is damaged: delete it and run the same command again"
+            ) from e
         return None, f"the tokenizer cannot be read ({' '.join(str(e).split())[:200]})"
 
 

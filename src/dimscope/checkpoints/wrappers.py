@@ -32,13 +32,13 @@ def unwrap(reader: TensorReader, skeleton: Skeleton) -> Unwrapped:
     First the known ones, then any that all names have in common.
     """
     names = list(reader.tensors)
-    best, least = {name: name for name in names}, len(skeleton.unfilled(names))
+    best, least = {name: name for name in names}, len(skeleton.unfilled(names, exact=True))
     if not least:
         return Unwrapped(reader)
     known = {name: LEADING.sub("", WRAPPER.sub("", LEADING.sub("", name))) for name in names}
     candidates = [known, *_without_common(known)]
     for candidate in candidates:
-        unfilled = len(skeleton.unfilled(candidate.values()))
+        unfilled = len(skeleton.unfilled(candidate.values(), exact=True))
         if unfilled < least and len(set(candidate.values())) == len(names):
             best, least = candidate, unfilled
     removed = sorted({part for name, short in best.items() for part in _removed(name, short)})

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dimscope.checkpoints.tensors import NAMES
+from dimscope.errors import NonFiniteWeights
 
 SHARD = 5_000_000_000  # bytes of a file at most, as transformers writes them
 INDEX = "model.safetensors.index.json"
@@ -43,6 +44,7 @@ def write_safetensors(
 
     Raises:
         ValueError: The blocks are not what was planned.
+        NonFiniteWeights: A tensor holds NaN or Inf in the dtype in which it is stored.
     """
     shards = _sharded(plan)
     names = [_file_name(n, len(shards)) for n in range(len(shards))]
@@ -81,11 +83,22 @@ def _write_shard(
                 raise ValueError(f"{planned.name} is written where {expected.name} was planned")
             n_bytes = 0
             for block in blocks:
-                data = block.to(expected.dtype).contiguous().view(torch.uint8).numpy()
+                stored = block.to(expected.dtype).contiguous()
+                _require_finite(stored, expected)
+                data = stored.view(torch.uint8).numpy()
                 f.write(data)
                 n_bytes += data.nbytes
             if n_bytes != expected.n_bytes:
                 raise ValueError(f"{expected.name} has {n_bytes} bytes where {expected.n_bytes} were planned")
+
+
+def _require_finite(block: Tensor, tensor: PlannedTensor) -> None:
+    if bool(torch.isfinite(block.sum(dtype=torch.float64))):
+        return
+    n_bad = int((~torch.isfinite(block)).sum())
+    raise NonFiniteWeights(
+        f"{n_bad:,} numbers of {tensor.name} are NaN or Inf in {str(tensor.dtype).removeprefix('torch.')}; nothing was written"
+    )
 
 
 def _header(shard: list[PlannedTensor]) -> bytes:

@@ -14,6 +14,7 @@ from cyclopts.config import Dict
 from dimscope import studies
 from dimscope.cli import embedding, narrow
 from dimscope.cli.damage import damage_command
+from dimscope.cli.download import download
 from dimscope.cli.options import STANDARD_INPUT
 from dimscope.cli.report import report_command
 from dimscope.cli.studies import study_command
@@ -43,6 +44,7 @@ def build_app(listed: Sequence[Study]) -> App:
     for study in listed:
         app.command(SPECIAL.get(study.name, study_command)(study))
     app.command(report_command(listed), name="report")
+    app.command(download)
     return app
 
 

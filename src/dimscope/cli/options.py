@@ -42,6 +42,9 @@ class Common:
 
     def open(self, model: str, revision: str | None = None) -> Checkpoint:
         """Open a model, at this revision or else at that of the command line."""
+        from dimscope.checkpoints.hub_environment import check_import_variables
+
+        check_import_variables()
         from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging
 

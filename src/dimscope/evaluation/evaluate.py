@@ -15,6 +15,7 @@ from dimscope.activations.collection import next_tokens
 from dimscope.activations.forward import final_states
 from dimscope.activations.output_head import OutputHead, output_head
 from dimscope.checkpoints.model import available_memory
+from dimscope.errors import NonFiniteActivations
 from dimscope.texts.window_sums import Interval, WindowSums, interval
 from dimscope.texts.windows import Window, grouped
 
@@ -61,6 +62,18 @@ class Evaluation:
     def perplexity(self) -> float:
         """Return exp(loss), infinite where that is no float."""
         return math.exp(self.loss.value) if self.loss.value < LARGEST_EXPONENT else math.inf
+
+
+def require_finite_evaluation(evaluation: Evaluation, dtype: str) -> None:
+    """Refuse an evaluation of NaN or Inf, which agrees with everything.
+
+    Raises:
+        NonFiniteActivations: Loss or KL is no finite number.
+    """
+    if not (math.isfinite(evaluation.loss.value) and math.isfinite(evaluation.kl.value)):
+        raise NonFiniteActivations(
+            f"the model computes NaN or Inf in {dtype}: its weights are damaged, or `dtype` is too narrow; try `dtype` float32"
+        )
 
 
 def mean_of(name: str) -> Callable[[Float[Tensor, "... 7"]], Float[Tensor, " ..."]]:

@@ -1,8 +1,10 @@
 """The token-embedding tables of a checkpoint as streams of row blocks."""
 
 from dimscope.checkpoints.checkpoint import Checkpoint
-from dimscope.checkpoints.tables import require_floats
-from dimscope.errors import InvalidArgument
+from dimscope.checkpoints.gguf import GgufReader
+from dimscope.checkpoints.hub import cache_errors
+from dimscope.checkpoints.quantised import reads_floats
+from dimscope.errors import InvalidArgument, UnsupportedCheckpoint
 from dimscope.vectors.table import VectorTable, require_finite
 
 SIDES = ("input", "output")
@@ -31,8 +33,12 @@ def open_table(
         if checkpoint.output_table is None:
             raise InvalidArgument(f"{checkpoint.name}: this model has no output table")
         info = checkpoint.output_table
-    require_floats(info, checkpoint.name)
     reader = checkpoint.reader
+    if not isinstance(reader, GgufReader) and not reads_floats(reader, info):
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.name}: {info.name} is stored as {info.dtype}; only tables of floating-point numbers, fp8 with "
+            "scales and bitsandbytes 8-bit are read: use the checkpoint it was quantised from"
+        )
     reader.prefetch(info.name)
     table = VectorTable(
         info.shape[0],
@@ -41,4 +47,5 @@ def open_table(
         lambda start, stop: reader.read_rows(info.name, start, stop),
         name=checkpoint.name,
     )
-    return require_finite(table, info.name, skip_nonfinite=skip_nonfinite, advice=advice)
+    with cache_errors(checkpoint.source, info.file):
+        return require_finite(table, info.name, skip_nonfinite=skip_nonfinite, advice=advice)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from dimscope.evaluation.evaluate import evaluate
+from dimscope.evaluation.evaluate import evaluate, require_finite_evaluation
 from dimscope.evaluation.generation import generate
 from dimscope.evaluation.unigrams import unigram_entropy
 from dimscope.interventions.insertion import perturbed
@@ -56,6 +56,9 @@ def evaluate_point(session: DamageSession, point: Point, maps: Mapping[Table, Ro
     baselines = session.baselines  # of the undamaged model, so before anything is changed
     with damaged(session, point, maps) as model:
         evaluations = {name: evaluate(model, base, changed=bool(point.steps)) for name, base in baselines.items()}
+    if not point.steps:
+        for evaluation in evaluations.values():
+            require_finite_evaluation(evaluation, session.inputs.placement.dtype)
     return windows_frame(_columns(session, point), evaluations)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dimscope.checkpoints.model import Placement, load_model, place
 from dimscope.checkpoints.vocabulary import require_tokenizer
 from dimscope.errors import InvalidArgument
-from dimscope.evaluation.evaluate import Baseline, Evaluation, baseline, evaluate
+from dimscope.evaluation.evaluate import Baseline, Evaluation, baseline, evaluate, require_finite_evaluation
 from dimscope.evaluation.generated_text import sample_windows
 from dimscope.interventions.table_summary import TableSummary, summarise_table
 from dimscope.narrowing.calibration import Calibration, calibrate
@@ -125,8 +125,14 @@ def open_session(target: Target, settings: NarrowSettings, monitor: Monitor, *, 
 
 
 def evaluate_model(session: NarrowingSession, model: PreTrainedModel) -> Evaluation:
-    """Compare a model with the dense one, on windows that nothing was fitted to."""
-    return evaluate(model, session.baseline(), changed=model is not session.dense())
+    """Compare a model with the dense one, on windows that nothing was fitted to.
+
+    Raises:
+        NonFiniteActivations: The model computes NaN or Inf.
+    """
+    evaluation = evaluate(model, session.baseline(), changed=model is not session.dense())
+    require_finite_evaluation(evaluation, session.placement.dtype)
+    return evaluation
 
 
 def session_recipe(session: NarrowingSession) -> dict[str, Any]:
