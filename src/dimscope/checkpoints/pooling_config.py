@@ -9,7 +9,7 @@ from dimscope.errors import CorruptCheckpoint, DimscopeError, UnsupportedCheckpo
 
 Pooling = Literal["mean", "cls", "last"]
 MODULES = "modules.json"  # as sentence-transformers writes it
-KEYS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+MODES = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}  # as sentence-transformers calls them
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,11 @@ def read_pooling(source: Source) -> PoolingConfig:
     pooling = None
     if "Pooling" in parts:
         own = _read(source, f"{parts['Pooling']}/config.json")
-        modes = (
-            [own["pooling_mode"]] if "pooling_mode" in own else [KEYS.get(k, k) for k, on in own.items() if on is True]
-        )
-        modes = [str(mode) for mode in modes if mode in get_args(Pooling) or str(mode).startswith("pooling_mode")]
+        keys = [
+            key.removeprefix("pooling_mode_") for key, on in own.items() if on is True and key.startswith("pooling_")
+        ]
+        chosen = [str(own["pooling_mode"])] if "pooling_mode" in own else keys
+        modes = [MODES.get(mode, mode) for mode in chosen]
         if len(modes) != 1 or modes[0] not in get_args(Pooling):
             raise UnsupportedCheckpoint(
                 f"{source.name}: it pools by {', '.join(modes) or 'nothing'}; pooling is one of {', '.join(get_args(Pooling))}"

@@ -28,5 +28,5 @@ DAMAGE = Study(
     _load,
     example="dimscope damage builtin --truncate 75%,50% --noise 0.1,1 -o damage",
     presets=PRESETS,
-    definition=7,
+    definition=8,
 )
