@@ -16,7 +16,7 @@ HOSTILE = "</script><script>alert(1)</script>"
 LABELS = ["<s>", "␣water", "Water", HOSTILE, "\"'`&amp;", "\u202eשלום", "<b>bold</b><0xFF>", "#7"]
 CATEGORIES = ["special", "ordinary", "ordinary", "ordinary", "undecodable", "ordinary", "unreachable", "beyond"]
 TABLES = ["budget", "tokens", "spectrum", "dimensions", "measures", "correlation", "correlation_blocks", "duplicates", "knn", "hubs",
-          "probes", "influence"]  # fmt: skip
+          "probes", "influence", "truncation"]  # fmt: skip
 EMBEDDING_FACTS = {
     "side": "input",
     "radius": 0.001,
@@ -149,6 +149,24 @@ def influence() -> pl.DataFrame:
     return pl.DataFrame(rows, schema=["table", "left_out", "n_tokens", "metric", "value", "value_all"], orient="row")
 
 
+def truncation() -> pl.DataFrame:
+    """Return what 1, 2 and 3 of four dimensions keep: PCA most, truncation as much as a random rotation."""
+    kept = {"PCA": (0.5, 0.85, 0.97), "truncation": (0.3, 0.6, 0.93), "random coordinates": (0.3, 0.6, 0.8),
+            "random rotation": (0.3, 0.6, 0.9)}  # fmt: skip
+    rows = [
+        (method, size, metric, seed if "random" in method else None, value + 0.01 * (seed - 1) * ("random" in method))
+        for method, values in kept.items()
+        for seed in ((0, 1, 2) if "random" in method else (0,))
+        for size, value in enumerate(values, start=1)
+        for metric in ("neighbor overlap", "similarity rank correlation")
+    ]
+    counts = {"n_tokens": 100, "neighbors": 10, "candidates": 200, "fitted": 300}
+    frame = pl.DataFrame(rows, schema=["method", "size", "metric", "seed", "value"], orient="row")
+    return frame.with_columns(table=pl.lit("input"), rows=pl.lit("trained"), stderr=pl.lit(0.005)).with_columns(
+        pl.lit(n, dtype=pl.Int64).alias(name) for name, n in counts.items()
+    )
+
+
 def small_tables() -> Tables:
     return {
         "budget": budget(),
@@ -163,6 +181,7 @@ def small_tables() -> Tables:
         "hubs": pl.DataFrame({"id": [1, 2, 3], "label": LABELS[1:4], "in_degree": [6, 0, 0]}),
         "probes": probes(),
         "influence": influence(),
+        "truncation": truncation(),
     }
 
 

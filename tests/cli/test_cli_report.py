@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow  # whole commands or studies
 
 TABLES = {
     "budget", "tokens", "spectrum", "dimensions", "measures", "correlation",
-    "correlation_blocks", "duplicates", "knn", "hubs", "probes", "influence",
+    "correlation_blocks", "duplicates", "knn", "hubs", "probes", "influence", "truncation",
 }  # fmt: skip
 LIGHT = ("--embedding.knn-sample", "50", "--embedding.permutations", "1")
 

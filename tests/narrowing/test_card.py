@@ -29,7 +29,7 @@ def test_nothing_is_said_of_what_was_not_done():
     card = model_card(replace(FACTS, on_hub=False), ACCOUNT)
     assert not [
         word
-        for word in ("base_model", "learned", "Healed", "Trained", "Calibrated", "table")
+        for word in ("base_model", "learned", "Healed", "Trained", "Calibrated", "input and output")
         if word in card.split("## ")[1]
     ]
     assert "base_model" not in card
@@ -63,17 +63,20 @@ def test_a_model_that_did_not_shrink_is_said_not_to():
 
 
 @pytest.mark.parametrize(
-    ("width", "family", "words"),
+    ("facts", "words", "absent"),
     [
-        (64, "qwen3", ["K-quants"]),
-        (48, "llama", ["Q8_0 needs", "nearest: 64."]),
-        (256, "llama", []),
-        (256, "qwen2", ["head_dim", "--export-as llama"]),
-        (256, "phi", ["head_dim"]),
-        (96, "llama", ["K-quants", "64 and 128"]),
+        ({"width": 256}, ["llama.cpp loads"], ["GGUF", "GPUs", "vLLM"]),
+        ({"width": 64, "family": "qwen3"}, ["llama.cpp loads", "multiple of 256", "Q5_0 instead of Q4_K"], ["refuses", "GPUs"]),
+        ({"width": 40}, ["multiple of 32", "refuses", "F16", "nearest: 64."], ["instead of"]),
+        ({"width": 256, "family": "qwen2"}, ["does not load", "--export-as llama", "--model-impl transformers"], ["GGUF"]),
+        ({"width": 256, "family": "phi"}, ["does not load", "--model-impl transformers"], ["--export-as", "GGUF"]),
+        ({"width": 512, "family": "qwen2"}, [], ["load", "GGUF", "GPUs"]),  # full width: heads as in the dense model
+        ({"width": 96}, ["nearest: 64 and 128."], []),
+        ({"width": 420, "width_step": 14}, ["nearest: 448."], []),
+        ({"width": 42, "width_step": 42}, ["multiples of 64."], ["nearest"]),
     ],
-)
-def test_hints_for_engines(width, family, words):
-    lines = " ".join(hints(width, family))
+)  # fmt: skip
+def test_hints_for_engines(facts, words, absent):
+    lines = " ".join(hints(replace(FACTS, **{"dim": 512, **facts})))
     assert all(word in lines for word in words)
-    assert bool(lines) == bool(words)
+    assert not any(word in lines for word in absent)

@@ -79,7 +79,7 @@ def test_hostile_labels_are_text_and_nothing_else(text: str) -> None:
 
 def test_headings_are_the_findings(text: str) -> None:
     headings = Outline(text).headings
-    assert len(headings) == 13
+    assert len(headings) == 14
     assert headings[0] == "What is an effective dimension?"
     assert headings[-1] == "Computed in 2 seconds with these arguments and versions"
 

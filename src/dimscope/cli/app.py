@@ -16,6 +16,7 @@ from dimscope.cli import embedding, narrow
 from dimscope.cli.damage import damage_command
 from dimscope.cli.download import download
 from dimscope.cli.options import STANDARD_INPUT
+from dimscope.cli.pool import pool
 from dimscope.cli.report import report_command
 from dimscope.cli.studies import study_command
 from dimscope.errors import DimscopeError, InvalidArgument
@@ -44,6 +45,7 @@ def build_app(listed: Sequence[Study]) -> App:
     for study in listed:
         app.command(SPECIAL.get(study.name, study_command)(study))
     app.command(report_command(listed), name="report")
+    app.command(pool)
     app.command(download)
     return app
 

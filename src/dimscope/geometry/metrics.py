@@ -44,6 +44,8 @@ DIRECTIONS_ABOVE_CHANCE = "directions above chance"
 CHANCE_PARTICIPATION_RATIO = "participation ratio by chance"
 
 HUBNESS = "hubness skewness"
+NEIGHBOR_OVERLAP = "neighbor overlap"
+SIMILARITY_CORRELATION = "similarity rank correlation"
 SAME_TOKEN_NEIGHBORS = "same-token nearest neighbors"
 BETWEEN_TYPES = "variance between token types"
 CKA = "CKA"
@@ -148,6 +150,11 @@ _NOISE = (
 )  # fmt: skip
 _OTHERS = (
     _metric(HUBNESS, "skewness", "skewness of the in-degrees of the kNN graph", "Radovanovic et al. 2010"),
+    _metric(NEIGHBOR_OVERLAP, SHARE, "share of the nearest neighbors in all dimensions that are the nearest in fewer"),
+    _metric(
+        SIMILARITY_CORRELATION, "correlation",
+        "Spearman correlation of the cosines of a row with others, in fewer and in all dimensions; mean over rows",
+    ),
     _metric(SAME_TOKEN_NEIGHBORS, SHARE, "share of states whose nearest neighbor is a state of the same token"),
     _metric(
         BETWEEN_TYPES, SHARE, "share of the variance between token types: 1 - (SS_within / (N - T)) / (SS_all / (N - 1))",

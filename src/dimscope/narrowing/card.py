@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,9 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dimscope.narrowing.assembly import Account
 
-GGUF_Q8, GGUF_K = 32, 256  # numbers in a block of the formats of llama.cpp
+GGUF_BLOCK, GGUF_SUPERBLOCK = 32, 256  # weights that Q8_0 and K-quants round together; a row is a whole number of them
+GGUF_FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q2_K": "Q4_0", "Q3_K": "Q4_0"}
+"""What llama-quantize writes instead of a K-quant where a row is no whole number of superblocks."""
 TILE = 64  # that GPUs multiply at full speed
-HARD_WIRED = ("qwen2", "phi", "gpt_neox")  # families for which some engines compute the head size as width / heads
+LLAMA_CPP_LOADS = ("llama", "mistral", "qwen3", "gemma")
+"""The families for which llama.cpp reads the head size from the file; for qwen2 and phi it is width / heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,7 @@ class NarrowFacts:
         width: Hidden size of the narrow model.
         basis: Name of the basis of the kept directions.
         family: Model type of the narrow model.
+        width_step: Every width of the narrow model is a multiple of it.
         tied: Whether one table is both input and output table.
         export: Model type of the narrow model, where it is another than that of the dense one.
         calibrated_on: Windows of the calibration.
@@ -49,6 +54,7 @@ class NarrowFacts:
     basis: str
     family: str
     tied: bool
+    width_step: int = 1
     export: str | None = None
     calibrated_on: str | None = None
     learned_steps: int | None = None
@@ -63,23 +69,51 @@ class NarrowFacts:
     warnings: Sequence[str] = ()
 
 
-def hints(width: int, family: str) -> list[str]:
-    """Return what engines other than transformers do with a width."""
-    lines = []
-    if family in HARD_WIRED:
-        other = " `--export-as llama` writes the same model in a family that has one." if family == "qwen2" else ""
-        lines.append(
-            "transformers reads the head size from the config (`head_dim`). Engines that compute it as width / heads for this "
-            f"family (llama.cpp for Qwen2, vLLM for Phi) read the checkpoint wrong.{other}"
-        )
-    if width % GGUF_Q8:
-        lines.append(f"GGUF: Q8_0 needs a multiple of {GGUF_Q8}, so this width cannot be quantised with it.")
-    elif width % GGUF_K:
-        lines.append(f"GGUF: K-quants need a multiple of {GGUF_K}; Q8_0 works.")
-    if width % TILE:
-        nearest = " and ".join(str(w) for w in (width // TILE * TILE, -(-width // TILE) * TILE) if w)
-        lines.append(f"GPUs multiply fastest at multiples of {TILE}; nearest: {nearest}.")
+def hints(facts: NarrowFacts) -> list[str]:
+    """Return what engines other than transformers do with the family and the width of a narrow model."""
+    lines = [*_loading(facts), *_quantisation(facts.width)]
+    if facts.width % TILE:
+        every = math.lcm(TILE, facts.width_step)
+        widths = (facts.width // every * every, -(-facts.width // every) * every)
+        nearest = " and ".join(str(w) for w in widths if 0 < w <= facts.dim)
+        lines.append(f"GPUs multiply fastest at multiples of {TILE}{nearest and f'; nearest: {nearest}'}.")
     return lines
+
+
+def _loading(facts: NarrowFacts) -> list[str]:
+    """Return which engines load a narrow model: its head size is not its width / heads."""
+    if facts.width == facts.dim:
+        return []
+    if facts.family in LLAMA_CPP_LOADS:
+        return ["llama.cpp loads this family at any width; its `convert_hf_to_gguf.py` must know the tokenizer."]
+    other = (
+        " `--export-as llama` writes an equal model that llama.cpp loads; its width is a multiple of its number of heads."
+        if facts.family == "qwen2"
+        else ""
+    )
+    return [
+        f"llama.cpp does not load a narrow {facts.family}: there the queries of this family are as wide as the hidden state.{other} "
+        "vLLM's own class of this family has the same limit; "
+        "`vllm serve DIR --model-impl transformers` uses the class of transformers, which reads `head_dim` "
+        "(vLLM was not tested)."
+    ]
+
+
+def _quantisation(width: int) -> list[str]:
+    """Return which formats of GGUF round rows as long as the hidden state."""
+    rows = "the table, the head and the weights of queries, keys, values, gate and up"
+    if width % GGUF_SUPERBLOCK == 0:
+        return []
+    if width % GGUF_BLOCK == 0:
+        others = ", ".join(f"{other} instead of {kind}" for kind, other in GGUF_FALLBACKS.items())
+        return [
+            f"GGUF: the width is no multiple of {GGUF_SUPERBLOCK}, so llama-quantize writes {rows} as {others}. "
+            "Q8_0 and Q4_0 stay what they are."
+        ]
+    return [
+        f"GGUF: the width is no multiple of {GGUF_BLOCK}, so llama-quantize refuses this model; "
+        f"`convert_hf_to_gguf.py --outtype q8_0` writes {rows} as F16."
+    ]
 
 
 def not_smaller(account: Account) -> bool:
@@ -117,7 +151,7 @@ def model_card(facts: NarrowFacts, account: Account, measured: Sequence[Mapping[
         "Only the width of the residual stream shrank. Heads, head size, KV cache, rotary embeddings and the cost of attention "
         "over positions are unchanged.", "",
     ]  # fmt: skip
-    lines += [*(f"* {hint}" for hint in hints(facts.width, facts.family)), ""]
+    lines += [*(f"* {hint}" for hint in hints(facts)), ""]
     if facts.command:
         lines += ["Made with:", "", f"    {facts.command}", ""]
     return "\n".join(lines)

@@ -27,7 +27,7 @@ def _measured(tables: Tables, metric: str, value: float) -> Tables:
 def test_all_sections_in_the_order_of_the_page(tables: Tables, facts: Facts) -> None:
     anchors = [section.anchor for section in embedding_sections(tables, facts)]
     assert anchors == ["intro", "budget", "map", "first-ids", "neighbours", "correlation", "duplicates", "untrained",
-                       "spectrum", "dimensions", "isotropy", "hubness"]  # fmt: skip
+                       "spectrum", "dimensions", "truncation", "isotropy", "hubness"]  # fmt: skip
 
 
 def test_every_section_says_how_to_read_it_and_what_it_does_not_say(tables: Tables, facts: Facts) -> None:
@@ -41,7 +41,7 @@ def test_every_section_says_how_to_read_it_and_what_it_does_not_say(tables: Tabl
 @pytest.mark.parametrize(
     "gone",
     ["budget", "tokens", "spectrum", "dimensions", "measures", "correlation", "correlation_blocks", "duplicates", "knn",
-     "hubs", "probes"],
+     "hubs", "probes", "truncation"],
 )  # fmt: skip
 def test_any_table_may_be_missing(tables: Tables, facts: Facts, gone: str) -> None:
     left = {name: frame for name, frame in tables.items() if name != gone}

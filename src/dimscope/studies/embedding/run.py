@@ -18,6 +18,7 @@ from dimscope.geometry.correlation import correlated_blocks, correlation_matrix
 from dimscope.geometry.neighbors import build_index
 from dimscope.storage import Store
 from dimscope.studies.embedding import measures, tables
+from dimscope.studies.embedding.context import copy_ids
 from dimscope.studies.embedding.facts import EmbeddingFacts
 from dimscope.studies.embedding.neighbors import NEIGHBORS, find_neighbors, parse_query, query_vector, search_spaces
 from dimscope.studies.embedding.populations import RowSet, influence_frame, per_population, row_sets
@@ -25,6 +26,7 @@ from dimscope.studies.embedding.row_tables import duplicates_table, tokens_table
 from dimscope.studies.embedding.settings import EmbeddingSettings
 from dimscope.studies.embedding.source import EmbeddingSource, open_source
 from dimscope.studies.embedding.spectrum_tables import dimensions_frame, spectra_frame
+from dimscope.studies.embedding.truncation_tables import truncation_frame
 from dimscope.studies.study import Monitor, RunOutput
 from dimscope.vectors.table import VectorTable
 
@@ -96,6 +98,11 @@ def units_of(source: EmbeddingSource, settings: EmbeddingSettings, done: Mapping
         Unit("correlation_blocks", TABLE, lambda: blocks_table(source)),
         Unit("knn", GRAPH, lambda: knn_table(source, settings)),
         Unit("hubs", GRAPH, lambda: hubs_table(source, settings, done["knn"])),
+        Unit(
+            "truncation",
+            (*TABLE, "neighbors", "seed"),
+            lambda: truncation_table(source, settings, populations(), done["duplicates"]),
+        ),
         Unit("measures", GRAPH, lambda: measures_table(source, settings, populations(), done["hubs"])),
     ]
 
@@ -159,6 +166,14 @@ def hubs_table(source: EmbeddingSource, settings: EmbeddingSettings, knn: pl.Dat
     positions = sample_positions(source, settings)
     degrees = tables.in_degrees(build_index(ids[positions], rows[positions]), settings.neighbors)
     return tables.hubs_frame(ids[positions], degrees, source.vocabulary)
+
+
+def truncation_table(
+    source: EmbeddingSource, settings: EmbeddingSettings, populations: Sequence[RowSet], duplicates: pl.DataFrame
+) -> pl.DataFrame:
+    """Compute what fewer dimensions keep of the leading table."""
+    lead = next(rows for rows in populations if rows.table_name == source.side)
+    return truncation_frame(lead, copy_ids(duplicates), settings.neighbors, settings.seed)
 
 
 def measures_table(

@@ -5,7 +5,7 @@ from dimscope.studies.study import Study, StudyCode
 
 
 def _load() -> StudyCode:
-    from dimscope.studies.embedding import correlation_sections, spectrum_sections, token_sections
+    from dimscope.studies.embedding import correlation_sections, spectrum_sections, token_sections, truncation_sections
     from dimscope.studies.embedding.page_data import page_data
     from dimscope.studies.embedding.run import run_embedding
     from dimscope.studies.embedding.summary import highlights, summarise
@@ -21,6 +21,7 @@ def _load() -> StudyCode:
         token_sections.untrained_section,
         spectrum_sections.spectrum_section,
         spectrum_sections.dimension_section,
+        truncation_sections.truncation_section,
         spectrum_sections.isotropy_section,
         token_sections.hubness_section,
     )

@@ -3,9 +3,11 @@
 import polars as pl
 
 from dimscope.checkpoints.budget import embedding_share
-from dimscope.geometry.metrics import PARTICIPATION_RATIO
+from dimscope.geometry.metrics import NEIGHBOR_OVERLAP, PARTICIPATION_RATIO
+from dimscope.geometry.truncation import PCA
 from dimscope.page.section import Facts, Tables
 from dimscope.page.wording import number, share
+from dimscope.studies.embedding import truncation_answers
 from dimscope.studies.embedding.context import LEADING, dimension, participation_ratio_against, rows_phrase
 from dimscope.studies.embedding.facts import embedding_facts
 from dimscope.studies.study import Highlight, Summary
@@ -20,6 +22,11 @@ def highlights(tables: Tables, facts: Facts) -> list[Highlight]:
     if row:
         note = f"of {rows_phrase(tables)}, {participation_ratio_against(tables, row)}"
         highlights.append(("effective dimension", number(row["value"]), note))
+    frame = None if facts.is_model else truncation_answers.truncation_of(tables)
+    if frame is not None:
+        size = truncation_answers.needed(frame, PCA, NEIGHBOR_OVERLAP, 0.9, facts.dim).size
+        note = f"of {facts.dim:,} keep 90% of the nearest neighbours, after PCA"
+        highlights.append(("dimensions for neighbours", f"{size:,}", note))
     return highlights
 
 
@@ -34,6 +41,8 @@ def summarise(tables: Tables, facts: Facts) -> Summary:
             f"The participation ratio of {rows_phrase(tables, side)} of the {subject}, centred, is {number(row['value'])} of "
             f"{facts.dim:,} dimensions: {participation_ratio_against(tables, row)}.{_of_all_rows(tables, side)}"
         )
+    if not facts.is_model and (fewer := truncation_answers.answer(tables, facts.dim, facts.row)):
+        answer = f"{answer} {fewer}."
     columns = ("table", "rows", "metric", "preprocess", "value", "null_gaussian", "null_permuted")
     dimensions = tables["dimensions"].filter(pl.col("rows").is_in(LEADING)).select(columns)
     return Summary(answer, {"dimensions": dimensions.sort(pl.col("preprocess") != "centred", maintain_order=True)})

@@ -227,7 +227,8 @@ def _initial_facts(request: _Request, narrowing: Narrowing) -> NarrowFacts:
     checkpoint = target.checkpoint
     facts = NarrowFacts(
         model=checkpoint.name, title=checkpoint.title, on_hub=checkpoint.revision is not None, dim=target.dim,
-        width=request.width, basis=request.basis, family=narrowing.config.model_type, tied=target.tied, export=target.export,
+        width=request.width, basis=request.basis, family=narrowing.config.model_type, tied=target.tied,
+        width_step=target.width_step, export=target.export,
     )  # fmt: skip
     if session is None:
         return facts
