@@ -13,8 +13,9 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dimscope.checkpoints.pieces import byte_level_alphabet, label_of
 from dimscope.checkpoints.sources import LocalFolder
-from dimscope.checkpoints.vocabulary import CATEGORIES, Vocabulary, byte_level_alphabet, label_of, read_vocabulary
+from dimscope.checkpoints.vocabulary import CATEGORIES, Vocabulary, read_vocabulary
 from dimscope.errors import TokenizerMissing
 
 KINDS = {"byte_bpe": "gpt2", "sentencepiece": "llama", "wordpiece": "bert"}
@@ -88,10 +89,15 @@ def test_sentencepiece_spells_word_starts_and_byte_fallback(checkpoint):
     assert by_piece["<0x61>"].category == "unreachable"
 
 
-def test_wordpiece_spells_endings_without_their_mark(checkpoint):
-    by_piece = {token.piece: token for token in read(checkpoint("bert")).tokens}
-    ending = next(piece for piece in by_piece if piece and piece.startswith("##") and len(piece) > 3)
-    assert by_piece[ending].data == ending[2:].encode()
+def test_wordpiece_labels_endings_with_their_mark_and_finds_them_by_it(checkpoint):
+    vocabulary = read(checkpoint("bert"))
+    by_piece = {token.piece: token for token in vocabulary.tokens}
+    endings = [piece for piece in by_piece if piece and piece.startswith("##") and len(piece) > 3]
+    ending = next(piece for piece in endings if piece[2:] not in by_piece)
+    assert (by_piece[ending].data, by_piece[ending].label) == (ending[2:].encode(), ending)
+    assert by_piece[ending].category == "ordinary"
+    assert vocabulary.ids(ending) == [by_piece[ending].id]
+    assert by_piece[ending].id not in vocabulary.ids(ending[2:])
     assert by_piece["[MASK]"].category == "special"
     assert by_piece["the"].category == "ordinary"
 

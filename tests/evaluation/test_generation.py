@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,52 @@ def test_the_config_of_the_model_is_followed_where_it_is_asked_for_and_ignored_w
     assert [c.ids for c in generate(model, tokenizer, prompts, Decoding("model", NEW))] == greedy
 
 
+CONFIGS = (
+    {"temperature": 0.5, "top_p": 0.9},  # without do_sample they have no effect
+    {"do_sample": False, "temperature": 0.0},
+    {"min_new_tokens": 9},
+    {"min_length": 14},
+    {"repetition_penalty": 1.7},
+    {"no_repeat_ngram_size": 2},
+    {"bad_words_ids": [[20], [21, 22]]},
+    {"suppress_tokens": [30, 31], "begin_suppress_tokens": [40]},
+    {"forced_eos_token_id": 5},
+    {"exponential_decay_length_penalty": (3, 1.5)},
+    {"num_beams": 3, "early_stopping": True, "length_penalty": 2.0},
+    {"num_beams": 1, "length_penalty": 2.0, "early_stopping": True},
+    {"prompt_lookup_num_tokens": 3},
+    {"cache_implementation": "static"},
+    {"output_attentions": True, "output_scores": True, "return_dict_in_generate": True},
+    {"top_k": 0, "top_p": 1.0, "max_time": 1e-9, "use_cache": False},
+)
+SPEED = ("prompt_lookup_num_tokens", "cache_implementation", "output_attentions", "output_scores", "max_time")
+
+
+@pytest.mark.parametrize("own", CONFIGS, ids=lambda own: "-".join(own))
+def test_each_prompt_is_continued_as_stock_continues_it_alone(speaker, caplog, monkeypatch, own):
+    model, tokenizer = speaker("llama")
+    prompts = prompts_of(tokenizer)
+    end = alone(model, prompts[0].ids)[4]  # a token that the model likes: it is also the padding of a batch
+    effective = {name: value for name, value in own.items() if name not in (*SPEED, "return_dict_in_generate")}
+    expected = [alone(model, p.ids, ends=end, **effective) for p in prompts]
+    greedy = [alone(model, p.ids, ends=end) for p in prompts]
+    model.generation_config = GenerationConfig(**own, eos_token_id=end)
+    with transformers_log(caplog, monkeypatch):
+        assert [c.ids for c in generate(model, tokenizer, prompts, Decoding("model", NEW))] == expected
+        assert [c.ids for c in generate(model, tokenizer, prompts, Decoding("greedy", NEW))] == greedy
+        assert caplog.messages == []
+
+
+def test_prompts_that_are_continued_one_by_one_are_told_together(speaker):
+    model, tokenizer = speaker("llama")
+    model.generation_config = GenerationConfig(repetition_penalty=1.7, eos_token_id=2)
+    heard: list[list[str]] = []
+    found = generate(model, tokenizer, prompts_of(tokenizer), Decoding("model", 3), on_token=heard.append)
+    assert {len(texts) for texts in heard} == {len(found)}
+    assert heard[-1] == [c.text for c in found]
+    assert heard[0][1:] == [""] * (len(found) - 1)
+
+
 @pytest.mark.parametrize("family", FEW)
 def test_sampling_by_the_config_of_the_model_stays_among_its_top_k(speaker, family):
     model, tokenizer = speaker(family)
@@ -230,26 +277,33 @@ def test_a_model_without_a_config_of_its_own_is_greedy(speaker):
     assert model.generation_config is None
 
 
-@pytest.mark.parametrize(
-    "own", [{"max_length": 5}, {"do_sample": True, "top_k": 5, "temperature": 0.7, "max_length": 5}]
-)
-def test_transformers_has_nothing_to_warn_of(speaker, caplog, monkeypatch, own):
-    """Its logger hands on to others only where CI is set, so it is kept from that, and the handler put on it."""
-    model, tokenizer = speaker("llama")
-    model.generation_config = GenerationConfig(**own, eos_token_id=2)
+@contextmanager
+def transformers_log(caplog, monkeypatch):
+    """Catch the log of transformers, which hands on to others only where CI is set."""
     logger = logging.getLogger("transformers")
     monkeypatch.setattr(logger, "propagate", False)
     caplog.set_level(logging.WARNING, logger="transformers")  # commands that ran in this process may have raised it
     logger.addHandler(caplog.handler)
+    caplog.clear()
     try:
+        yield logger
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(
+    "own", [{"max_length": 5}, {"do_sample": True, "top_k": 5, "temperature": 0.7, "max_length": 5}]
+)
+def test_transformers_has_nothing_to_warn_of(speaker, caplog, monkeypatch, own):
+    model, tokenizer = speaker("llama")
+    model.generation_config = GenerationConfig(**own, eos_token_id=2)
+    with transformers_log(caplog, monkeypatch) as logger:
         for method in ("greedy", "sample", "model"):
             generate(model, tokenizer, prompts_of(tokenizer), Decoding(method, 6))
         sample_windows(model, tokenizer, count=2, length=8, seed=0)
         assert caplog.messages == []
         logger.warning("heard")
         assert caplog.messages == ["heard"]
-    finally:
-        logger.removeHandler(caplog.handler)
 
 
 # ---- nothing is left -----------------------------------------------------------------------------------------------
@@ -387,10 +441,13 @@ def test_small_temperatures_of_the_config_of_the_model_stand_an_overflow(speaker
     assert written.ids == (7, 7, 7, 7)
 
 
-def test_a_config_of_the_model_that_cannot_be_followed_is_one_line(speaker):
+@pytest.mark.parametrize("own", [{"penalty_alpha": 0.6, "top_k": 4}, {"do_sample": True, "temperature": 0.0}])
+def test_a_config_of_the_model_that_cannot_be_followed_is_one_line(speaker, own):
     model, tokenizer = speaker("llama")
-    model.generation_config = GenerationConfig(penalty_alpha=0.6, top_k=4)
-    with pytest.raises(InvalidArgument, match="cannot be generated from as its generation config asks"):
+    model.generation_config = GenerationConfig(**own)
+    with pytest.raises(
+        InvalidArgument, match=r"as its generation config asks \([^\n`]+\); take `decoding` greedy or sample$"
+    ):
         generate(model, tokenizer, [prepare_prompt(tokenizer, "The sea")], Decoding("model", 4))
 
 

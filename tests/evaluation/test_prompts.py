@@ -153,3 +153,28 @@ def test_a_long_prompt_is_shown_by_its_beginning(length):
     shown = text if length == 40 else text[:37] + "..."
     assert f"the prompt {shown!r} has 60 tokens" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# what templates of multimodal models look like, which expect a list of parts
+TEXT_PARTS = "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}"
+PARTS = "{% for m in messages %}<{{ m.role }}>" + TEXT_PARTS + "{% endfor %}<assistant>"
+SYSTEM_AS_STRING = PARTS.replace(
+    TEXT_PARTS, "{% if m.role == 'system' %}{{ m.content }}{% else %}" + TEXT_PARTS + "{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [PARTS, SYSTEM_AS_STRING])
+@pytest.mark.parametrize("text", ["How deep is it?", "user", " assistant\n"])
+def test_a_template_that_reads_parts_gets_parts(chatty, template, text):
+    chatty.chat_template = template
+    for system in (None, SYSTEM):
+        found = prepare_prompt(chatty, text, "chat", system)
+        written = f"<system>{SYSTEM}" * (system is not None) + f"<user>{text}<assistant>"
+        assert found.ids == tuple(chatty(written, add_special_tokens=False)["input_ids"])
+
+
+def test_a_template_without_the_prompt_is_refused(chatty):
+    chatty.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.text }}{% endfor %}"
+    for text in ("How deep is it?", "user"):
+        with pytest.raises(InvalidArgument, match=r"^this model's chat template leaves the prompt out, [^\n]+$"):
+            prepare_prompt(chatty, text)

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from matrices import PROPERTY
 
 from dimscope.errors import InvalidArgument, NetworkError
+from dimscope.texts import records, urls
 from dimscope.texts import texts as module
-from dimscope.texts import urls
 from dimscope.texts.texts import open_text, text_from_string
 
 WORDS = "Die Möwe sah 7 Schiffe 🚢 und\nflog — ohne Eile — weiter.\n"
@@ -261,6 +261,98 @@ def test_columns_that_must_be_named(tmp_path):
     assert "there is no text in it" in refused(parquet(tmp_path / "d.parquet", text=pl.Series([None], dtype=pl.String)))
 
 
+LINES = [
+    {"id": "a", "text": "The cat\nsat."},
+    {"id": "b", "text": None},
+    {"id": "c"},
+    {"id": "d", "text": "Ein Dörfchen"},
+]
+
+
+def json_lines(path: Path, rows: list, between: str = "\n") -> str:
+    return write(path, between.join(json.dumps(row) for row in rows))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json"])
+@pytest.mark.parametrize("between", ["\n", "\n\n", "\r\n"])
+def test_records_run_on_in_order_without_those_that_have_no_text(tmp_path, name, between):
+    source = json_lines(tmp_path / name, LINES, between)
+    for named in (source, f"{source}:text"):
+        text = open_text(named)
+        assert (text.name, read(text), read(text)) == (f"{name}:text", "The cat\nsat.\nEin Dörfchen", read(text))
+    assert read(open_text(f"{source}:id")) == "a\nb\nc\nd"
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (LINES, "The cat\nsat.\nEin Dörfchen"),
+        ({"id": 1, "text": "one"}, "one"),
+        (["one", "two"], "one\ntwo"),
+        ({"chapters": ["one", "two"]}, "one\ntwo"),
+        ([{"content": "x", "title": "t"}], "x"),
+        ([{"n": 1, "story": "x", "tags": ["t"]}], "x"),
+    ],
+)
+def test_a_json_file_is_a_list_of_records_or_one(tmp_path, value, text, indent):
+    path = write(tmp_path / "a.json", json.dumps(value, indent=indent))
+    assert read(open_text(path)) == text
+
+
+def test_long_json_texts_are_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "READ_BYTES", 1000)
+    rows = [{"text": f"row {i} " + "é" * (i % 7) * 500 + "\n"} for i in range(300)]
+    expected = "".join(row["text"] for row in rows)
+    for name, content in (("a.jsonl", "\n".join(map(json.dumps, rows))), ("a.json", json.dumps(rows))):
+        assert read(open_text(write(tmp_path / name, content))) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n\n{"text": \n', "line 3 is no JSON (Expecting value)"),
+        ("a.json", '[{"text": "x"},\n {"text": "y"},\n {"text"}]', "line 3 is no JSON (Expecting ':' delimiter)"),
+        ("a.json", '[{"text": "x"},\n', "line 2 is no JSON (Expecting value)"),
+        ("a.jsonl", '{"title": "t", "body": "b", "n": 1}', "those with text are title, body; pass {path}:title"),
+        ("a.jsonl", '{"n": 1}', "no field holds text; the fields are n"),
+        ("a.jsonl", '{"text": "x"}\n{"text": 7}', "'text' in line 2 is a number, not text"),
+        ("a.json", '[{"text": "x"}, 3]', "'text' in line 1 is a number, not text"),
+        ("a.jsonl", "[" * 100_000, "line 1 is no JSON (nested too deeply)"),
+        ("a.json", "[]", "there is no text in it"),
+        ("a.jsonl", "", "there is no text in it"),
+    ],
+)
+def test_records_that_cannot_be_read_are_named(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(InvalidArgument) as caught:
+        read(open_text(path))
+    assert message.format(path=path) in str(caught.value)
+    assert str(caught.value).startswith((path, f"{name}: "))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_field_that_is_not_there(tmp_path):
+    path = json_lines(tmp_path / "a.jsonl", LINES)
+    assert "no field 'body' in it; the fields are id, text" in refused(f"{path}:body")
+
+
+def test_lone_surrogates_of_json_are_replaced(tmp_path):
+    assert read(open_text(write(tmp_path / "a.jsonl", r'{"text": "a\ud800b é"}'))) == "a?b é"
+
+
+def test_windows_1252_is_told_from_latin_1_by_bytes_that_latin_1_has_no_text_for(tmp_path):
+    quoted = "He said \u201cM\u00f6we\u201d \u2013 twice"
+    for text, encoding, named in (
+        (quoted, "cp1252", "iconv -f WINDOWS-1252 -t UTF-8 if it is Windows-1252"),
+        ("Möwe " * 300_000 + quoted, "cp1252", "WINDOWS-1252"),  # the first sign of it lies far behind the first byte
+        ("Die Möwe", "latin-1", "iconv -f ISO-8859-1 -t UTF-8 if it is Latin-1"),
+    ):
+        assert named in refused(write(tmp_path / "a.txt", text.encode(encoding)))
+    mixed = "漢字 ".encode() * 9 + b"M\xf6we"  # the bytes 80 to 9F of whole characters are no sign
+    assert "ISO-8859-1" in refused(write(tmp_path / "b.txt", mixed))
+
+
 def test_what_only_calls_itself_parquet(tmp_path):
     assert "no Parquet file, or a damaged one" in refused(write(tmp_path / "a.parquet", "text"))
 
@@ -271,7 +363,7 @@ def test_a_row_group_is_never_held_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(pl.LazyFrame, "slice", lambda *a: asked.append(a[1:]) or rows(*a))
     monkeypatch.setattr(module, "PIECE", 100)
     next(open_text(source).pieces())
-    assert set(asked) == {(0, module.ROWS)}
+    assert set(asked) == {(0, records.ROWS)}
 
 
 # ---- URLs ----------------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def open_checkpoint(
 
 def _open(source: Source, gguf_file: str | None, *, allow_pickle: bool, trust_remote_code: bool) -> Checkpoint:
     if gguf_file is not None:
-        return _open_gguf(source, WeightFiles("gguf", (gguf_file,)))
+        return _open_gguf(source, WeightFiles("gguf", tuple(gguf.gguf_files(source, gguf_file))))
     refuse_adapter_alone(source)
     config = read_config(source, trust_remote_code=trust_remote_code)
     if config is None and not any(f.endswith((".gguf", ".safetensors")) for f in source.files):

@@ -1,14 +1,14 @@
 """What each row of an embedding table represents: piece, bytes, a readable label, and a category."""
 
-import json
-import re
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dimscope.checkpoints.gguf_tokens import TokenList, token_list
 from dimscope.checkpoints.hub import HubRepository, damaged_file
 from dimscope.checkpoints.loaded import LoadedModel
+from dimscope.checkpoints.pieces import BYTE_PIECE, label_of, spelling_of
+from dimscope.checkpoints.reachability import Candidate, reachable_ids
 from dimscope.checkpoints.sources import Source
 from dimscope.errors import CorruptCheckpoint, DimscopeError, TokenizerMissing
 
@@ -27,10 +27,8 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 CATEGORIES = ("ordinary", "special", "byte", "undecodable", "unreachable", "beyond")
+REACHABILITY = ("ordinary", "byte", "undecodable", "unreachable")  # categories that depend on what texts produce
 NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})  # RFC 3629, section 1
-CHUNK = 8192  # texts encoded at once; an encoding takes 50 times the memory of its text
-BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")  # byte fallback of SentencePiece tokenizers
-SPACE = "␣"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +70,21 @@ class Vocabulary:
         if self.encode is None:
             raise TokenizerMissing(f"{self.missing}, so text cannot be looked up; name tokens by id: '#123'")
         data = text.encode()
-        exact = next((t.id for t in self.tokens if t.data == data and t.category == "ordinary"), None)
+        exact = next((t.id for t in self.tokens if t.category == "ordinary" and _spelled(t) == data), None)
         return self.encode(text) if exact is None else [exact]
+
+
+def _spelled(token: Token) -> bytes | None:
+    """Return the bytes that name a token: those that it stands for, or "##ing" where only the mark tells it from a word."""
+    return token.piece.encode() if token.piece is not None and token.label == token.piece else token.data
 
 
 def read_tokenizer(source: Source) -> "PreTrainedTokenizerBase | None":
     """Return the tokenizer of a checkpoint, or None where it has none. Remote code is never run for it."""
     if isinstance(source, LoadedModel):
         return source.tokenizer
+    if (listed := token_list(source)) is not None:
+        return listed.tokenizer()
     from transformers import AutoTokenizer
 
     present = [f for f in TOKENIZER_FILES if f in source.files]
@@ -110,6 +115,9 @@ def require_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
 def read_vocabulary(source: Source, n_rows: int) -> Vocabulary:
     """Return labels and categories of the `n_rows` rows of a table. Without a tokenizer every row is `#id`, ordinary."""
     tokenizer, missing = _try_tokenizer(source)
+    listed = None if isinstance(source, LoadedModel) else token_list(source)
+    if listed is not None:
+        return _describe_list(listed, tokenizer, n_rows, missing)
     if tokenizer is None:
         tokens = tuple(Token(i, None, None, f"#{i}", "ordinary") for i in range(n_rows))
         return Vocabulary(tokens, None, None, missing)
@@ -134,33 +142,64 @@ def _try_tokenizer(source: Source) -> "tuple[PreTrainedTokenizerBase | None, str
         return None, f"the tokenizer cannot be read ({' '.join(str(e).split())[:200]})"
 
 
+def _describe_list(
+    listed: TokenList, tokenizer: "PreTrainedTokenizerBase | None", n_rows: int, missing: str
+) -> Vocabulary:
+    """Return labels and categories by the token list of a GGUF model; only a tokenizer shows what is unreachable."""
+    described = None if tokenizer is None else describe_vocabulary(tokenizer, n_rows)
+    spelling, special, unused = listed.spelling, listed.special, listed.unused
+    tokens = []
+    for i, piece in enumerate(listed.pieces[:n_rows]):
+        data = piece.encode() if i in special else spelling.bytes_of(piece)
+        label = label_of(data) if i in special else spelling.label(piece, data)
+        category, reason = _categorise(piece, data, i in special, i not in unused)
+        if i in unused:
+            reason = "the file marks it as unused"
+        elif described is not None and category != "special" and described.tokens[i].category in REACHABILITY:
+            category, reason = described.tokens[i].category, described.tokens[i].reason
+        tokens.append(Token(i, piece, data, label, category, reason))
+    tokens += [_beyond(i) for i in range(len(tokens), n_rows)]
+    encode = None if described is None else described.encode
+    return Vocabulary(tuple(tokens), len(listed.pieces), encode, None if described else missing)
+
+
+def _beyond(i: int) -> Token:
+    return Token(i, None, None, f"#{i}", "beyond", "no token of the tokenizer has this id")
+
+
 def describe_vocabulary(tokenizer: "PreTrainedTokenizerBase", n_rows: int) -> Vocabulary:
     """Return labels and categories of the rows of a table that is read with this tokenizer."""
     pieces: dict[int, str] = {i: p for p, i in tokenizer.get_vocab().items()}
-    to_bytes = piece_decoder(tokenizer)
+    spelling = spelling_of(tokenizer)
     added = tokenizer.added_tokens_decoder
     special = {i for i, t in added.items() if t.special} | set(tokenizer.all_special_ids)
-    data = {i: p.encode() if i in added else to_bytes(p) for i, p in pieces.items()}
-    texts = {i: t for i, d in data.items() if i not in special and (t := _decoded(d)) is not None}
-    unreachable = set(texts) - _reachable(tokenizer, texts)
+    data = {i: p.encode() if i in added else spelling.bytes_of(p) for i, p in pieces.items()}
+    reached = reachable_ids(
+        tokenizer,
+        {
+            i: Candidate(p, data[i], i not in added and spelling.continues(p))
+            for i, p in pieces.items()
+            if i not in special
+        },
+    )
     tokens = []
     for i in range(n_rows):
         if i not in pieces:
-            tokens.append(Token(i, None, None, f"#{i}", "beyond", "no token of the tokenizer has this id"))
+            tokens.append(_beyond(i))
             continue
-        category, reason = _categorise(pieces[i], data[i], i in special, i in unreachable)
-        label = pieces[i] if BYTE_PIECE.fullmatch(pieces[i]) else label_of(data[i])
+        category, reason = _categorise(pieces[i], data[i], i in special, i in reached)
+        label = label_of(data[i]) if i in added else spelling.label(pieces[i], data[i])
         tokens.append(Token(i, pieces[i], data[i], label, category, reason))
     return Vocabulary(tuple(tokens), len(tokenizer), lambda text: tokenizer.encode(text, add_special_tokens=False))
 
 
-def _categorise(piece: str, data: bytes, special: bool, unreachable: bool) -> tuple[str, str | None]:
+def _categorise(piece: str, data: bytes, special: bool, reached: bool) -> tuple[str, str | None]:
     if special:
         return "special", None
     if len(data) == 1 and data[0] in NEVER_IN_UTF8:
         return "unreachable", f"the byte {data[0]:02X} never occurs in UTF-8"
-    if unreachable:
-        return "unreachable", "the tokenizer never makes it from its own text"
+    if not reached:
+        return "unreachable", "the tokenizer produces it for no text"
     if BYTE_PIECE.fullmatch(piece) or (len(data) == 1 and data[0] >= 0x80):
         return "byte", None
     if _decoded(data) is None:
@@ -173,79 +212,3 @@ def _decoded(data: bytes) -> str | None:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         return None
-
-
-def _reachable(tokenizer: Any, texts: dict[int, str]) -> set[int]:
-    """Return the ids that come out when their own text is encoded: alone, at the start of a line, beside or inside a word.
-
-    The test of Land & Bartolo 2024 (arXiv 2405.05417), in several contexts: tokenizers that mark word starts give
-    the first word of a text a space of its own, and others split spaces differently where a word follows.
-    """
-    reachable: set[int] = set()
-    for before, after in (("", ""), ("\n", ""), ("a", ""), ("", "a"), ("a", "a")):
-        left = [i for i in texts if i not in reachable]
-        for chunk in (left[n : n + CHUNK] for n in range(0, len(left), CHUNK)):
-            encoded = tokenizer([before + texts[i] + after for i in chunk], add_special_tokens=False)["input_ids"]
-            reachable |= {i for i, ids in zip(chunk, encoded, strict=True) if i in ids}
-    return reachable
-
-
-def label_of(data: bytes) -> str:
-    r"""Return a printable label: spaces at the ends visible, control characters escaped, stray bytes as <0xNN>.
-
-    >>> label_of(b" water"), label_of(b"\n\n"), label_of(b"\xf5"), label_of("été".encode())
-    ('␣water', '\\n\\n', '<0xF5>', 'été')
-    """
-    text = data.decode("utf-8", errors="surrogateescape")
-    core = text.strip(" ")
-    head = len(text) - len(text.lstrip(" "))
-    tail = len(text) - head - len(core)
-    return SPACE * head + "".join(map(_visible, core)) + SPACE * tail
-
-
-def _visible(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that surrogateescape kept
-        return f"<0x{code - 0xDC00:02X}>"
-    category = unicodedata.category(character)
-    # Controls, formats (bidirectional marks among them), surrogates, private and unassigned; separators but the space.
-    if category[0] == "C" or (category[0] == "Z" and character != " "):
-        return character.encode("unicode_escape").decode()
-    return "◌" + character if category in ("Mn", "Me") else character  # a combining mark needs something to stand on
-
-
-def piece_decoder(tokenizer: Any) -> Callable[[str], bytes]:
-    """Return how the pieces of this tokenizer spell bytes: byte-level, byte fallback with ▁, or WordPiece."""
-    kinds = _decoder_kinds(tokenizer)
-    if "ByteLevel" in kinds:
-        table = byte_level_alphabet()
-        return lambda piece: b"".join(bytes([table[c]]) if c in table else c.encode() for c in piece)
-    if "WordPiece" in kinds:
-        return lambda piece: (piece[2:] if piece.startswith("##") and len(piece) > 2 else piece).encode()
-    return _sentencepiece_bytes
-
-
-def _decoder_kinds(tokenizer: Any) -> set[str]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return set()
-    decoder = json.loads(backend.to_str()).get("decoder") or {}
-    parts: Sequence[dict] = decoder.get("decoders", [decoder])
-    return {p.get("type", "") for p in parts}
-
-
-def _sentencepiece_bytes(piece: str) -> bytes:
-    if BYTE_PIECE.fullmatch(piece):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace("▁", " ").encode()
-
-
-def byte_level_alphabet() -> dict[str, int]:
-    """Return the byte of every character of byte-level BPE (Radford et al. 2019): most bytes stand for themselves.
-
-    >>> byte_level_alphabet()["Ġ"]
-    32
-    """
-    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [b for b in range(256) if b not in kept]
-    return {chr(b): b for b in kept} | {chr(256 + n): b for n, b in enumerate(moved)}

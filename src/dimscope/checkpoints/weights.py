@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dimscope.checkpoints.gguf import open_gguf
+from dimscope.checkpoints.gguf import gguf_files, open_gguf
 from dimscope.checkpoints.sources import LocalFolder, Source
 from dimscope.checkpoints.tensors import (
     StateDictReader,
@@ -56,7 +56,7 @@ def choose_weights(source: Source, explicit: str | None = None, *, allow_pickle:
         allow_pickle: Accept pickles where there are no others.
 
     Raises:
-        CheckpointNotFound: There are no weights, or several GGUF files.
+        CheckpointNotFound: There are no weights, several GGUF models, or not all parts of one.
         CorruptCheckpoint: Files are missing, or the index is damaged.
         UnsafeCheckpoint: There are only pickle weights, and `allow_pickle` is off.
     """
@@ -73,9 +73,7 @@ def choose_weights(source: Source, explicit: str | None = None, *, allow_pickle:
                 f"{source.name}: {len(loose)} safetensors files but no model.safetensors.index.json; download the model again"
             )
         return WeightFiles("safetensors", tuple(loose))
-    if gguf := sorted(f for f in files if f.endswith(".gguf")):
-        if len(gguf) > 1:
-            raise CheckpointNotFound(f"{source.name}: {len(gguf)} GGUF files here; name one of them ({gguf[0]})")
+    if gguf := gguf_files(source):
         return WeightFiles("gguf", tuple(gguf))
     if pickles := [f for f in files if f.startswith("pytorch_model") and f.endswith(".bin")]:
         if not allow_pickle:
@@ -117,7 +115,7 @@ def open_weights(source: Source, weights: WeightFiles) -> TensorReader:
         MissingExtra: The file is GGUF, and the package gguf is not installed.
     """
     if weights.kind == "gguf":
-        return open_gguf(source, weights.files[0])
+        return open_gguf(source, weights.files)
     if weights.kind == "pickle":
         return open_pickle(source, weights.files)
     if weights.index is not None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dimscope.checkpoints.vocabulary import piece_decoder
+from dimscope.checkpoints.pieces import piece_decoder
 from dimscope.errors import InvalidArgument
 from dimscope.evaluation.generation import end_ids, sample_ids
 from dimscope.texts.encoding import special_prefix

@@ -22,6 +22,38 @@ if TYPE_CHECKING:
 
 Method = Literal["greedy", "sample", "model"]
 LARGEST_LOGIT = 1e30  # even divided by a small temperature it is a finite number
+# Settings of a generation config that look at the prompt, or count its tokens.
+COUNTS_PROMPT = (
+    "min_length",
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "sequence_bias",
+    "bad_words_ids",
+    "stop_strings",
+    "guidance_scale",
+    "watermarking_config",
+)
+# What changes the speed and the outputs beside the text, and may not work in a batch, or for every model.
+WITHOUT_EFFECT = (
+    "prompt_lookup_num_tokens",
+    "use_mtp",
+    "assistant_early_exit",
+    "cache_implementation",
+    "cache_config",
+    "compile_config",
+    "continuous_batching_config",
+    "prefill_chunk_size",
+    "max_time",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+)
+OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+OF_BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "constraints")
 STRETCH = 4  # tokens of the stretches whose repetition is counted
 
 
@@ -82,9 +114,34 @@ def generate(
     Raises:
         InvalidArgument: The model's generation config asks for what transformers refuses.
     """
-    longest = max(len(p.ids) for p in prompts)
+    ends = end_ids(model, tokenizer)
+    config = _generation_config(model, decoding, sorted(ends), min(ends, default=0))
+    # In a batch, short prompts begin with padding, which counts as text where a config looks at what is there already.
+    alone = len({len(p.ids) for p in prompts}) > 1 and any(getattr(config, name, None) for name in COUNTS_PROMPT)
+    batches = [[prompt] for prompt in prompts] if alone else [prompts]
+    written: list[Continuation] = []
+
+    def report(batch: list[Continuation]) -> None:
+        if on_token is not None:
+            texts = [c.text for c in (*written, *batch)]
+            on_token(texts + [""] * (len(prompts) - len(texts)))
+
+    for batch in batches:
+        written += _generate_batch(model, tokenizer, batch, config, decoding.seed, report if on_token else None)
+    return written
+
+
+def _generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig,
+    seed: int,
+    on_token: Callable[[list[Continuation]], object] | None,
+) -> list[Continuation]:
     ends = end_ids(model, tokenizer)
     pad = min(ends, default=0)
+    longest = max(len(p.ids) for p in prompts)
     device = input_device(model)
     ids = torch.tensor([[pad] * (longest - len(p.ids)) + list(p.ids) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
@@ -92,11 +149,10 @@ def generate(
     def continuations(rows: Int[Tensor, "p t"]) -> list[Continuation]:
         return [_continuation(tokenizer, row, ends) for row in rows.tolist()]
 
-    config = _generation_config(model, decoding, sorted(ends), pad)
     streamer = None
     if on_token is not None and (config.num_beams or 1) == 1:
-        streamer = _Streamer(lambda rows: on_token([c.text for c in continuations(rows)]))
-    rows = _generate(model, ids, mask, config, decoding.seed, tokenizer=tokenizer, streamer=streamer)
+        streamer = _Streamer(lambda rows: on_token(continuations(rows)))
+    rows = _generate(model, ids, mask, config, seed, tokenizer=tokenizer, streamer=streamer)
     return continuations(rows[:, longest:])
 
 
@@ -148,8 +204,10 @@ def _generate(
                 input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([_Finite()]), **options
             ).cpu()
     except ValueError as e:
-        reason = " ".join(str(e).split())[:200]
-        raise InvalidArgument(f"the model cannot be generated from as its generation config asks: {reason}") from e
+        reason = " ".join(str(e).replace("`", "").split())[:200]  # its names are no options of ours
+        raise InvalidArgument(
+            f"the model cannot be generated from as its generation config asks ({reason}); take `decoding` greedy or sample"
+        ) from e
 
 
 class _Finite:
@@ -179,16 +237,25 @@ def _generation_config(model: PreTrainedModel, decoding: Decoding, ends: list[in
 
     own = model.generation_config
     if decoding.method == "model" and own is not None:
-        config = GenerationConfig.from_dict(own.to_dict())
-        config.max_length = None
+        config = GenerationConfig.from_dict(_effective(own.to_dict()))
     else:
         sampled = decoding.method == "sample"
         config = GenerationConfig(
             do_sample=sampled, **({"top_k": 0, "top_p": 1.0, "temperature": 1.0} if sampled else {})
         )
     config.max_new_tokens, config.pad_token_id, config.eos_token_id = decoding.max_new_tokens, pad, ends or None
-    config.num_return_sequences, config.return_dict_in_generate, config.min_length = 1, False, None
+    config.num_return_sequences, config.return_dict_in_generate = 1, False
     return config
+
+
+def _effective(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide about the text: transformers warns of those that do not."""
+    without = {"max_length", *WITHOUT_EFFECT}
+    if not settings.get("do_sample"):
+        without |= set(OF_SAMPLING) - ({"top_k"} if settings.get("penalty_alpha") else set())
+    if (settings.get("num_beams") or 1) == 1:
+        without |= set(OF_BEAMS)
+    return {name: value for name, value in settings.items() if name not in without}
 
 
 @contextmanager

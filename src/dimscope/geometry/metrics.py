@@ -162,8 +162,8 @@ _OTHERS = (
     ),
     _metric(CKA, "similarity", "debiased linear CKA: HSIC_1(K, L) / sqrt(HSIC_1(K, K) HSIC_1(L, L))", "Song et al. 2007"),
     _metric(SUBSPACE_OVERLAP, SHARE, "mean squared cosine of the principal angles of the 16 leading components", "Bjorck & Golub 1973"),
-    _metric(SEED_ROWS, COUNT, "rows beyond the tokenizer, or unreachable for it"),
-    _metric(UNTRAINED_THRESHOLD, "median distance", "score at or below which a row looks untrained", "Land & Bartolo 2024", definition=2),
+    _metric(SEED_ROWS, COUNT, "rows beyond the tokenizer, or unreachable for it", definition=2),
+    _metric(UNTRAINED_THRESHOLD, "median distance", "score at or below which a row looks untrained", "Land & Bartolo 2024", definition=3),
 )  # fmt: skip
 METRICS = {metric.name: metric for metric in (*_LINEAR, *_INTRINSIC, *_ROWS, *_NOISE, *_OTHERS)}
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dimscope.checkpoints.vocabulary import piece_decoder
+from dimscope.checkpoints.pieces import piece_decoder
 from dimscope.errors import InvalidArgument
 from dimscope.texts.texts import Text
 

@@ -1,4 +1,4 @@
-"""Texts for a model: opened from files, folders, Parquet, URLs or memory, read piece by piece. Knows nothing of tokens."""
+"""Texts for a model: opened from files, folders, records, URLs or memory, read piece by piece. Knows nothing of tokens."""
 
 import codecs
 import errno
@@ -9,21 +9,26 @@ import re
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dimscope.errors import InvalidArgument
 from dimscope.texts import urls
 from dimscope.texts.line_ends import CarriageReturns, count_carriage_returns, with_lf
+from dimscope.texts.records import SUFFIXES as RECORDS
+from dimscope.texts.records import json_field, parquet_column, parquet_rows, split_field
 
 PIECE = 1 << 20  # characters
 READ_BYTES = 1 << 20  # bytes of a file read at once
-ROWS = 512  # of a Parquet file read at once
+SCANNED = 64  # blocks after a byte that is not UTF-8, which show what encoding a text has
+NOT_IN_WINDOWS_1252 = {0x81, 0x8D, 0x8F, 0x90, 0x9D}
 BUILTIN = {"prose": "prose.txt", "html": "page.html"}
+JSON = tuple(suffix for suffix in RECORDS if suffix != ".parquet")
 SUFFIXES = (".txt", ".md", ".html", ".htm")
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 SOURCES = "pass a file, a folder, a URL, - or builtin:prose"
@@ -66,8 +71,9 @@ def open_text(source: str, *, stdin: io.BufferedIOBase | None = None, keep_line_
 
     Args:
         source: "builtin:prose" or "builtin:html"; "-" for standard input; an http or https URL; a file; a folder, of
-            which the *.txt, *.md, *.html and *.htm files at any depth are read in the order of their paths; or a Parquet
-            file, "data.parquet:column", without its nulls (without a column: the only one of strings, or "text").
+            which the *.txt, *.md, *.html and *.htm files at any depth are read in the order of their paths; or a file of
+            records (.parquet, .jsonl, .ndjson, .json), "data.parquet:column" or "data.jsonl:field", without its nulls
+            (without a name: "text", "content", or the only column or field of strings).
         stdin: what to read for "-" instead of standard input.
         keep_line_ends: keep CRLF and CR as they are.
 
@@ -126,7 +132,13 @@ def _open(source: str, stdin: io.BufferedIOBase | None) -> _Source:
         return _from_bytes("standard input", _read_whole("standard input", (stdin or sys.stdin.buffer).read))
     if match := SCHEME.match(source):
         document = urls.download(source, match[1].lower())
-        return _from_bytes(document.name, document.data)
+        whole = _from_bytes(document.name, document.data)
+        if (suffix := Path(urlsplit(document.name).path).suffix) not in JSON:
+            return whole
+        found = json_field(document.name, whole.parts, suffix, None)
+        return replace(
+            whole, parts=lambda: _run_on(found.documents()), fingerprint=whole.fingerprint | {"field": found.field}
+        )
     if not source:  # would be the current folder
         raise InvalidArgument(f"`texts` has an empty string; {SOURCES}")
     return _path(source)
@@ -155,24 +167,35 @@ def _read_whole(label: str, read: Callable[[int], bytes]) -> bytes:
 
 
 def _path(source: str) -> _Source:
-    path, column = _split_column(source)
+    path, field = split_field(source)
     with _file_errors(path):
         path.stat()
         if path.is_dir():
             return _folder(path)
-        if path.suffix == ".parquet":
-            return _parquet(path, column)
+        if path.suffix in RECORDS and path.is_file():
+            return _records(path, field)
         if path.is_file():
             return _Source(path.name, lambda: _read_file(path), _facts(path), path.stat().st_size)
         with path.open("rb") as pipe:  # or a device: it can be read only once
             return _from_bytes(path.name, _read_whole(str(path), pipe.read))
 
 
-def _split_column(source: str) -> tuple[Path, str | None]:
-    head, mark, column = source.rpartition(".parquet:")
-    if not mark or Path(source).exists():
-        return Path(source), None
-    return Path(f"{head}.parquet"), column
+def _records(path: Path, field: str | None) -> _Source:
+    """Return the text of a file of records: Parquet, JSON Lines or JSON."""
+    if path.suffix == ".parquet":
+        field = parquet_column(path, field)
+        return _Source(
+            f"{path.name}:{field}", lambda: _run_on(_rows(path, field)), {**_facts(path), "column": field}, None
+        )
+    found = json_field(str(path), lambda: _read_file(path), path.suffix, field)
+    fingerprint = {**_facts(path), "field": found.field}
+    name = path.name if found.field is None else f"{path.name}:{found.field}"
+    return _Source(name, lambda: _run_on(found.documents()), fingerprint, None)
+
+
+def _rows(path: Path, column: str) -> Iterator[list[str]]:
+    with _file_errors(path):
+        yield from parquet_rows(path, column)
 
 
 def _folder(path: Path) -> _Source:
@@ -261,67 +284,33 @@ def _decoded(label: str, read: Callable[[int], bytes]) -> Iterator[str]:
         try:
             part, used = codecs.utf_8_decode(data, "strict", block is None)
         except UnicodeDecodeError as e:
-            raise _undecodable(label, data, e.start, offset) from e
+            rest = b"".join(islice(iter(partial(read, READ_BYTES), b""), SCANNED))
+            raise _undecodable(label, data, e.start, offset, rest) from e
         yield part
         offset, rest = offset + used, data[used:]
 
 
-def _undecodable(label: str, data: bytes, start: int, offset: int) -> InvalidArgument:
+def _undecodable(label: str, data: bytes, start: int, offset: int, following: bytes) -> InvalidArgument:
     controls = sum(data.count(c) for c in range(32) if c not in b"\t\n\v\f\r\x1b")
     if controls > MOST_CONTROLS * len(data):
         return _binary(label, f"{controls / len(data):.0%} control characters")
+    encoding, name = _likely_encoding(data + following)
     return InvalidArgument(
         f"{label}: not UTF-8 (the byte {data[start]:02X} at offset {offset + start:,}); convert it to UTF-8, "
-        "e.g. iconv -f ISO-8859-1 -t UTF-8 if it is Latin-1"
+        f"e.g. iconv -f {encoding} -t UTF-8 if it is {name}"
     )
+
+
+def _likely_encoding(data: bytes) -> tuple[str, str]:
+    """Return the name of an encoding for iconv, and for readers.
+
+    The bytes 80 to 9F are quotation marks and dashes in Windows-1252, and controls, which no text has, in Latin-1.
+    """
+    foreign = {ord(c) - 0xDC00 for c in data.decode("utf-8", "surrogateescape") if 0xDC80 <= ord(c) <= 0xDCFF}
+    if any(byte < 0xA0 for byte in foreign) and not foreign & NOT_IN_WINDOWS_1252:
+        return "WINDOWS-1252", "Windows-1252"
+    return "ISO-8859-1", "Latin-1"
 
 
 def _binary(label: str, why: str) -> InvalidArgument:
-    return InvalidArgument(f"{label}: looks like a binary file ({why}); pass plain text or Parquet")
-
-
-# ---- Parquet -------------------------------------------------------------------------------------------------------
-
-
-def _parquet(path: Path, column: str | None) -> _Source:
-    import polars as pl
-
-    with path.open("rb"):  # polars words the error of a file without permission differently
-        pass
-    with _parquet_errors(path):
-        schema = pl.scan_parquet(path, glob=False).collect_schema()
-    column = _choose_column(path, column, [name for name, dtype in schema.items() if dtype == pl.String])
-    fingerprint = {**_facts(path), "column": column}
-    return _Source(f"{path.name}:{column}", lambda: _run_on(_read_rows(path, column)), fingerprint, None)
-
-
-def _choose_column(path: Path, column: str | None, strings: list[str]) -> str:
-    if column is None:
-        column = strings[0] if len(strings) == 1 else "text"
-    if column in strings:
-        return column
-    if not strings:
-        raise InvalidArgument(f"{path}: no column of strings in it")
-    raise InvalidArgument(
-        f"{path}: {column!r} is no column of strings; those are {', '.join(strings)}; pass {path}:{strings[0]}"
-    )
-
-
-def _read_rows(path: Path, column: str) -> Iterator[list[str]]:
-    import polars as pl
-
-    with _file_errors(path), _parquet_errors(path):
-        frame, start = pl.scan_parquet(path, glob=False).select(column), 0
-        while len(rows := frame.slice(start, ROWS).collect().to_series()):
-            yield from ([row] for row in rows.drop_nulls())
-            start += ROWS
-
-
-@contextmanager
-def _parquet_errors(path: Path) -> Generator[None]:
-    from polars.exceptions import PolarsError
-
-    try:
-        yield
-    except PolarsError as e:
-        raise InvalidArgument(f"{path}: no Parquet file, or a damaged one ({str(e).splitlines()[0]})") from e
+    return InvalidArgument(f"{label}: looks like a binary file ({why}); pass plain text, Parquet or JSON Lines")

@@ -36,7 +36,7 @@ class DamageSettings:
     draws: int = 5
     "Random seeds per random perturbation."
     texts: Texts = ("builtin:prose",)
-    "Texts to evaluate on: files, folders, FILE.parquet:COLUMN, URLs, -, builtin:prose, or generated (by the model itself)."
+    "Texts: files, folders, FILE.parquet:COLUMN, FILE.jsonl:FIELD, URLs, -, builtin:prose, or generated (by the model itself)."
     keep_line_ends: Flag = False
     "Keep CRLF and CR line ends of the texts, which are read as LF otherwise."
     windows: int | None = None

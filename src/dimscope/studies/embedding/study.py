@@ -34,6 +34,6 @@ EMBEDDING = Study(
     EmbeddingSettings,
     _load,
     example="dimscope embedding builtin -o report",
-    definition=4,
+    definition=5,
     takes_vectors=True,
 )

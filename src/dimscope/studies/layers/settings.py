@@ -47,7 +47,7 @@ class LayersSettings:
     compare: Strings = ()
     "Other models to compare with this one on the same texts."
     texts: Texts = ("builtin:prose", "builtin:html")
-    "Texts: files, folders, FILE.parquet:COLUMN, URLs, - for standard input, builtin:prose or builtin:html."
+    "Texts: files, folders, FILE.parquet:COLUMN, FILE.jsonl:FIELD, URLs, - for standard input, builtin:prose or builtin:html."
     keep_line_ends: Flag = False
     "Keep CRLF and CR line ends of the texts, which are read as LF otherwise."
     windows: int | Literal["all"] | None = None
