@@ -170,6 +170,21 @@ def test_a_budget_is_never_that_of_a_part(checkpoint, editable, cli, refused, te
     refused(cli("layers", folder, "--text", text, *SHORT), "model.layers.1.")
 
 
+def test_an_encoder_without_the_pooler_of_its_class_runs(checkpoint, editable, cli, text):
+    folder = editable(checkpoint("bert"))
+    kept = {name: t for name, t in tensors_of(folder).items() if "pooler" not in name}
+    save(folder, kept)
+    assert len(kept) == len(tensors_of(checkpoint("bert"))) - 2
+    one, other = (_layers(cli, path, text) for path in (folder, checkpoint("bert")))
+    assert one == other
+
+
+def _layers(cli: Any, folder: Path, text: Path) -> list[dict[str, Any]]:
+    """Return the dimensions of every layer."""
+    found = facts(cli, "layers", folder, "--text", text, *SHORT, "--shuffles", "0", "--no-random-weights")
+    return next(rows for name, rows in found.items() if name.startswith("dimensions"))
+
+
 # ---- adapters ------------------------------------------------------------------------------------------------------
 
 
@@ -233,3 +248,15 @@ def test_a_static_table_with_a_tokenizer_is_studied_by_its_tokens(checkpoint, ed
         name = {"tokens": "tokens", "spectrum": "spectrum"}[command]
         assert found[name] == expected[name]
     refused(cli("layers", folder, "--text", text), "no model that could run")
+
+
+def test_tokens_that_share_the_rows_of_a_static_table(checkpoint, editable, cli):
+    folder = editable(checkpoint("bert"))
+    table = tensors_of(folder)["embeddings.word_embeddings.weight"]
+    mapping = torch.arange(len(table)) // 2
+    save(folder, {"embeddings": table[:256], "mapping": mapping})
+    (folder / "config.json").unlink()
+    found = facts(cli, "tokens", folder, notes=(f"{len(table)} tokens share the 256 rows",))["tokens"]
+    norms = torch.tensor([row["norm"] for row in found])
+    torch.testing.assert_close(norms, table[mapping].norm(dim=1), rtol=1e-5, atol=1e-6)
+    assert facts(cli, "inspect", folder)["n_parameters"] == 256 * table.shape[1]

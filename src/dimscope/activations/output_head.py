@@ -156,7 +156,7 @@ def states_and_head(
     return states[-1], head
 
 
-def _ratio(states: Float[Tensor, "b d"], taken: Tensor) -> float:
+def _ratio(states: Tensor, taken: Tensor) -> float:
     """Return by what number the last hidden states are multiplied before the table (MiniCPM, HyperCLOVA); 1 where by none."""
     if taken.shape != states.shape or torch.equal(taken, states.to(taken.device)):
         return 1.0

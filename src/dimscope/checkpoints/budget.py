@@ -20,6 +20,7 @@ SCHEMA = {
     "block": pl.Int64,
 }
 
+INTEGERS = ("I64", "I32", "I16", "U8", "BOOL")  # of tensors that are no weights
 UNCOUNTED = ("buffer", "tied copy", "not loaded", "quantisation")
 # How formats of quantised weights name what holds the numbers of a parameter: GPTQ and AWQ, compressed-tensors, mxfp4,
 # HQQ, quanto. Others keep its name.
@@ -100,6 +101,6 @@ def _role(checkpoint: Checkpoint, info: TensorInfo, parameter: str | None) -> st
     if checkpoint.quantisation:
         return "quantisation"
     if skeleton is None:
-        return role_of(info.name)
+        return "buffer" if info.dtype in INTEGERS else role_of(info.name)
     # What the model has no parameter for is not loaded: masks and frequencies, heads of another task.
     return "buffer" if skeleton.is_buffer(info.name) or not info.dtype.startswith(("F", "BF")) else "not loaded"

@@ -14,7 +14,8 @@ from dimscope.checkpoints.hub_environment import check_import_variables
 from dimscope.checkpoints.quantised import dequantised
 from dimscope.checkpoints.skeleton import Skeleton, build_skeleton
 from dimscope.checkpoints.sources import LocalFolder, Source
-from dimscope.checkpoints.tables import has_head_of_its_own, locate_tables, only_matrix, untie
+from dimscope.checkpoints.static_table import find_static_table
+from dimscope.checkpoints.tables import has_head_of_its_own, locate_tables, untie
 from dimscope.checkpoints.tensors import TensorInfo, TensorReader
 from dimscope.checkpoints.weights import (
     WeightFiles,
@@ -221,11 +222,12 @@ def _no_model(source: Source) -> CheckpointNotFound | UnsupportedCheckpoint:
 
 def _open_static(source: Source, weights: WeightFiles) -> Checkpoint:
     """Open a folder without a model of transformers as one table of static embeddings."""
-    reader = open_weights(source, weights)
-    table = only_matrix(list(reader.tensors.values()))
-    if table is None:
+    static = find_static_table(open_weights(source, weights), source.name)
+    if static is None:
         raise _no_model(source)
-    return Checkpoint(source.name, source, reader, None, None, table, None, False, weights)
+    return Checkpoint(
+        source.name, source, static.reader, None, None, static.info, None, False, weights, notes=static.notes
+    )
 
 
 def _open_gguf(source: Source, weights: WeightFiles) -> Checkpoint:

@@ -173,8 +173,11 @@ def _from_pretrained(
         **options,
     )
     model, loading = loaded
-    if loading["missing_keys"]:  # transformers would fill them with random weights
-        raise CorruptCheckpoint(f"{checkpoint.name}: the weights hold no {sorted(loading['missing_keys'])[0]}")
+    missing = sorted(loading["missing_keys"])  # transformers fills them with random weights
+    if not predicts(checkpoint):  # a pooler takes the last hidden states, and gives none
+        missing = [name for name in missing if "pooler" not in name.split(".")]
+    if missing:
+        raise CorruptCheckpoint(f"{checkpoint.name}: the weights hold no {missing[0]}")
     return model if spread or checkpoint.quantisation else model.to(placement.device)
 
 

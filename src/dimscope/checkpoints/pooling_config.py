@@ -57,7 +57,7 @@ def read_pooling(source: Source) -> PoolingConfig:
     length = None
     if "sentence_bert_config.json" in source.files:
         length = _read(source, "sentence_bert_config.json").get("max_seq_length")
-    return PoolingConfig(pooling, "Normalize" in parts, length)  # ty: ignore[invalid-argument-type]
+    return PoolingConfig(pooling, "Normalize" in parts, length)
 
 
 def _read(source: Source, file: str) -> Any:

@@ -223,6 +223,8 @@ def _name_targets(model: Any) -> Callable[[str], Sequence[str]]:
     @cache
     def targets(name: str) -> Sequence[str]:
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and name in state:  # a rule for the names of the hub fits a name that is right already
+            renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
         if pattern is None:
             return (renamed,)
         first, *rest = next(c.target_patterns for c in converters if pattern in c.source_patterns)

@@ -1,6 +1,5 @@
 """Which tensors of a checkpoint are its embedding tables, and whether they are one: the file beats the config."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +9,7 @@ from dimscope.checkpoints.quantised import FLOATS
 from dimscope.checkpoints.skeleton import Skeleton
 from dimscope.checkpoints.sources import Source
 from dimscope.checkpoints.tensors import TensorInfo, TensorReader
-from dimscope.errors import CorruptCheckpoint
+from dimscope.errors import CorruptCheckpoint, UnsupportedCheckpoint
 
 BLOCK = 8192  # rows that are compared at once
 
@@ -35,8 +34,15 @@ def locate_tables(source: Source, reader: TensorReader, skeleton: Skeleton) -> T
 
     Raises:
         CorruptCheckpoint: A table is missing, or has another shape than the config says.
+        UnsupportedCheckpoint: The files hold the input table in parts.
     """
     names = set(reader.tensors)
+    parts = sorted(name for name in names if skeleton.targets(name)[0] == skeleton.input_name)
+    if len(parts) > 1:
+        raise UnsupportedCheckpoint(
+            f"{source.name}: its token-embedding table is in {len(parts)} parts ({', '.join(parts)}), which are one table "
+            "only in a running model"
+        )
     head = None if skeleton.head_name is None else skeleton.file_name(skeleton.head_name, names)
     input_file = skeleton.file_name(skeleton.input_name, names)
     if input_file is None and skeleton.tied:
@@ -84,12 +90,6 @@ def untie(config: Any) -> None:
     """Set in a config that input and output table are two."""
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part.tie_word_embeddings = False
-
-
-def only_matrix(tensors: Sequence[TensorInfo]) -> TensorInfo | None:
-    """Return the only matrix among tensors: the table of a static embedding; None where there are none or several."""
-    matrices = [info for info in tensors if len(info.shape) == 2 and info.dtype in FLOATS]
-    return matrices[0] if len(matrices) == 1 and all(len(info.shape) <= 2 for info in tensors) else None
 
 
 def _packed(parameter: str, names: set[str]) -> str | None:

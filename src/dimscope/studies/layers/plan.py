@@ -94,6 +94,8 @@ def plan_layers(checkpoints: Sequence[Checkpoint], settings: LayersSettings) -> 
     cut = cut_texts(checkpoints, texts, settings)
     warnings = (*line_end_warnings(texts), *cut.warnings, *_few_tokens(checkpoints, titles, cut.sources))
     warnings += tuple(f"{title} does not predict the next token: the study is without predictions" for title in unable)
+    pairs = [t for c, t in zip(checkpoints, titles, strict=True) if require_runnable(c).is_encoder_decoder]
+    warnings += tuple(f"{title} is an encoder-decoder: its layers are those of the encoder" for title in pairs)
     passes: list[PlannedPass] = []
     marks = [fingerprint(checkpoint) for checkpoint in checkpoints]
     # Model by model, so that each is loaded once; random weights are a model of their own.
