@@ -33,7 +33,7 @@ class ToySettings:
 
 def run(checkpoint, settings, store, monitor):
     def compute() -> pl.DataFrame:
-        tokens = dimscope.read_vocabulary(checkpoint, dimscope.open_table(checkpoint).n_rows).tokens
+        tokens = dimscope.read_vocabulary(checkpoint.source, dimscope.open_table(checkpoint).n_rows).tokens
         short = sum(len(token.label) <= settings.letters for token in tokens)
         return pl.DataFrame({"metric": ["short tokens"], "value": [float(short)]})
 

@@ -108,9 +108,9 @@ def output_head(model: "PreTrainedModel") -> OutputHead:
         return states_and_head(model, text_stack(model), torch.arange(4, device=device)[None] % vocab_size)[1]
 
 
-def plain_head(model: "PreTrainedModel") -> OutputHead:
-    """Return the head of a family that does nothing to its logits, as those that are narrowed, without a run."""
-    return OutputHead(model.get_output_embeddings())
+def declared_head(model: "PreTrainedModel") -> OutputHead:
+    """Return the head that the config declares, without a run: for families that are known to apply what their config says."""
+    return _declared_heads(model, model.get_output_embeddings())[0]
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def states_and_head(
 
 def _ratio(states: Tensor, taken: Tensor) -> float:
     """Return by what number the last hidden states are multiplied before the table (MiniCPM, HyperCLOVA); 1 where by none."""
-    if taken.shape != states.shape or torch.equal(taken, states.to(taken.device)):
+    if taken.shape != states.shape or torch.equal(taken, states.to(taken)):
         return 1.0
     states, taken = states.double().to(taken.device), taken.double()
     ratio = float((states * taken).sum() / (states * states).sum().clamp_min(1e-300))
@@ -170,18 +170,23 @@ def _matching(model: "PreTrainedModel", table: nn.Module, raw: Tensor, own: Tens
 
     The config offers the candidates; only some classes of a family apply them.
     """
-    config = model.config.get_text_config()
-    scales = [value for name in SCALES if (value := getattr(config, name, None))]
-    scales += [1 / value for name in DIVISORS if (value := getattr(config, name, None))]
-    caps = [value for name in CAPS if (value := getattr(config, name, None))]
-    heads = [
-        OutputHead(table, scale, cap) for scale in dict.fromkeys([*scales, 1.0]) for cap in dict.fromkeys([*caps, None])
-    ]
+    heads = _declared_heads(model, table)
     heads += [OutputHead(table, _ratio(raw, own))]  # a constant of the class
     if raw.shape != own.shape or not bool(torch.isfinite(own).all()):
         return heads[0]
     own = own.to(raw.device)
     return min(heads, key=lambda head: float((head.transform(raw) - own).abs().max()))
+
+
+def _declared_heads(model: "PreTrainedModel", table: nn.Module) -> list[OutputHead]:
+    """Return the heads that a config allows; the first applies all that it declares, the last nothing."""
+    config = model.config.get_text_config()
+    scales = [value for name in SCALES if (value := getattr(config, name, None))]
+    scales += [1 / value for name in DIVISORS if (value := getattr(config, name, None))]
+    caps = [value for name in CAPS if (value := getattr(config, name, None))]
+    return [
+        OutputHead(table, scale, cap) for scale in dict.fromkeys([*scales, 1.0]) for cap in dict.fromkeys([*caps, None])
+    ]
 
 
 def position_blocks(positions: Int[Tensor, " n"], vocab_size: int) -> Sequence[Int[Tensor, " r"]]:

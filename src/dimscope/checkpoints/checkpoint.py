@@ -88,6 +88,11 @@ class Checkpoint:
         return self.reader.tensors
 
     @property
+    def shares_table(self) -> bool | None:
+        """Return whether one table is input and output; None where the model has no output table."""
+        return None if not self.tied and self.output_table is None else self.tied
+
+    @property
     def quantisation(self) -> str | None:
         """Return the method by which the weights are quantised, or None."""
         return None if self.config is None else quantisation(self.config)

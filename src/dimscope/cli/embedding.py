@@ -62,7 +62,7 @@ def inspect(model: str = BUILTIN, /, *, common: Common = COMMON) -> None:
         "architecture": checkpoint.architecture,
         "vocab_size": checkpoint.input_table.shape[0],
         "hidden_size": checkpoint.input_table.shape[1],
-        "tied": checkpoint.tied,
+        "tied": checkpoint.shares_table,
         "n_parameters": n_parameters,
         "embedding_share": part,
     }

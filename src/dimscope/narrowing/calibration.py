@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dimscope.activations.forward import final_states
 from dimscope.activations.hooks import Hook, hooked
-from dimscope.activations.output_head import OutputHead, plain_head
+from dimscope.activations.output_head import OutputHead, declared_head
 from dimscope.checkpoints.families import Layout
 from dimscope.texts.windows import Window, grouped
 from dimscope.vectors.moments import upper_gram
@@ -116,7 +116,7 @@ def final_temperature(
         ids = torch.stack([w.ids for w in group])
         pairs.append([final_states(m, ids).flatten(0, 1) for m in (dense, student)])
     wide, narrow = (torch.cat(states) for states in zip(*pairs, strict=True))
-    teacher, head = plain_head(dense), plain_head(student)
+    teacher, head = declared_head(dense), declared_head(student)
     factor = 1.0
     for _ in range(NEWTON):
         slope = curvature = 0.0

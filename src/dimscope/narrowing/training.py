@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dimscope.activations.forward import final_states
-from dimscope.activations.output_head import plain_head
+from dimscope.activations.output_head import declared_head
 from dimscope.activations.structure import run_stack, text_stack
 from dimscope.checkpoints.model import input_device
 from dimscope.narrowing.training_state import Point, TrainingState, copies, restore, write
@@ -147,7 +147,7 @@ def _head_kl(
     low: torch.dtype | None,
 ) -> float:
     """Compute the KL from final hidden states, and leave the gradients in the output head and in `states`."""
-    own, other, total = plain_head(student), plain_head(teacher), 0.0
+    own, other, total = declared_head(student), declared_head(teacher), 0.0
     for rows in other.blocks(torch.arange(len(states))):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         with torch.no_grad():

@@ -80,6 +80,7 @@ def model_highlights(facts: Facts) -> list[tuple[str, str, str]]:
     if facts.n_parameters is None:
         return [("vectors", f"{facts.n_rows:,} × {facts.dim:,}", f"rows × dimensions, stored as {facts.dtype}")]
     shared = "one table reads and predicts" if facts.tied else "two separate tables"
+    shared = "there is no output table" if facts.tied is None else shared
     return [
         ("parameters", magnitude(facts.n_parameters), f"{facts.n_parameters:,} stored as {facts.dtype}"),
         ("embedding table", f"{facts.n_rows:,} × {facts.dim:,}", "tokens × dimensions"),

@@ -32,7 +32,7 @@ class Facts:
         n_rows: Rows of the table: the size of the vocabulary of a model.
         dim: Dimensions of a row: the hidden size of a model.
         n_parameters: Parameters of the model; None for vectors.
-        tied: Whether a model reads and predicts with one table.
+        tied: Whether a model reads and predicts with one table; None where it has no table to predict with.
         architecture: The class of the model.
         dtype: The dtype in which the numbers are stored.
         revision: The commit of a model from the hub.
@@ -45,7 +45,7 @@ class Facts:
     n_rows: int
     dim: int
     n_parameters: int | None = None
-    tied: bool = False
+    tied: bool | None = None
     architecture: str = "unknown architecture"
     dtype: str = "unknown"
     revision: str | None = None

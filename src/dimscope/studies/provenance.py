@@ -25,7 +25,7 @@ def source_facts(source: Checkpoint | VectorTable) -> dict[str, Any]:
         "architecture": checkpoint.architecture,
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "tied": checkpoint.tied,
+        "tied": checkpoint.shares_table,
         "n_parameters": int(parameter_budget(checkpoint)["n_parameters"].sum()),
         "dtype": checkpoint.input_table.dtype,
         "versions": versions(),

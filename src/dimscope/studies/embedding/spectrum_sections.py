@@ -75,6 +75,8 @@ def budget_section(tables: Tables, facts: Facts) -> Section | None:
 def _embedding_owner(facts: Facts) -> str:
     if facts.tied:
         return "the embedding table, which is used twice: to read tokens and to predict them"
+    if facts.tied is None:
+        return "the token-embedding table (the model has no table that predicts tokens)"
     return "token-embedding tables (the tables that read and predict tokens are not tied)"
 
 
