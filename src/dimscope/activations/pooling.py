@@ -54,12 +54,11 @@ def pool_texts(
     with evaluating(model), tqdm(total=len(texts), unit="text", disable=None if progress else True) as bar:
         for start in range(0, len(order), BATCH):
             group = order[start : start + BATCH]
-            lengths = torch.tensor([len(encoded[i]) for i in group])
             ids = pad_sequence([encoded[i] for i in group], batch_first=True, padding_value=tokenizer.pad_token_id or 0)
+            lengths = torch.tensor([len(encoded[i]) for i in group])
             mask = torch.arange(ids.shape[1]) < lengths[:, None]
             states = output_states(run_stack(stack, ids.to(device), attention_mask=mask.to(device).long()))
-            vectors = _pooled(states.float().cpu(), lengths, config)
-            pooled |= dict(zip(group, vectors, strict=True))
+            pooled |= dict(zip(group, _pooled(states.float().cpu(), lengths, config), strict=True))
             bar.update(len(group))
     rows = torch.stack([pooled[i] for i in range(len(texts))])
     if not bool(torch.isfinite(rows.double().sum())):

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -118,17 +119,16 @@ def load_model(
     placement = placement or place(checkpoint)
     _require_memory(checkpoint, placement)
     # accelerate may keep weights on disk; safetensors files it reads where they are, others it writes there
-    folder = Path(tempfile.mkdtemp(prefix="dimscope-"))
-    try:
-        model = _from_pretrained(checkpoint, folder, placement, trust_remote_code)
-    except (OSError, RuntimeError, ValueError, ImportError, MemoryError) as e:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise _loading_error(checkpoint, e) from e
-    if placement.device == "map":
-        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    require_finite_weights(model, checkpoint.name)
+    with ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="dimscope-"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        try:
+            model = _from_pretrained(checkpoint, folder, placement, trust_remote_code)
+        except (OSError, RuntimeError, ValueError, ImportError, MemoryError) as e:
+            raise _loading_error(checkpoint, e) from e
+        require_finite_weights(model, checkpoint.name)
+        if placement.device == "map":  # reads from the folder as long as it lives
+            weakref.finalize(model, stack.pop_all().close)
     return model.eval()
 
 
@@ -178,6 +178,7 @@ def _from_pretrained(
         missing = [name for name in missing if "pooler" not in name.split(".")]
     if missing:
         raise CorruptCheckpoint(f"{checkpoint.name}: the weights hold no {missing[0]}")
+    model.name_or_path = model.config.name_or_path = checkpoint.name  # not the folder of links
     return model if spread or checkpoint.quantisation else model.to(placement.device)
 
 
@@ -198,7 +199,8 @@ def _linked(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     """
     weights = checkpoint.weights
     assert weights is not None, checkpoint.name
-    links = {f: SINGLE[weights.kind] if weights.index is None else f for f in weights.files}
+    explicit = getattr(checkpoint.config, "transformers_weights", None)
+    links = {f: f if explicit or weights.index else SINGLE[weights.kind] for f in weights.files}
     whole = checkpoint.source.folder(links)
     links |= {f: f for f in (weights.index, "config.json", "generation_config.json") if f and (whole / f).exists()}
     for file, link in links.items():
@@ -222,9 +224,9 @@ def _class_of(checkpoint: Checkpoint) -> Any:
     """Return the class that builds the model: the one of its skeleton, or the one that finds code of the repository."""
     from transformers import AutoModelForCausalLM
 
-    skeleton = checkpoint.skeleton
+    skeleton, in_memory = checkpoint.skeleton, isinstance(checkpoint.source, LoadedModel)
     assert skeleton is not None, checkpoint.name
-    return skeleton.model_class if _is_stock(require_runnable(checkpoint)) else AutoModelForCausalLM
+    return skeleton.model_class if in_memory or _is_stock(require_runnable(checkpoint)) else AutoModelForCausalLM
 
 
 def randomly_initialised(
