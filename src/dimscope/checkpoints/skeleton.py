@@ -82,13 +82,13 @@ class Skeleton:
         filled = {parameter for name in names for parameter in self.targets(name)}
         filled |= {self.aliases[parameter] for parameter in filled if parameter in self.aliases}
         own = self.parameters_of(names)
-        others = [name for name in names if name not in own]
+        alike = {} if exact else _by_tail(name for name in names if name not in own)
         return [
             p
             for p in self.shapes
             if p not in filled
             and not any(re.search(pattern, p) for pattern in self.optional)
-            and (exact or self._alike(p, others) is None)
+            and len(alike.get(_tail(p), ())) != 1
         ]
 
     def file_name(self, parameter: str, names: Iterable[str]) -> str | None:
@@ -100,17 +100,27 @@ class Skeleton:
             key=lambda name: alike.index(self.targets(name)[0]),
             default=None,
         )
-        return own if own is not None else self._alike(parameter, names)
-
-    def _alike(self, parameter: str, names: Sequence[str]) -> str | None:
-        """Return the only tensor with the last two parts of a name: some checkpoints order their prefixes otherwise."""
-        tail = ".".join(parameter.split(".")[-2:])
-        alike = [n for n in names if n == tail or n.endswith(f".{tail}")]
-        return alike[0] if len(alike) == 1 else None
+        if own is not None:
+            return own
+        last = _by_tail(names).get(_tail(parameter), ())  # some checkpoints order their prefixes otherwise
+        return last[0] if len(last) == 1 else None
 
     def is_buffer(self, name: str) -> bool:
         """Whether transformers itself skips a tensor of this name (mask buffers of GPT-2, rotary frequencies)."""
         return any(re.search(pattern, name) for pattern in self.ignored)
+
+
+def _tail(name: str) -> str:
+    """Return the last two parts of a name."""
+    return ".".join(name.split(".")[-2:])
+
+
+def _by_tail(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return names by their last two parts."""
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        grouped.setdefault(_tail(name), []).append(name)
+    return grouped
 
 
 def build_skeleton(config: "PretrainedConfig", name: str, *, trust_remote_code: bool) -> Skeleton:

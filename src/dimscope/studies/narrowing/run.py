@@ -228,13 +228,15 @@ def _initial_facts(request: _Request, narrowing: Narrowing) -> NarrowFacts:
     facts = NarrowFacts(
         model=checkpoint.name, title=checkpoint.title, on_hub=checkpoint.revision is not None, dim=target.dim,
         width=request.width, basis=request.basis, family=narrowing.config.model_type, tied=target.tied,
-        width_step=target.width_step, export=target.export,
+        width_step=target.width_step, export=target.export, warnings=checkpoint.notes,
     )  # fmt: skip
     if session is None:
         return facts
     evaluated = _described(session, session.windows.evaluation) if request.settings.evaluate else None
     calibrated = _described(session, session.windows.calibration)
-    return replace(facts, calibrated_on=calibrated, evaluated_on=evaluated, warnings=session.warnings)
+    return replace(
+        facts, calibrated_on=calibrated, evaluated_on=evaluated, warnings=(*checkpoint.notes, *session.warnings)
+    )
 
 
 # ---- fitting ---------------------------------------------------------------------------------------------------------
