@@ -80,9 +80,11 @@ def no_cache(module: nn.Module) -> dict[str, bool]:
 
 @torch.no_grad()
 def trace(stack: nn.Module, device: torch.device, vocab_size: int) -> list[Call]:
-    """Run a text stack on a few tokens, and return the calls of all its modules in the order in which they ended.
+    """Run a text stack on a few tokens, and return the calls of its modules in the order in which they ended.
 
-    The last call is that of the stack. The tensors are kept, so that equal addresses mean equal tensors.
+    Modules within the entries of a list are left out, unless they are entries of a list themselves: they could be no
+    block, nor the final norm. The last call is that of the stack. The tensors are kept, so that equal addresses mean
+    equal tensors.
 
     Raises:
         UnsupportedCheckpoint: transformers cannot run it on text alone.
@@ -100,7 +102,7 @@ def trace(stack: nn.Module, device: torch.device, vocab_size: int) -> list[Call]
 
     n_tokens = PROBE[0] * PROBE[1]
     ids = (torch.arange(n_tokens, device=device) % vocab_size).view(PROBE)
-    modules = list(stack.modules())
+    modules = list(_traced(stack))
     with evaluating(stack), hooked([Hook(m, enter, before=True) for m in modules] + [Hook(m, leave) for m in modules]):
         try:
             run_stack(stack, ids)
@@ -112,6 +114,17 @@ def trace(stack: nn.Module, device: torch.device, vocab_size: int) -> list[Call]
                 f"{type(stack).__name__}: transformers cannot run it on token ids alone ({reason})"
             ) from e
     return calls
+
+
+def _traced(stack: nn.Module) -> Iterator[nn.Module]:
+    entries = _entries(stack)
+    below = {id(part) for m in stack.modules() if id(m) in entries for part in m.modules() if part is not m}
+    return (m for m in stack.modules() if id(m) in entries or id(m) not in below)
+
+
+def _entries(stack: nn.Module) -> dict[int, int]:
+    """Return the list of modules that each entry of one is in, both by their identity."""
+    return {id(child): id(m) for m in stack.modules() if isinstance(m, nn.ModuleList) for child in m.children()}
 
 
 def first_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -154,7 +167,7 @@ def block_calls(calls: list[Call]) -> list[Call]:
         UnsupportedCheckpoint: There are none, or they are parts of blocks that take turns.
     """
     stack = calls[-1].module
-    container = {id(child): id(m) for m in stack.modules() if isinstance(m, nn.ModuleList) for child in m.children()}
+    container = _entries(stack)
     entries = [call for call in calls if id(call.module) in container]
     stream = {id(call) for call in entries if _is_stream(call)}
     blocks = _chained([c for c in entries if id(c) in stream and not any(id(a) in stream for a in c.ancestors())])
