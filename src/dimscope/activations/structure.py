@@ -196,10 +196,10 @@ def _chained(entries: list[Call]) -> list[Call]:
 
 def _is_stream(call: Call) -> bool:
     """Whether a module takes in and gives out states of every position: batch x positions x width, or copies of that."""
-    taken, given = call.input, call.output
-    if taken is None or given is None or taken.shape != given.shape:
+    before, after = call.input, call.output
+    if before is None or after is None or before.shape != after.shape:
         return False
-    return taken.shape[:-1] == PROBE or (taken.ndim == 4 and taken.shape[1:-1] == PROBE)
+    return before.shape[:-1] == PROBE or (before.ndim == 4 and before.shape[1:-1] == PROBE)
 
 
 def final_norm_call(calls: list[Call], blocks: list[Call]) -> Call | None:

@@ -46,9 +46,9 @@ def parameter_budget(checkpoint: Checkpoint) -> pl.DataFrame:
         n_parameters = 0 if role in UNCOUNTED else prod(skeleton.shapes[parameter]) if packed else info.n_elements
         rows.append((info.name, shape, info.dtype, n_parameters, info.n_bytes, role, block_of(info.name)))
     if skeleton is not None:
-        held = set(parameter_of.values())
+        filled = set(parameter_of.values())
         for name in skeleton.unfilled(checkpoint.tensors):
-            if name not in held:
+            if name not in filled:
                 shape = skeleton.shapes[name]
                 text = " x ".join(map(str, shape))
                 rows.append((name, text, "unfilled", prod(shape), 0, skeleton.roles[name], block_of(name)))

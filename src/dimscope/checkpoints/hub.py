@@ -226,8 +226,8 @@ def _repository(name: str, revision: str, info: Any) -> HubRepository:
     if unsafe := next((file for file in listed if not is_safe_name(file)), None):
         raise CorruptCheckpoint(f"{name}: the repository lists {unsafe!r}, which is not a name of a file in it")
     cache = RepositoryCache(name)
-    known = cache.sizes(commit)  # some mirrors list no sizes
-    sizes = {file: known.get(file) if size is None else size for file, size in listed.items()}
+    cached = cache.sizes(commit)  # some mirrors list no sizes
+    sizes = {file: cached.get(file) if size is None else size for file, size in listed.items()}
     cache.remember(revision, commit, sizes)
     return HubRepository(name, commit, sizes, revision)
 

@@ -63,11 +63,11 @@ class RepositoryCache:
         """Return the ranges of a file that are there, complete, with their first byte and the byte after their last."""
         beside = self.range_path(commit, file, 0, 0).parent
         pattern = re.compile(re.escape(Path(file).name) + r"\.(\d+)-(\d+)")
-        found = []
+        ranges = []
         for path in beside.iterdir() if beside.is_dir() else ():
             if (match := pattern.fullmatch(path.name)) and path.stat().st_size == int(match[2]) - int(match[1]):
-                found.append((path, int(match[1]), int(match[2])))
-        return sorted(found, key=lambda kept: kept[1:])
+                ranges.append((path, int(match[1]), int(match[2])))
+        return sorted(ranges, key=lambda kept: kept[1:])
 
     # ---- what the hub answered ----
 

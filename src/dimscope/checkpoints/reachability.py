@@ -133,10 +133,10 @@ def _word_starts(tokenizer: Any, reached: set[int]) -> dict[str, str]:
     pieces = sorted(tokenizer.get_vocab())
     ids = tokenizer.convert_tokens_to_ids(pieces)
     ends = [p for p, after in zip(pieces, [*pieces[1:], ""], strict=True) if not after.startswith(p)]
-    known = {p for p, i in zip(pieces, ids, strict=True) if i in reached}
+    reached_pieces = {p for p, i in zip(pieces, ids, strict=True) if i in reached}
     by_script: dict[str, list[str]] = {}
     for piece in ends:
-        if piece in known and piece.isalnum():
+        if piece in reached_pieces and piece.isalnum():
             by_script.setdefault(_script(piece[-1]), []).append(piece)
     ordered = sorted(by_script.items(), key=lambda entry: -len(entry[1]))
     return {script: min(members, key=lambda piece: (len(piece), piece)) for script, members in ordered}

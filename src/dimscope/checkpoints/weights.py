@@ -152,8 +152,8 @@ def hint_below(source: Source) -> str:
         f.partition("/")[0] for f in source.files if f.count("/") == 1 and f.endswith(("/config.json", ".safetensors"))
     }
     if isinstance(source, LocalFolder):
-        found = (path for pattern in ("*/config.json", "*/*.safetensors") for path in source.path.glob(pattern))
-        below |= {path.parent.name for path in found}
+        models = (path for pattern in ("*/config.json", "*/*.safetensors") for path in source.path.glob(pattern))
+        below |= {path.parent.name for path in models}
     if not below:
         return ""
     latest = max(below, key=lambda name: (int(re.sub(r"\D", "", name) or 0), name))

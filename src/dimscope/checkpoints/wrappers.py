@@ -35,8 +35,8 @@ def unwrap(reader: TensorReader, skeleton: Skeleton) -> Unwrapped:
     best, least = {name: name for name in names}, len(skeleton.unfilled(names, exact=True))
     if not least:
         return Unwrapped(reader)
-    known = {name: LEADING.sub("", WRAPPER.sub("", LEADING.sub("", name))) for name in names}
-    candidates = [known, *_without_common(known)]
+    stripped = {name: LEADING.sub("", WRAPPER.sub("", LEADING.sub("", name))) for name in names}
+    candidates = [stripped, *_without_common(stripped)]
     for candidate in candidates:
         unfilled = len(skeleton.unfilled(candidate.values(), exact=True))
         if unfilled < least and len(set(candidate.values())) == len(names):

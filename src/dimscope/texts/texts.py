@@ -135,9 +135,9 @@ def _open(source: str, stdin: io.BufferedIOBase | None) -> _Source:
         whole = _from_bytes(document.name, document.data)
         if (suffix := Path(urlsplit(document.name).path).suffix) not in JSON:
             return whole
-        found = json_field(document.name, whole.parts, suffix, None)
+        records = json_field(document.name, whole.parts, suffix, None)
         return replace(
-            whole, parts=lambda: _run_on(found.documents()), fingerprint=whole.fingerprint | {"field": found.field}
+            whole, parts=lambda: _run_on(records.documents()), fingerprint=whole.fingerprint | {"field": records.field}
         )
     if not source:  # would be the current folder
         raise InvalidArgument(f"`texts` has an empty string; {SOURCES}")
@@ -187,10 +187,10 @@ def _records(path: Path, field: str | None) -> _Source:
         return _Source(
             f"{path.name}:{field}", lambda: _run_on(_rows(path, field)), {**_facts(path), "column": field}, None
         )
-    found = json_field(str(path), lambda: _read_file(path), path.suffix, field)
-    fingerprint = {**_facts(path), "field": found.field}
-    name = path.name if found.field is None else f"{path.name}:{found.field}"
-    return _Source(name, lambda: _run_on(found.documents()), fingerprint, None)
+    records = json_field(str(path), lambda: _read_file(path), path.suffix, field)
+    fingerprint = {**_facts(path), "field": records.field}
+    name = path.name if records.field is None else f"{path.name}:{records.field}"
+    return _Source(name, lambda: _run_on(records.documents()), fingerprint, None)
 
 
 def _rows(path: Path, column: str) -> Iterator[list[str]]:

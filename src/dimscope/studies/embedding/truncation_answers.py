@@ -137,10 +137,10 @@ def answer(tables: Tables, dim: int, row: str) -> str:
     return f"PCA keeps {what} in {pca.size:,} of {dim:,} dimensions, truncation {_in_words(cut, dim, largest)}"
 
 
-def _in_words(found: Needed, dim: int, largest: int) -> str:
-    if found.size < dim:
-        return f"in {found.size:,}"
-    return f"needs more than {largest:,}" if found.possible == dim else "may need all"
+def _in_words(needed: Needed, dim: int, largest: int) -> str:
+    if needed.size < dim:
+        return f"in {needed.size:,}"
+    return f"needs more than {largest:,}" if needed.possible == dim else "may need all"
 
 
 def _quantile(share: float, degrees: int) -> float:

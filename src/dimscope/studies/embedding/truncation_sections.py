@@ -107,11 +107,11 @@ def _grid(frame: pl.DataFrame, dim: int) -> Grid:
     return Grid(f"Dimensions that are needed, of {dim:,}", ("", *header), rows, frozenset({1, 2, 3}))
 
 
-def _cell(found: Needed, dim: int, largest: int) -> str:
-    if found.possible == dim:
+def _cell(needed: Needed, dim: int, largest: int) -> str:
+    if needed.possible == dim:
         return f"more than {largest:,}"
-    size = "all" if found.size == dim else f"{found.size:,}"
-    return size if found.possible == found.size else f"{size} (perhaps {found.possible:,})"
+    size = "all" if needed.size == dim else f"{needed.size:,}"
+    return size if needed.possible == needed.size else f"{size} (perhaps {needed.possible:,})"
 
 
 def _findings(frame: pl.DataFrame) -> tuple[str, ...]:
@@ -124,8 +124,8 @@ def _findings(frame: pl.DataFrame) -> tuple[str, ...]:
     return first, _advice(difference(frame, PCA, TRUNCATION), cut)
 
 
-def _against(found: Difference) -> str:
-    return "clearly more than" if found.more else "clearly fewer than" if found.fewer else "about as many as"
+def _against(difference: Difference) -> str:
+    return "clearly more than" if difference.more else "clearly fewer than" if difference.fewer else "about as many as"
 
 
 def _advice(pca: Difference, cut: Difference) -> str:
