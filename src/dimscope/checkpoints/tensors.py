@@ -203,14 +203,14 @@ def read_weight_map(source: Source, index: str) -> dict[str, str]:
     return weight_map
 
 
-def open_sharded(source: Source, index: str, shards: Sequence[str]) -> SafetensorsReader:
-    """Open the shards that an index names.
+def open_sharded(source: Source, index: str, shards: Sequence[str], weight_map: Mapping[str, str]) -> SafetensorsReader:
+    """Open the shards that an index names; `weight_map` is what it says.
 
     Raises:
         CorruptCheckpoint: A file is damaged, or a tensor is not in the shard that the index names.
     """
     reader = open_safetensors(source, shards)
-    for name, shard in read_weight_map(source, index).items():
+    for name, shard in weight_map.items():
         if name not in reader.tensors or reader.tensors[name].file != shard:
             raise CorruptCheckpoint(f"{source.name}: {index} says that {name} is in {shard}, but it is not")
     return reader

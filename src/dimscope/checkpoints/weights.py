@@ -4,7 +4,8 @@ import json
 import pickle
 import re
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -35,12 +36,14 @@ class WeightFiles:
         kind: Their format.
         files: Their names.
         index: The file that says which tensor is in which of them; None for a single file.
+        weight_map: What it says, by the name of the tensor; empty without an index.
         stale: Files of another save of the weights beside them, which are not read.
     """
 
     kind: Literal["safetensors", "gguf", "pickle"]
     files: tuple[str, ...]
     index: str | None = None
+    weight_map: Mapping[str, str] = field(default_factory=dict, repr=False)
     stale: tuple[str, ...] = ()
 
 
@@ -94,17 +97,18 @@ def _saved(source: Source, kind: Literal["safetensors", "pickle"]) -> WeightFile
         return WeightFiles(kind, (single,), stale=tuple(stale))
     if index in source.files:
         chosen = _indexed(source, index, kind)
-        return WeightFiles(kind, chosen.files, index, tuple(sorted(shards - set(chosen.files))))
+        return replace(chosen, stale=tuple(sorted(shards - set(chosen.files))))
     return None
 
 
 def _indexed(source: Source, index: str, kind: Literal["safetensors", "pickle"] = "safetensors") -> WeightFiles:
-    shards = sorted(set(read_weight_map(source, index).values()))
+    weight_map = read_weight_map(source, index)
+    shards = sorted(set(weight_map.values()))
     if missing := [s for s in shards if s not in source.files]:
         raise CorruptCheckpoint(
             f"{source.name}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); download the model again"
         )
-    return WeightFiles(kind, tuple(shards), index)
+    return WeightFiles(kind, tuple(shards), index, weight_map)
 
 
 def open_weights(source: Source, weights: WeightFiles) -> TensorReader:
@@ -119,7 +123,7 @@ def open_weights(source: Source, weights: WeightFiles) -> TensorReader:
     if weights.kind == "pickle":
         return open_pickle(source, weights.files)
     if weights.index is not None:
-        return open_sharded(source, weights.index, weights.files)
+        return open_sharded(source, weights.index, weights.files, weights.weight_map)
     return open_safetensors(source, weights.files)
 
 
