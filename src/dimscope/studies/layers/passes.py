@@ -11,7 +11,7 @@ from dimscope.activations.collection import Collection, is_complete, load_collec
 from dimscope.activations.layer_selection import select_sites
 from dimscope.activations.passes import PassSettings, run_pass
 from dimscope.activations.reservoir import Reservoir, load_reservoir, save_reservoir
-from dimscope.activations.sites import find_sites
+from dimscope.activations.sites import Site, find_sites
 from dimscope.checkpoints.model import load_model, randomly_initialised
 from dimscope.studies.layers.plan import LayersPlan, PlannedPass
 from dimscope.studies.layers.tables import LayerSpectra, layer_spectra
@@ -51,9 +51,14 @@ class PassRunner:
     _spectra: Latest = field(default_factory=Latest)
     _samples: dict[str, Reservoir] = field(default_factory=dict)
 
-    def model(self, planned: PlannedPass) -> "PreTrainedModel":
-        """Return the model of a pass."""
-        return self._model.get((planned.model, planned.weights), lambda: self._load(planned))
+    def model(self, planned: PlannedPass) -> "tuple[PreTrainedModel, list[Site]]":
+        """Return the model of a pass, and the sites at which it is read; finding them runs it once."""
+
+        def load() -> "tuple[PreTrainedModel, list[Site]]":
+            model = self._load(planned)
+            return model, select_sites(find_sites(model), self.plan.settings.layers)
+
+        return self._model.get((planned.model, planned.weights), load)
 
     def _load(self, planned: PlannedPass) -> "PreTrainedModel":
         settings = self.plan.settings
@@ -81,8 +86,7 @@ class PassRunner:
 
     def run(self, planned: PlannedPass, part: int) -> Collection:
         """Run one shard of a pass, or resume it."""
-        model, settings = self.model(planned), self.plan.settings
-        sites = select_sites(find_sites(model), settings.layers)
+        (model, sites), settings = self.model(planned), self.plan.settings
         options = PassSettings(
             planned.batch, settings.reservoir, settings.seed, settings.logits, settings.checkpoint_every, settings.shard
         )  # fmt: skip
