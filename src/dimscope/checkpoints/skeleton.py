@@ -152,12 +152,7 @@ def skeleton_of(model: Any, name: str, *, targets: Callable[[str], Sequence[str]
         names.setdefault(id(parameter), input_name if parameter is module.weight else parameter_name)
     named = {n: every[n] for n in names.values()}
     output_name = None if output_module is None else names[id(output_module.weight)]
-    owners = {
-        f"{m}.{n}".lstrip("."): module
-        for m, module in model.named_modules()
-        for n, _ in module.named_parameters(recurse=False)
-    }
-    roles = {n: role_of(n, owners[n]) for n in named}
+    roles = _roles(model, named)
     roles[input_name] = "input embedding"
     if output_name not in (None, input_name):
         roles[output_name] = "output embedding"
@@ -180,6 +175,16 @@ def skeleton_of(model: Any, name: str, *, targets: Callable[[str], Sequence[str]
         ),
         optional=tuple(model._keys_to_ignore_on_load_missing or ()),
     )
+
+
+def _roles(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return what each parameter is for; the caller knows the tables."""
+    owners = {
+        f"{m}.{n}".lstrip("."): module
+        for m, module in model.named_modules()
+        for n, _ in module.named_parameters(recurse=False)
+    }
+    return {name: role_of(name, owners[name]) for name in names}
 
 
 def _input_module(model: Any, name: str) -> nn.Module:
